@@ -45,7 +45,7 @@ class StoreError(RecclrError, RuntimeError):
 
 
 class DivergedError(RecclrError, RuntimeError):
-    """Training met a non-finite loss or weight; the message names the step and the cause (exit code 6)."""
+    """A non-finite loss or weight; the message names the step and the cause (exit code 6)."""
 
     exit_code = 6
 
@@ -57,7 +57,7 @@ class GateError(RecclrError, RuntimeError):
 
 
 class InterruptedTraining(RecclrError, RuntimeError):
-    """A signal stopped training after a checkpoint was written; the same command resumes (exit code 75)."""
+    """A signal stopped training after a checkpoint was written; safe to retry (exit code 75)."""
 
     exit_code = 75
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 FeatureKind = Literal["categorical", "multi_hot", "numeric", "vector", "text", "statistics"]
 
-# pydantic reads this attribute from a standard dataclass: unknown keys and silent casts are refused.
+# pydantic reads this attribute from a standard dataclass: it refuses unknown keys and silent casts.
 STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 
 
@@ -394,7 +394,9 @@ class BaselineSettings:
         _check(self, ease_max_items=(1, 200_000))
         unknown = [name for name in self.names if name not in BASELINE_NAMES]
         if unknown:
-            raise ValueError(f"unknown baselines {unknown}: choose from {', '.join(BASELINE_NAMES)}")
+            raise ValueError(
+                f"unknown baselines {unknown}: choose from {', '.join(BASELINE_NAMES)}"
+            )
 
 
 METRIC_NAMES = ("recall", "capped_recall", "hit_rate", "ndcg", "mrr", "map", "precision")

@@ -1,0 +1,115 @@
+"""Exact top-k against a stable sort of the full score matrix."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import recclr.topk as topk_module
+from recclr.data.log import Csr
+from recclr.errors import DivergedError, ShapeError
+from recclr.topk import EmbeddingRanker, top_k, top_k_of_scores
+
+
+def by_stable_sort(scores, k, seen=None, items=None):
+    """Slow twin: mask, then sort each row by (score descending, item ascending)."""
+    scores = scores.numpy().copy()
+    if seen is not None:
+        for row in range(seen.num_rows):
+            scores[row, seen.row(row).numpy()] = -np.inf
+    if items is not None:
+        outside = np.setdiff1d(np.arange(scores.shape[1]), items.numpy())
+        scores[:, outside] = -np.inf
+    idx = np.full((len(scores), k), -1)
+    for row, values in enumerate(scores):
+        order = np.argsort(-values, kind="stable")[:k]
+        order = order[values[order] > -np.inf]
+        idx[row, : len(order)] = order
+    return idx
+
+
+def random_seen(num_rows, num_items, generator):
+    lengths = torch.randint(0, 1 + num_items // 2, (num_rows,), generator=generator)
+    rows = torch.arange(num_rows).repeat_interleave(lengths)
+    values = torch.randint(0, num_items, (len(rows),), generator=generator)
+    return Csr.from_pairs(rows, values, num_rows)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    num_queries=st.integers(0, 9),
+    num_items=st.integers(1, 400),
+    k=st.integers(1, 30),
+    levels=st.integers(1, 50),
+    with_seen=st.booleans(),
+    with_items=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_equals_a_stable_sort_even_with_many_ties(
+    seed, num_queries, num_items, k, levels, with_seen, with_items
+):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, levels, (num_queries, num_items), generator=generator).float()
+    seen = random_seen(num_queries, num_items, generator) if with_seen else None
+    items = None
+    if with_items:
+        items = (torch.rand(num_items, generator=generator) < 0.5).nonzero().squeeze(1)
+    before = scores.clone()
+    found = top_k_of_scores(scores, k, seen=seen, items=items)
+    assert torch.equal(scores, before)
+    assert found.item_idx.tolist() == by_stable_sort(scores, k, seen, items).tolist()
+
+
+@pytest.mark.parametrize("columns", [7, 64, 4096])
+def test_tiles_of_any_width_give_the_same_ranking(columns, monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    # Whole numbers: products are exact, so ties are real ties whatever the tiling.
+    queries = torch.randint(-3, 4, (37, 5), generator=generator).float()
+    corpus = torch.randint(-3, 4, (1501, 5), generator=generator).float()
+    seen = random_seen(37, 1501, generator)
+    expected = by_stable_sort(queries @ corpus.T, 13, seen)
+    monkeypatch.setattr(topk_module, "_MAX_COLUMNS", columns)
+    monkeypatch.setitem(topk_module._TILE_ELEMENTS, "cpu", 10 * columns)
+    found = top_k(queries, corpus, 13, seen=seen)
+    assert found.item_idx.tolist() == expected.tolist()
+    best = (queries @ corpus.T).gather(1, found.item_idx)
+    assert torch.equal(best, found.scores)
+
+
+def test_item_subset_is_ranked_alone_and_in_item_numbers():
+    queries, corpus = torch.eye(3), torch.arange(33.0).view(11, 3)
+    items = torch.tensor([2, 5, 9])
+    found = top_k(queries, corpus, 5, items=items)
+    assert found.item_idx.tolist() == [[9, 5, 2, -1, -1]] * 3
+    assert found.scores[0].tolist() == [27.0, 15.0, 6.0, -np.inf, -np.inf]
+
+
+def test_no_query_and_no_candidate():
+    assert top_k(torch.empty(0, 4), torch.ones(6, 4), 3).item_idx.shape == (0, 3)
+    nothing = top_k(torch.ones(2, 4), torch.ones(6, 4), 3, items=torch.empty(0, dtype=torch.int64))
+    assert nothing.item_idx.tolist() == [[-1] * 3] * 2
+
+
+def test_all_items_seen_leaves_nothing():
+    seen = Csr(torch.tensor([0, 4]), torch.arange(4, dtype=torch.int32))
+    assert top_k(torch.ones(1, 2), torch.ones(4, 2), 2, seen=seen).item_idx.tolist() == [[-1, -1]]
+
+
+def test_nan_is_refused_wherever_it_stands():
+    corpus = torch.ones(2000, 3)
+    corpus[1234, 1] = torch.nan
+    with pytest.raises(DivergedError, match="NaN"):
+        top_k(torch.ones(2, 3), corpus, 5)
+
+
+def test_unknown_users_get_the_last_vector():
+    ranker = EmbeddingRanker("x", torch.tensor([[1.0, 0], [0, 1], [-1, 0]]), torch.eye(2))
+    assert ranker.top_k(torch.tensor([0, 1, 2, 77]), 1).item_idx.squeeze(1).tolist() == [0, 1, 1, 1]
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ShapeError, match="rows of seen"):
+        top_k(torch.ones(2, 3), torch.ones(4, 3), 1, seen=Csr(torch.tensor([0]), torch.tensor([])))
+    with pytest.raises(ShapeError, match="queries"):
+        top_k(torch.ones(2, 3), torch.ones(4, 2), 1)
