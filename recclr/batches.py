@@ -1,0 +1,138 @@
+"""Which rows make a batch, and the moment its users and items are seen at.
+
+A step's batch follows from (seed, step) alone (``order``), on the device of the log.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recclr.data.log import EncodedLog
+from recclr.errors import ConfigError
+from recclr.order import generator, mix, permuted
+from recclr.settings import TrainSettings
+from recclr.statistics import DAY_S
+
+# Rows on each side of a time cell that stand for the distribution its rows were drawn from.
+_POOL_CELLS = 2
+# Positions of the permutation that are worked out ahead of their step.
+_WINDOW = 1 << 16
+_ORDER, _OFFSET, _STALENESS = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one step.
+
+    Attributes:
+        user_idx, item_idx: int64 [B]. weight: float32 [B] or None.
+        user_at: int64 seconds [B]: each user's history and statistics are those before it; None
+            without time.
+        item_at: int64 scalar: likewise for all items of the step; None outside time cells.
+        pool: int32 [P] items of the rows around a time cell, from which the expected counts of
+            in-batch negatives are estimated; None where the batch is a sample of the whole log.
+    """
+
+    user_idx: Tensor
+    item_idx: Tensor
+    weight: Tensor | None
+    user_at: Tensor | None
+    item_at: Tensor | None
+    pool: Tensor | None
+
+
+class BatchSource:
+    """Batches of a log, by step number.
+
+    Without time cells, an epoch is one keyed permutation of all rows. With them, the log (sorted by
+    time) is cut into cells of ``batch_size`` neighbouring rows, at an offset that differs by epoch,
+    and the order of the cells is permuted: all rows of a step then share one moment, so that items
+    can be shown as they stood.
+
+    Args:
+        log: train rows, on the training device; sorted by time for time cells.
+        settings: batch size, staleness.
+        time_cells: see above.
+    """
+
+    def __init__(
+        self, log: EncodedLog, settings: TrainSettings, *, seed: int, time_cells: bool
+    ) -> None:
+        if time_cells and log.timestamp is None:
+            raise ConfigError(
+                "statistics and 'as_of' ids train on time cells, which need timestamps; "
+                "the log has none"
+            )
+        self.log, self.seed, self.time_cells = log, seed, time_cells
+        self.batch_size = min(settings.batch_size, len(log))
+        self.staleness_s = settings.staleness_d * DAY_S
+        self.window = (-1, 0, 0)
+        self.rows = torch.empty(0, dtype=torch.int64)
+        whole = math.ceil(len(log) / self.batch_size)
+        self.steps_per_epoch = whole + 1 if time_cells and whole > 1 else whole
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 0 over all epochs."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self.time_cells:
+            return self._cell(epoch, position, step)
+        rows = self._shuffled(epoch, position * self.batch_size)
+        stale_s = self._staleness(step)
+        timestamp = self.log.timestamp
+        user_at = None if timestamp is None else timestamp[rows] - stale_s
+        return self._rows(rows, user_at, None, None)
+
+    def _shuffled(self, epoch: int, start: int) -> Tensor:
+        """Rows at positions ``start`` to ``start + batch_size`` of the epoch's permutation."""
+        stop = min(start + self.batch_size, len(self.log))
+        if self.window[0] != epoch or not self.window[1] <= start < stop <= self.window[2]:
+            # Many positions at once: the cost is in the number of calls, not in the rows.
+            end = min(start + max(_WINDOW, self.batch_size), len(self.log))
+            positions = torch.arange(start, end, device=self.log.item_idx.device)
+            self.rows = permuted(positions, len(self.log), self.seed, epoch, _ORDER)
+            self.window = (epoch, start, end)
+        return self.rows[start - self.window[1] : stop - self.window[1]]
+
+    def _cell(self, epoch: int, position: int, step: int) -> Batch:
+        size, num_rows = self.batch_size, len(self.log)
+        assert self.log.timestamp is not None
+        cells = self.steps_per_epoch
+        shift = mix(self.seed, epoch, _OFFSET) % size if cells > 1 else 0
+        where = torch.tensor([position])
+        cell = int(permuted(where, cells, self.seed, epoch, _ORDER))
+        start = max(cell * size - shift, 0)
+        stop = min((cell + 1) * size - shift, num_rows)
+        if start >= stop:
+            # The last cell is empty for some offsets; its step takes the newest rows instead.
+            start, stop = max(num_rows - size, 0), num_rows
+        rows = torch.arange(start, stop, device=self.log.item_idx.device)
+        stale_s = self._staleness(step)
+        item_at = self.log.timestamp[start] - stale_s
+        # With staleness the whole step stands at one frozen moment, as an evaluation does.
+        user_at = self.log.timestamp[rows] if not stale_s else item_at.expand(len(rows))
+        low, high = max(start - _POOL_CELLS * size, 0), min(stop + _POOL_CELLS * size, num_rows)
+        return self._rows(rows, user_at, item_at, self.log.item_idx[low:high])
+
+    def _rows(
+        self, rows: Tensor, user_at: Tensor | None, item_at: Tensor | None, pool: Tensor | None
+    ) -> Batch:
+        log = self.log
+        return Batch(
+            log.user_idx.index_select(0, rows).long(),
+            log.item_idx.index_select(0, rows).long(),
+            None if log.weight is None else log.weight[rows],
+            user_at,
+            item_at,
+            pool,
+        )
+
+    def _staleness(self, step: int) -> int:
+        """Seconds before the event at which this step sees its entities; uniform, 0 if not set."""
+        if self.staleness_s == 0:
+            return 0
+        draw = torch.rand((), generator=generator("cpu", self.seed, step, _STALENESS))
+        return int(draw * self.staleness_s)

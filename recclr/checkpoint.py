@@ -1,0 +1,185 @@
+"""Checkpoints: written whole or not at all, hashed, free of pickle.
+
+``checkpoints/step-N/`` holds ``tensors.safetensors``, ``state.json`` and, written last,
+``manifest.json`` with the size and SHA-256 of both; none of the tensor formats notices a flipped
+bit by itself (reliability.md §1). ``LAST`` and ``BEST`` each name one folder and move only after it
+is durable.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from recclr.errors import CheckpointError
+from recclr.files import (
+    fault_point,
+    new_folder,
+    read_pointer,
+    sha256_of,
+    write_bytes_atomic,
+    write_json_atomic,
+    write_pointer,
+)
+
+FORMAT_VERSION = 1
+_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One verified checkpoint.
+
+    Attributes:
+        folder: where it stands. tensors: by name, on the CPU. state: the JSON part.
+    """
+
+    folder: Path
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tensors, as the manifest has it."""
+        manifest: dict[str, Any] = json.loads((self.folder / _MANIFEST).read_text("utf-8"))
+        return str(manifest["files"][_TENSORS]["sha256"])
+
+
+def save_checkpoint(
+    root: Path,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    best: bool,
+    keep: int = 2,
+) -> Path:
+    """Write ``root/step-N`` (N = ``state["step"]``), point LAST (and BEST) at it, prune old ones.
+
+    Args:
+        tensors: any device; written as they are, contiguous.
+        best: also point BEST at it.
+        keep: newest folders to keep besides those pointed at.
+    """
+    folder = root / f"step-{state['step']}"
+    if folder.exists():
+        # Left by a run that was killed between the rename and the pointer; same step, same bytes.
+        shutil.rmtree(folder)
+    with new_folder(folder) as temporary:
+        flat = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        write_bytes_atomic(temporary / _TENSORS, save_tensors(flat))
+        fault_point("checkpoint.tensors")
+        write_json_atomic(temporary / _STATE, dict(state))
+        files = {
+            name: {
+                "bytes": (temporary / name).stat().st_size,
+                "sha256": sha256_of(temporary / name),
+            }
+            for name in (_TENSORS, _STATE)
+        }
+        write_json_atomic(temporary / _MANIFEST, {"format": FORMAT_VERSION, "files": files})
+        fault_point("checkpoint.manifest")
+    fault_point("checkpoint.renamed")
+    if best:
+        write_pointer(root / "BEST", folder.name)
+    write_pointer(root / "LAST", folder.name)
+    _prune(root, keep)
+    return folder
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read one checkpoint and verify every byte.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of a newer format.
+    """
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
+        version, files = int(manifest["format"]), dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is no checkpoint: {_MANIFEST} cannot be read") from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {version}; this recclr reads up to {FORMAT_VERSION}"
+        )
+    for name in (_TENSORS, _STATE):
+        path = folder / name
+        if name not in files or not path.is_file() or sha256_of(path) != files[name]["sha256"]:
+            raise CheckpointError(
+                f"{path} is missing or damaged (its SHA-256 is not the manifest's)"
+            )
+    try:
+        tensors = load_tensors((folder / _TENSORS).read_bytes())
+        state = json.loads((folder / _STATE).read_text("utf-8"))
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return Checkpoint(folder, tensors, state)
+
+
+def find_checkpoint(root: Path, pointer: str = "LAST") -> Checkpoint | None:
+    """The checkpoint that ``pointer`` names, or the newest good one if that is damaged.
+
+    Returns:
+        None where there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none of them is good; each is named with why.
+    """
+    named = read_pointer(root / pointer)
+    folders = sorted(root.glob("step-*"), key=_step_of, reverse=True)
+    order = [root / named] if named else []
+    order += [folder for folder in folders if folder.name != named]
+    reasons = []
+    for folder in order:
+        try:
+            return load_checkpoint(folder)
+        except CheckpointError as error:
+            reasons.append(str(error))
+    if reasons and named:
+        raise CheckpointError("no good checkpoint is left:\n" + "\n".join(reasons))
+    return None
+
+
+def require_match(own: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
+    """Refuse tensors that do not fit, before any of them is loaded.
+
+    Raises:
+        CheckpointError: lists missing, unexpected and mismatched names.
+    """
+    problems = [f"missing {name}" for name in sorted(own.keys() - found.keys())]
+    problems += [f"unexpected {name}" for name in sorted(found.keys() - own.keys())]
+    problems += [
+        f"{name}: expected {tuple(own[name].shape)}, found {tuple(found[name].shape)}"
+        for name in sorted(own.keys() & found.keys())
+        if own[name].shape != found[name].shape
+    ]
+    problems += [
+        f"{name} holds values that are not finite"
+        for name in sorted(found)
+        if found[name].is_floating_point() and not torch.isfinite(found[name]).all()
+    ]
+    if problems:
+        raise CheckpointError(f"{what} does not fit: " + "; ".join(problems))
+
+
+def _step_of(folder: Path) -> int:
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1
+
+
+def _prune(root: Path, keep: int) -> None:
+    """Delete old folders, never one that a pointer names."""
+    pinned = {read_pointer(root / "BEST"), read_pointer(root / "LAST")}
+    folders = sorted(root.glob("step-*"), key=_step_of, reverse=True)
+    for folder in folders[keep:]:
+        if folder.name not in pinned:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,154 @@
+"""Candidates of a batch: drawn from every source, merged, each with one log_q.
+
+Shape letters: B positives, N draws, U distinct items to encode, C candidates.
+
+All rows of a batch share the candidates. An item drawn several times, or from several sources, is
+one candidate: with c draws and an expected count E under all sources together it enters the
+denominator as (c / E)·exp(logit), whose expectation is exp(logit) whatever the mixture. So the sum
+over candidates estimates the full softmax (Bengio and Senécal 2008, for a mixture of samplers).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recclr.data.log import EncodedLog
+from recclr.errors import ConfigError
+from recclr.settings import NegativesSettings
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What one step scores.
+
+    Attributes:
+        item_idx: int64 [U], distinct: every item the item tower must encode, once.
+        positive_row: int64 [B]: where each positive stands in ``item_idx``.
+        candidate_row: int64 [C]: which of ``item_idx`` are candidates; None for all of them.
+        log_weights: float32 [C]: log draws - strength · log expected count.
+    """
+
+    item_idx: Tensor
+    positive_row: Tensor
+    candidate_row: Tensor | None
+    log_weights: Tensor
+
+    @property
+    def candidate_idx(self) -> Tensor:
+        """int64 [C]: item index of each candidate."""
+        return self.item_idx if self.candidate_row is None else self.item_idx[self.candidate_row]
+
+
+class CandidateSampler:
+    """Draws candidates for the rows of one log.
+
+    Args:
+        log: train rows; popularity and log_q come from these only.
+        settings: sources and their sizes.
+        log_q_strength: 1 for the full correction, 0 for none.
+    """
+
+    def __init__(
+        self, log: EncodedLog, settings: NegativesSettings, *, log_q_strength: float = 1.0
+    ) -> None:
+        self.settings = settings
+        self.strength = log_q_strength
+        self.num_items, self.num_rows = log.num_items, len(log)
+        counts = log.item_counts()
+        self.counts = counts.float()
+        if settings.popularity is not None:
+            power = counts.double().pow(settings.popularity.alpha)
+            power[counts == 0] = 0.0
+            self.cumulative = power.cumsum(0) / power.sum()
+            self.share = (power / power.sum()).float()
+
+    def draw(
+        self,
+        positives: Tensor,
+        generator: torch.Generator,
+        *,
+        in_batch_counts: tuple[Tensor, int] | None = None,
+    ) -> Candidates:
+        """Candidates for a batch.
+
+        Args:
+            positives: int64 [B] item of each row.
+            generator: on the device of the log.
+            in_batch_counts: (items of the rows that the batch was drawn from, their number), when
+                that is not the whole log.
+        """
+        drawn = self._draws(generator, positives.device)
+        num_draws = len(drawn)
+        merged = torch.cat([drawn, positives])
+        item_idx, inverse = torch.unique(merged, return_inverse=True)
+        counted = inverse if self.settings.in_batch else inverse[:num_draws]
+        draws = torch.bincount(counted, minlength=len(item_idx))
+        expected = self._expected(item_idx, len(positives), in_batch_counts)
+        candidate_row = None
+        if not self.settings.in_batch:
+            candidate_row = draws.nonzero().squeeze(1)
+            draws, expected = draws[candidate_row], expected[candidate_row]
+        log_weights = draws.float().log() - self.strength * expected.log()
+        return Candidates(item_idx, inverse[num_draws:], candidate_row, log_weights)
+
+    def everything(self, positives: Tensor) -> Candidates:
+        """All items as candidates: the full softmax."""
+        item_idx = torch.arange(self.num_items, device=positives.device)
+        return Candidates(
+            item_idx, positives, None, torch.zeros(len(item_idx), device=item_idx.device)
+        )
+
+    def _draws(self, generator: torch.Generator, device: torch.device) -> Tensor:
+        """int64 [N]: uniform draws, then draws by popularity."""
+        parts = []
+        if self.settings.uniform:
+            size = (self.settings.uniform,)
+            parts.append(torch.randint(self.num_items, size, generator=generator, device=device))
+        if self.settings.popularity is not None:
+            size = (self.settings.popularity.count,)
+            points = torch.rand(size, generator=generator, device=device, dtype=torch.float64)
+            # A point above the last sum (rounding) would name a row past the end.
+            rows = torch.searchsorted(self.cumulative, points, right=True)
+            parts.append(rows.clamp(max=self.num_items - 1))
+        if not parts:
+            return torch.empty(0, dtype=torch.int64, device=device)
+        return torch.cat(parts)
+
+    def _expected(
+        self, item_idx: Tensor, batch_size: int, in_batch_counts: tuple[Tensor, int] | None
+    ) -> Tensor:
+        """Expected count of each item under all sources together, float32 [U].
+
+        In-batch: given that a row is in the batch, the other B - 1 are a uniform sample of the
+        other n - 1 rows, so an item of count n_j that is not the row's positive is expected
+        (B - 1)·n_j / (n - 1) times.
+        """
+        expected = torch.zeros(len(item_idx), device=item_idx.device)
+        if self.settings.uniform:
+            expected += self.settings.uniform / self.num_items
+        if self.settings.popularity is not None:
+            expected += self.settings.popularity.count * self.share[item_idx]
+        if self.settings.in_batch:
+            if in_batch_counts is None:
+                counts, num_rows = self.counts[item_idx], self.num_rows
+            else:
+                pool, num_rows = in_batch_counts
+                counts = torch.bincount(pool, minlength=self.num_items)[item_idx].float()
+            expected += (batch_size - 1) / max(num_rows - 1, 1) * counts
+        return expected.clamp_min(1e-12)
+
+
+def require_negatives(settings: NegativesSettings, log: EncodedLog) -> None:
+    """Refuse a configuration that leaves a row without any negative.
+
+    Raises:
+        ConfigError: only in-batch negatives, and one item or one row.
+    """
+    only_in_batch = settings.uniform == 0 and settings.popularity is None
+    if only_in_batch and (len(log) < 2 or int((log.item_counts() > 0).sum()) < 2):
+        raise ConfigError(
+            "in-batch negatives need at least 2 rows on 2 items; add negatives.uniform or more data"
+        )

@@ -1,0 +1,90 @@
+"""Forward pass of one step: candidates, towers, masks, loss.
+
+Shape letters: B positives of a step, C candidates, D dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recclr.batches import Batch
+from recclr.data.log import EncodedLog
+from recclr.kernels import masked_logsumexp
+from recclr.known_positives import KnownPositives
+from recclr.losses import contrastive_loss, weighted_mean
+from recclr.negatives import Candidates, CandidateSampler
+from recclr.order import generator
+from recclr.parts import Rows
+from recclr.settings import LossSettings, NegativesSettings
+from recclr.towers import TwoTower
+
+_NEGATIVES, _DROPOUT = 11, 12
+
+
+@dataclass
+class StepStats:
+    """What a step reports: loss is a tensor so that reading it, a host sync, stays optional."""
+
+    loss: Tensor
+    num_candidates: int
+    num_masked: int
+    num_rows: int
+
+
+class Objective:
+    """Forward pass of one step: candidates, towers, masks, loss.
+
+    Args:
+        log: train rows on the training device.
+    """
+
+    def __init__(
+        self,
+        log: EncodedLog,
+        loss: LossSettings,
+        negatives: NegativesSettings,
+        *,
+        seed: int,
+        bfloat16: bool = False,
+    ) -> None:
+        self.loss, self.seed, self.bfloat16 = loss, seed, bfloat16
+        self.device = log.item_idx.device
+        self.sampler = CandidateSampler(log, negatives, log_q_strength=loss.log_q_strength)
+        self.known_positives = KnownPositives(log, only_own=not loss.mask_known_positives)
+
+    def __call__(self, model: TwoTower, batch: Batch, step: int) -> StepStats:
+        candidates = self._candidates(batch, step)
+        draws = generator(self.device, self.seed, step, _DROPOUT)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            queries = model.embed_users(Rows(batch.user_idx, batch.user_at, batch.item_idx, draws))
+            items = model.embed_items(Rows(candidates.item_idx, batch.item_at, None, draws))
+        # Loss in float32 whatever the towers compute in.
+        queries, items = queries.float() / model.temperature(), items.float()
+        positives = items.index_select(0, candidates.positive_row)
+        rows = candidates.candidate_row
+        mask = self.known_positives.mask(batch.user_idx, batch.item_idx, candidates.candidate_idx)
+        log_partition = masked_logsumexp(
+            queries,
+            items if rows is None else items.index_select(0, rows),
+            candidates.log_weights,
+            mask,
+        )
+        loss_B = contrastive_loss(
+            (queries * positives).sum(1),
+            log_partition,
+            second_temperature=self.loss.second_temperature,
+        )
+        loss = weighted_mean(loss_B, batch.weight)
+        return StepStats(loss, len(candidates.log_weights), len(mask), len(batch.user_idx))
+
+    def _candidates(self, batch: Batch, step: int) -> Candidates:
+        if self.loss.kind == "full_softmax":
+            return self.sampler.everything(batch.item_idx)
+        return self.sampler.draw(
+            batch.item_idx,
+            generator(self.device, self.seed, step, _NEGATIVES),
+            in_batch_counts=None if batch.pool is None else (batch.pool, len(batch.pool)),
+        )

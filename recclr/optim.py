@@ -1,0 +1,171 @@
+"""Embedding tables and their optimisers: only touched rows move, duplicates are summed first.
+
+A dense optimiser reads and writes the whole table in every step (32 bytes per row and dimension);
+these cost what the batch touches. Every update is deterministic: gradients of one row are summed
+in the order of the lookups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from recclr.errors import CheckpointError
+
+TableOptimizerKind = Literal["adam", "rowwise_adam", "rowwise_adagrad", "sgd"]
+
+_BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
+
+
+class Table(nn.Module):
+    """An embedding table whose gradient exists only for the rows that were looked up.
+
+    Attributes:
+        weight: float32 [num_rows, dim]. Autograd does not see it; ``lookups`` do.
+        lookups: (row numbers int64 [M], leaf [M, dim]) of the current step, for the optimiser.
+    """
+
+    def __init__(self, num_rows: int, dim: int, *, std: float, generator: torch.Generator) -> None:
+        super().__init__()
+        weight = torch.empty(num_rows, dim).normal_(0.0, std, generator=generator)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.lookups: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def dim(self) -> int:
+        return int(self.weight.shape[1])
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Vectors of ``rows`` (int64 [M], repeats allowed), float32 [M, dim]."""
+        vectors = self.weight.index_select(0, rows)
+        if torch.is_grad_enabled() and self.training:
+            vectors.requires_grad_(True)
+            self.lookups.append((rows, vectors))
+        return vectors
+
+    def bag(self, values: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Sum, or weighted sum, of the vectors of each bag, float32 [M, dim]; zero if empty.
+
+        Args:
+            values: int64 [nnz] row numbers. offsets: int64 [M] start of each bag.
+            weights: float32 [nnz].
+        """
+        rows, inverse = torch.unique(values, return_inverse=True)
+        vectors = self(rows)
+        if not len(values):
+            return vectors.new_zeros((len(offsets), self.dim))
+        bags: Tensor = nn.functional.embedding_bag(
+            inverse, vectors, offsets, mode="sum", per_sample_weights=weights
+        )
+        return bags
+
+
+class TableOptimizer:
+    """Row-wise optimiser of several tables.
+
+    * ``adam``: Adam (Kingma and Ba 2015) on touched rows; moments and the bias correction count a
+      row's own updates, so a rare row's first step has the size of any first step.
+    * ``rowwise_adam``: as above with one second moment per row (mean square over the row).
+    * ``rowwise_adagrad``: one accumulator per row, the default of large recommenders (DLRM).
+    * ``sgd``: none.
+
+    Args:
+        tables: by name; names key the state of ``state_dict``.
+    """
+
+    def __init__(self, tables: Mapping[str, Table], kind: TableOptimizerKind) -> None:
+        self.tables = dict(tables)
+        self.kind = kind
+        self.state = {name: self._fresh(table.weight) for name, table in self.tables.items()}
+
+    def _fresh(self, weight: Tensor) -> dict[str, Tensor]:
+        rows = weight.shape[0]
+        full, row = torch.zeros_like(weight), weight.new_zeros((rows, 1))
+        return {
+            "adam": {"first": full, "second": torch.zeros_like(weight), "count": row},
+            "rowwise_adam": {"first": full, "second": row, "count": weight.new_zeros((rows, 1))},
+            "rowwise_adagrad": {"second": row},
+            "sgd": {},
+        }[self.kind]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Apply and forget the lookups of this step. ``lr``: absolute learning rate."""
+        for name, table in self.tables.items():
+            rows, grad = _summed(table)
+            if rows is not None and grad is not None:
+                self._update(table.weight, self.state[name], rows, grad, lr)
+
+    def _update(
+        self, weight: Tensor, state: dict[str, Tensor], rows: Tensor, grad: Tensor, lr: float
+    ) -> None:
+        if self.kind == "sgd":
+            weight.index_add_(0, rows, grad, alpha=-lr)
+            return
+        if self.kind == "rowwise_adagrad":
+            second = state["second"].index_select(0, rows) + grad.square().mean(1, keepdim=True)
+            state["second"].index_copy_(0, rows, second)
+            weight.index_add_(0, rows, grad / second.sqrt().add_(_EPSILON), alpha=-lr)
+            return
+        count = state["count"].index_select(0, rows) + 1
+        first = state["first"].index_select(0, rows).lerp_(grad, 1 - _BETA_1)
+        square = grad.square()
+        if self.kind == "rowwise_adam":
+            square = square.mean(1, keepdim=True)
+        second = state["second"].index_select(0, rows).lerp_(square, 1 - _BETA_2)
+        state["count"].index_copy_(0, rows, count)
+        state["first"].index_copy_(0, rows, first)
+        state["second"].index_copy_(0, rows, second)
+        scale = (1 - _BETA_2**count).sqrt_().div_(1 - _BETA_1**count)
+        update = first.mul_(scale).div_(second.sqrt_().add_(_EPSILON))
+        weight.index_add_(0, rows, update, alpha=-lr)
+
+    def forget(self) -> None:
+        """Drop lookups without a step (an evaluation that tracked gradients, an aborted step)."""
+        for table in self.tables.values():
+            table.lookups.clear()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat tensors, "table/field"."""
+        return {
+            f"{name}/{key}": value
+            for name, part in self.state.items()
+            for key, value in part.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore in place.
+
+        Raises:
+            CheckpointError: the state is of another optimiser or of other tables.
+        """
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            raise CheckpointError(
+                f"the checkpoint holds optimiser state {sorted(state)}, this run needs "
+                f"{sorted(own)}; was train.table_optimizer changed?"
+            )
+        for name, value in state.items():
+            if own[name].shape != value.shape:
+                raise CheckpointError(
+                    f"optimiser state {name}: expected shape {tuple(own[name].shape)}, found "
+                    f"{tuple(value.shape)}"
+                )
+            own[name].copy_(value)
+
+
+def _summed(table: Table) -> tuple[Tensor | None, Tensor | None]:
+    """Distinct rows of this step's lookups and the sum of their gradients."""
+    parts = [(rows, vectors.grad) for rows, vectors in table.lookups if vectors.grad is not None]
+    table.lookups.clear()
+    if not parts:
+        return None, None
+    all_rows = torch.cat([rows for rows, _ in parts])
+    grads = torch.cat([grad for _, grad in parts if grad is not None])
+    rows, inverse = torch.unique(all_rows, return_inverse=True)
+    if len(rows) == len(all_rows):
+        return all_rows, grads
+    return rows, grads.new_zeros((len(rows), grads.shape[1])).index_add_(0, inverse, grads)

@@ -1,0 +1,85 @@
+"""Row-wise updates for tables, AdamW for dense layers, one learning-rate schedule over both."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from recclr.optim import TableOptimizer
+from recclr.settings import TrainSettings
+from recclr.towers import TwoTower
+
+
+class Optimizers:
+    """Row-wise updates for tables, AdamW for the rest, one schedule over both."""
+
+    def __init__(self, model: TwoTower, settings: TrainSettings, total_steps: int) -> None:
+        self.settings, self.total_steps = settings, total_steps
+        self.tables = TableOptimizer(model.tables(), settings.table_optimizer)
+        self.dense = model.dense_parameters()
+        self.adamw = None
+        if self.dense:
+            # The temperature is a scale, not a weight: decay would pull it towards 1.
+            decayed = [p for name, p in self.dense.items() if p.ndim > 1]
+            plain = [p for name, p in self.dense.items() if p.ndim <= 1]
+            groups = [
+                {"params": decayed, "weight_decay": settings.weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+            ]
+            self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.dense_lr)
+
+    def rate(self, step: int) -> float:
+        """Share of the peak rate at a step: linear warm-up, then decay to ``final_lr``."""
+        settings = self.settings
+        warmup = settings.warmup * self.total_steps
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = min((step - warmup) / max(self.total_steps - warmup, 1), 1.0)
+        left = {
+            "linear": 1 - done,
+            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+            "none": 1.0,
+        }[settings.decay]
+        return settings.final_lr + (1 - settings.final_lr) * left
+
+    def step(self, step: int) -> None:
+        rate = self.rate(step)
+        self.tables.step(self.settings.table_lr * rate)
+        if self.adamw is not None:
+            if self.settings.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.dense.values(), self.settings.clip_norm)
+            for group in self.adamw.param_groups:
+                group["lr"] = self.settings.dense_lr * rate
+            self.adamw.step()
+            self.adamw.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat tensors: tables, and AdamW's moments by parameter name."""
+        state = {f"tables/{name}": value for name, value in self.tables.state_dict().items()}
+        if self.adamw is not None:
+            for name, parameter in self.dense.items():
+                for key, value in self.adamw.state.get(parameter, {}).items():
+                    state[f"dense/{name}/{key}"] = torch.as_tensor(value)
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        prefix = "tables/"
+        self.tables.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        )
+        if self.adamw is None:
+            return
+        for name, parameter in self.dense.items():
+            own = {
+                key: state[f"dense/{name}/{key}"]
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"dense/{name}/{key}" in state
+            }
+            if own:
+                # "step" stays on the CPU, where AdamW counts.
+                self.adamw.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter.device).clone()
+                    for key, value in own.items()
+                }

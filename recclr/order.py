@@ -1,0 +1,75 @@
+"""Counter-based order and randomness: the whole state of the loader is (seed, epoch, position).
+
+Nothing here remembers anything. The row at a position of an epoch, and every random draw made for
+it, follow from the three integers, so a resumed run is the uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK_64 = (1 << 64) - 1
+_ROUNDS = 4
+
+
+def mix(*keys: int) -> int:
+    """Hash integers to one of 63 bits (SplitMix64 finaliser, Steele et al. 2014, per key)."""
+    state = 0x9E3779B97F4A7C15
+    for key in keys:
+        state = (state ^ (key & _MASK_64)) * 0xBF58476D1CE4E5B9 & _MASK_64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK_64
+        state ^= state >> 31
+    return state >> 1
+
+
+def generator(device: torch.device | str, *keys: int) -> torch.Generator:
+    """A generator that starts at the state named by ``keys``, for example (seed, epoch, step)."""
+    return torch.Generator(device=device).manual_seed(mix(*keys))
+
+
+def permuted(positions: Tensor, size: int, *keys: int) -> Tensor:
+    """Where a keyed permutation of ``range(size)`` sends ``positions``.
+
+    A generalised Feistel network over a·b >= size with a ≈ b ≈ √size, and cycle walking for the few
+    values beyond (Black and Rogaway 2002): a bijection without an array of ``size`` entries.
+
+    Args:
+        positions: int64 [M], each in [0, size).
+        size: number of rows, at least 1 and below 2^60.
+        keys: name the permutation, for example (seed, epoch).
+
+    Returns:
+        int64 [M], distinct for distinct positions.
+    """
+    high = max(1, math.isqrt(size))
+    low = -(-size // high)
+    round_keys = [mix(*keys, number) & 0x7FFFFFFF for number in range(_ROUNDS)]
+    result = _feistel(positions, high, low, round_keys)
+    outside = (result >= size).nonzero().squeeze(1)
+    while len(outside):
+        # At most one value in √size lies outside, so this ends at once.
+        result[outside] = _feistel(result[outside], high, low, round_keys)
+        outside = outside[result[outside] >= size]
+    return result
+
+
+def _feistel(values: Tensor, high: int, low: int, round_keys: list[int]) -> Tensor:
+    """A bijection of [0, high·low): the two digits are shifted by hashes of each other in turn."""
+    left = values // low
+    right = values - left * low
+    for number, key in enumerate(round_keys):
+        if number % 2 == 0:
+            left = (left + _hash(right, key)) % high
+        else:
+            right = (right + _hash(left, key)) % low
+    return left * low + right
+
+
+def _hash(values: Tensor, key: int) -> Tensor:
+    """Scramble int64 below 2^30 to int64 below 2^31; every product stays below 2^62."""
+    mixed = ((values + key) & 0x7FFFFFFF) * 0x45D9F3B
+    mixed = ((mixed >> 16) ^ mixed) & 0x7FFFFFFF
+    return ((mixed * 0x119DE1F3) >> 20) & 0x7FFFFFFF

@@ -1,0 +1,265 @@
+"""What a tower adds up: one part per id, feature or history, each giving [M, D].
+
+Shape letters: M rows asked for, D embedding dimension, W width of a dense feature.
+
+A part gets ``Rows``: the entities and the moment they are seen at. Row ``num_rows`` of every table
+is the entity nothing is known of; each part has a learned vector for it, and dropout trains that
+vector by showing it in place of known ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from recclr.data.log import CategoricalColumn, Csr, RaggedColumn
+from recclr.optim import Table
+from recclr.statistics import DAY_S, TimeIndex, statistics_at, statistics_width
+
+_HIDDEN = 32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Entities as a tower is asked for them.
+
+    Attributes:
+        idx: int64 [M]; at or above the number of entities: unknown.
+        at: int64 seconds, scalar or [M]; None in a log without time.
+        without: int64 [M] item left out of the row's own history (its target), or None.
+        generator: source of dropout; None at inference, when nothing is dropped.
+    """
+
+    idx: Tensor
+    at: Tensor | None = None
+    without: Tensor | None = None
+    generator: torch.Generator | None = None
+
+    def dropped(self, probability: float) -> Tensor | None:
+        """Bool [M]: rows whose part is hidden in this step; None for none."""
+        if self.generator is None or probability == 0.0:
+            return None
+        draws = torch.rand(len(self.idx), generator=self.generator, device=self.idx.device)
+        return draws < probability
+
+
+class IdPart(nn.Module):
+    """The id embedding. Table row 0 is the unknown id, row i + 1 entity i.
+
+    Args:
+        known: bool [num_rows]: entities with a train interaction.
+        first_seen: int64 [num_rows] seconds: with it, an id counts only after that moment.
+    """
+
+    known: Tensor
+    first_seen: Tensor | None
+
+    def __init__(
+        self, table: Table, known: Tensor, *, dropout: float, first_seen: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.table = table
+        self.dropout = dropout
+        beyond = torch.zeros(1, dtype=torch.bool)
+        self.register_buffer("known", torch.cat([known, beyond]), persistent=False)
+        self.register_buffer("first_seen", first_seen, persistent=False)
+        # Without any unknown row to serve the lookup is the bare table (the fast path).
+        self.always = bool(known.all()) and dropout == 0.0 and first_seen is None
+
+    def forward(self, rows: Rows) -> Tensor:
+        num_rows = len(self.known) - 1
+        if self.always and rows.generator is not None:
+            return _vectors(self.table, rows.idx + 1)
+        idx = rows.idx.clamp(max=num_rows)
+        known = self.known[idx]
+        if self.first_seen is not None and rows.at is not None:
+            known = known & (self.first_seen[idx.clamp(max=num_rows - 1)] < rows.at)
+        hidden = rows.dropped(self.dropout)
+        if hidden is not None:
+            known = known & ~hidden
+        return _vectors(self.table, torch.where(known, idx + 1, 0))
+
+
+class CategoryPart(nn.Module):
+    """One category per entity; table row 0 is missing or unknown."""
+
+    idx: Tensor
+
+    def __init__(self, table: Table, column: CategoricalColumn, *, dropout: float) -> None:
+        super().__init__()
+        self.table = table
+        self.dropout = dropout
+        idx = torch.cat([column.idx.long(), torch.zeros(1, dtype=torch.int64)])
+        self.register_buffer("idx", idx, persistent=False)
+
+    def forward(self, rows: Rows) -> Tensor:
+        idx = self.idx[rows.idx.clamp(max=len(self.idx) - 1)]
+        hidden = rows.dropped(self.dropout)
+        return _vectors(self.table, idx if hidden is None else idx.masked_fill(hidden, 0))
+
+
+class BagPart(nn.Module):
+    """Mean over any number of categories; the last table row stands for none."""
+
+    offsets: Tensor
+    values: Tensor
+
+    def __init__(self, table: Table, column: RaggedColumn, *, dropout: float) -> None:
+        super().__init__()
+        self.table = table
+        self.dropout = dropout
+        offsets = torch.cat([column.csr.offsets, column.csr.offsets[-1:]])
+        self.register_buffer("offsets", offsets, persistent=False)
+        self.register_buffer("values", column.csr.values, persistent=False)
+
+    def forward(self, rows: Rows) -> Tensor:
+        csr = Csr(self.offsets, self.values)
+        bags = csr.take(rows.idx.clamp(max=csr.num_rows - 1))
+        return _pooled_or_missing(self.table, bags, None, rows.dropped(self.dropout))
+
+
+class DensePart(nn.Module):
+    """A fixed vector per entity through a small network, or one linear layer if it is wide."""
+
+    values: Tensor
+
+    def __init__(self, values: Tensor, dim: int, *, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.register_buffer("values", values, persistent=False)
+        self.network = _projection(values.shape[1], dim)
+        self.missing = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, rows: Rows) -> Tensor:
+        num_rows = len(self.values)
+        unknown = rows.idx >= num_rows
+        values = self.values[rows.idx.clamp(max=num_rows - 1)].to(self.missing.dtype)
+        hidden = rows.dropped(self.dropout)
+        absent = unknown if hidden is None else unknown | hidden
+        return torch.where(absent[:, None], self.missing, self.network(values))
+
+
+class StatisticsPart(nn.Module):
+    """Counts, age and time since last seen, as they stood at ``Rows.at``."""
+
+    def __init__(
+        self, index: TimeIndex, dim: int, *, windows_d: tuple[float, ...], age: bool, dropout: float
+    ) -> None:
+        super().__init__()
+        self.index, self.windows_d, self.age, self.dropout = index, windows_d, age, dropout
+        self.network = _projection(statistics_width(windows_d, age), dim)
+        self.missing = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, rows: Rows) -> Tensor:
+        assert rows.at is not None, "statistics are only built for logs with time"
+        values = statistics_at(
+            self.index, rows.idx, rows.at, windows_d=self.windows_d, age=self.age
+        )
+        parts: Tensor = self.network(values)
+        hidden = rows.dropped(self.dropout)
+        return parts if hidden is None else torch.where(hidden[:, None], self.missing, parts)
+
+
+class HistoryPart(nn.Module):
+    """The user's items before the moment asked for, pooled with recency weights.
+
+    Pooled as Σ w·v / sqrt(Σ w²), so that the length of the pooled vector does not depend on how
+    many items there are. Point in time: only events strictly before ``at`` count. Without time,
+    all the user's items but the target count.
+
+    Args:
+        table: vectors of items; row i + 1 is item i, row 0 stands for an empty history.
+        user_items: items per user, oldest first. index: their times, in the same order, or None.
+    """
+
+    offsets: Tensor
+    items: Tensor
+
+    def __init__(
+        self,
+        table: Table,
+        user_items: Csr,
+        index: TimeIndex | None,
+        *,
+        length: int,
+        half_life_d: float | None,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.table, self.index = table, index
+        self.length, self.half_life_d, self.dropout = length, half_life_d, dropout
+        offsets = torch.cat([user_items.offsets, user_items.offsets[-1:]])
+        self.register_buffer("offsets", offsets, persistent=False)
+        self.register_buffer("items", user_items.values, persistent=False)
+
+    def forward(self, rows: Rows) -> Tensor:
+        idx = rows.idx.clamp(max=len(self.offsets) - 2)
+        start, stop = self.offsets[idx], self.offsets[idx + 1]
+        if self.index is not None and rows.at is not None:
+            known = idx < len(self.index.first_seen)
+            rank = self.index.rank(torch.where(known, idx, 0), rows.at)
+            stop = torch.where(known, rank, stop)
+        start = torch.maximum(start, stop - self.length)
+        positions = _ranges(start, stop)
+        items = self.items[positions.values]
+        weights = self._weights(positions, rows)
+        if rows.without is not None and self.index is None:
+            owner = positions.row_numbers()
+            weights = weights * (items != rows.without[owner])
+        bags = Csr(positions.offsets, items + 1)
+        return _pooled_or_missing(self.table, bags, weights, rows.dropped(self.dropout))
+
+    def _weights(self, positions: Csr, rows: Rows) -> Tensor:
+        if self.half_life_d is None or self.index is None or rows.at is None:
+            return torch.ones(len(positions.values), device=rows.idx.device)
+        times = self.index.keys[positions.values] % self.index.span + self.index.origin
+        at = rows.at if rows.at.ndim == 0 else rows.at[positions.row_numbers()]
+        age_d = (at - times).float() / DAY_S
+        return torch.exp2(-age_d / self.half_life_d)
+
+
+def _pooled_or_missing(
+    table: Table, bags: Csr, weights: Tensor | None, hidden: Tensor | None
+) -> Tensor:
+    """Mean (or weighted, see ``HistoryPart``) of each bag; the table's missing row where empty.
+
+    The missing row is 0 for histories (weights given) and the last row for features.
+    """
+    missing_row = 0 if weights is not None else table.weight.shape[0] - 1
+    squares = (
+        torch.ones(len(bags.values), device=bags.values.device) if weights is None else weights**2
+    )
+    total = torch.zeros(bags.num_rows, device=squares.device)
+    total.index_add_(0, bags.row_numbers(), squares)
+    scale = total if weights is None else total.sqrt()
+    pooled = table.bag(bags.values.long(), bags.offsets[:-1], weights)
+    pooled = pooled / scale.clamp_min(1e-12)[:, None]
+    absent = total <= 0
+    if hidden is not None:
+        absent = absent | hidden
+    # Looked up once, whatever the number of empty bags.
+    missing = _vectors(table, torch.tensor([missing_row], device=total.device))
+    return torch.where(absent[:, None], missing, pooled)
+
+
+def _vectors(table: Table, rows: Tensor) -> Tensor:
+    vectors: Tensor = table(rows)
+    return vectors
+
+
+def _ranges(start: Tensor, stop: Tensor) -> Csr:
+    """Row r holds the numbers start[r], …, stop[r] - 1; empty where stop <= start."""
+    lengths = (stop - start).clamp(min=0)
+    offsets = torch.zeros(len(start) + 1, dtype=torch.int64, device=start.device)
+    torch.cumsum(lengths, 0, out=offsets[1:])
+    values = torch.arange(int(offsets[-1]), device=start.device)
+    values += (start - offsets[:-1]).repeat_interleave(lengths, output_size=len(values))
+    return Csr(offsets, values)
+
+
+def _projection(width: int, dim: int) -> nn.Module:
+    if width > _HIDDEN:
+        return nn.Linear(width, dim)
+    return nn.Sequential(nn.Linear(width, _HIDDEN), nn.GELU(), nn.Linear(_HIDDEN, dim))

@@ -1,0 +1,280 @@
+"""Two towers from a configuration, without model code.
+
+A tower is the sum of its parts (``parts``), an optional residual MLP, and normalisation under
+cosine similarity. Any ``nn.Module`` that maps ``Rows`` to float32 [M, D] may take a tower's place.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from recclr.data.log import (
+    CategoricalColumn,
+    DenseColumn,
+    FeatureTable,
+    Prepared,
+    RaggedColumn,
+)
+from recclr.errors import ConfigError
+from recclr.optim import Table
+from recclr.order import generator as keyed_generator
+from recclr.parts import (
+    BagPart,
+    CategoryPart,
+    DensePart,
+    HistoryPart,
+    IdPart,
+    Rows,
+    StatisticsPart,
+)
+from recclr.settings import FeatureSettings, LossSettings, ModelSettings, TowerSettings
+from recclr.statistics import TimeIndex
+
+_CHUNK = 16_384
+
+
+class ResidualBlock(nn.Module):
+    """x + W₂·gelu(W₁·norm(x)); starts as the identity, so a block cannot hurt at first."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.rise = nn.Linear(dim, hidden)
+        self.fall = nn.Linear(hidden, dim)
+        nn.init.zeros_(self.fall.weight)
+        nn.init.zeros_(self.fall.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fall(nn.functional.gelu(self.rise(self.norm(x))))
+        return x + y
+
+
+class Tower(nn.Module):
+    """Sum of parts, residual MLP, coordinate dropout.
+
+    Args:
+        parts: by feature name; each maps ``Rows`` to [M, D].
+    """
+
+    def __init__(
+        self, parts: dict[str, nn.Module], dim: int, *, mlp: tuple[int, ...], dropout: float
+    ) -> None:
+        super().__init__()
+        if not parts:
+            raise ConfigError("a tower needs an id, a feature or a history; all are switched off")
+        # A feature may bear any name, and a module's key may not hold a dot.
+        self.names = tuple(parts)
+        self.parts = nn.ModuleList(parts.values())
+        self.blocks = nn.ModuleList(ResidualBlock(dim, hidden) for hidden in mlp)
+        self.dropout = dropout
+        # Where every part is small this is what all entities share, popularity's direction.
+        self.bias = None if tuple(parts) == ("id",) else nn.Parameter(torch.zeros(dim))
+
+    def forward(self, rows: Rows) -> Tensor:
+        """float32 [M, D], not normalised."""
+        x: Tensor = self.parts[0](rows)
+        for part in list(self.parts)[1:]:
+            x = x + part(rows)
+        if self.bias is not None:
+            x = x + self.bias
+        for block in self.blocks:
+            x = block(x)
+        if rows.generator is not None and self.dropout > 0:
+            draws = torch.rand(x.shape, generator=rows.generator, device=x.device)
+            x = x * (draws >= self.dropout) / (1 - self.dropout)
+        return x
+
+
+class TwoTower(nn.Module):
+    """A user tower and an item tower with their temperature.
+
+    Args:
+        user_tower, item_tower: modules from ``Rows`` to float32 [M, D].
+        num_users, num_items: entities; user rows beyond are unknown users.
+        similarity: ``cosine`` normalises both sides, ``dot`` leaves them.
+    """
+
+    def __init__(
+        self,
+        user_tower: nn.Module,
+        item_tower: nn.Module,
+        *,
+        num_users: int,
+        num_items: int,
+        similarity: str,
+        loss: LossSettings,
+    ) -> None:
+        super().__init__()
+        self.user_tower, self.item_tower = user_tower, item_tower
+        self.num_users, self.num_items = num_users, num_items
+        self.similarity = similarity
+        learned = loss.temperature == "learned"
+        start = loss.initial_temperature if isinstance(loss.temperature, str) else loss.temperature
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(start)), requires_grad=learned)
+        self.bounds = (
+            (math.log(loss.min_temperature), math.log(loss.max_temperature))
+            if learned
+            else (-math.inf, math.inf)
+        )
+
+    def temperature(self) -> Tensor:
+        """Scalar that divides scores, clamped when it is learned."""
+        return self.log_temperature.clamp(*self.bounds).exp()
+
+    def embed_users(self, rows: Rows) -> Tensor:
+        """float32 [M, D]; unit length under cosine."""
+        return self._finish(self.user_tower(rows))
+
+    def embed_items(self, rows: Rows) -> Tensor:
+        """float32 [M, D]; unit length under cosine."""
+        return self._finish(self.item_tower(rows))
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x) if self.similarity == "cosine" else x
+
+    def tables(self) -> dict[str, Table]:
+        """Every embedding table once, by its first name in the module tree."""
+        return {name: part for name, part in self.named_modules() if isinstance(part, Table)}
+
+    def dense_parameters(self) -> dict[str, nn.Parameter]:
+        """Everything trained that is no table."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def all_vectors(self, cutoff: int | None) -> tuple[Tensor, Tensor]:
+        """Vectors of all entities as they stand at the cut-off, in evaluation mode.
+
+        Returns:
+            users float32 [num_users + 1, D], whose last row serves unknown users, and items
+            float32 [num_items, D].
+        """
+        was_training = self.training
+        self.eval()
+        device = self.log_temperature.device
+        at = None if cutoff is None else torch.tensor(cutoff, device=device)
+
+        def embed(tower: nn.Module, count: int) -> Tensor:
+            chunks = torch.split(torch.arange(count, device=device), _CHUNK)
+            return torch.cat([self._finish(tower(Rows(chunk, at))).float() for chunk in chunks])
+
+        vectors = embed(self.user_tower, self.num_users + 1), embed(self.item_tower, self.num_items)
+        self.train(was_training)
+        return vectors
+
+
+def build_model(
+    prepared: Prepared,
+    *,
+    user: TowerSettings,
+    item: TowerSettings,
+    model: ModelSettings,
+    loss: LossSettings,
+    seed: int,
+) -> TwoTower:
+    """Both towers for the given data, freshly initialised on the CPU.
+
+    Raises:
+        ConfigError: a feature needs timestamps that the log lacks, or a tower would be empty.
+    """
+    builder = _Builder(prepared, model, seed)
+    item_tower = builder.tower("item", item, prepared.items)
+    user_tower = builder.tower("user", user, prepared.users)
+    return TwoTower(
+        user_tower,
+        item_tower,
+        num_users=prepared.train.num_users,
+        num_items=prepared.train.num_items,
+        similarity=model.similarity,
+        loss=loss,
+    )
+
+
+class _Builder:
+    """Tables and time indexes that parts of both towers share."""
+
+    def __init__(self, prepared: Prepared, model: ModelSettings, seed: int) -> None:
+        self.log = prepared.train
+        self.dim = model.embedding_dim
+        self.std = model.init_std / math.sqrt(model.embedding_dim)
+        self.generator = keyed_generator("cpu", seed, 0x7AB1E)
+        self.shared: dict[str, Table] = {}
+        self.indexes: dict[str, TimeIndex] = {}
+
+    def table(self, num_rows: int, shared: str | None = None) -> Table:
+        """A fresh table, or the one that bears the shared name."""
+        if shared is not None and shared in self.shared:
+            if self.shared[shared].weight.shape[0] != num_rows:
+                raise ConfigError(
+                    f"shared table {shared!r}: the features that share it differ in kind or "
+                    f"buckets ({self.shared[shared].weight.shape[0]} and {num_rows} rows)"
+                )
+            return self.shared[shared]
+        table = Table(num_rows, self.dim, std=self.std, generator=self.generator)
+        if shared is not None:
+            self.shared[shared] = table
+        return table
+
+    def index(self, side: str) -> TimeIndex:
+        if side not in self.indexes:
+            of = TimeIndex.of_users if side == "user" else TimeIndex.of_items
+            self.indexes[side] = of(self.log)
+        return self.indexes[side]
+
+    def tower(self, side: str, settings: TowerSettings, features: FeatureTable) -> Tower:
+        # Layers draw from torch's global generator when they are made; fork it, seeded by ours.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=self.generator)))
+            parts: dict[str, nn.Module] = {}
+            if settings.id.enabled:
+                parts["id"] = self.id_part(side, settings, features.num_rows)
+            for name, feature in settings.features.items():
+                parts[f"features.{name}"] = self.feature_part(side, name, feature, features)
+            if settings.history is not None:
+                if side == "item":
+                    raise ConfigError("item.history: only users have a history")
+                parts["history"] = self.history_part(settings)
+            return Tower(parts, self.dim, mlp=settings.mlp, dropout=settings.dropout)
+
+    def id_part(self, side: str, settings: TowerSettings, num_rows: int) -> IdPart:
+        counts = self.log.user_counts() if side == "user" else self.log.item_counts()
+        first_seen = self.index(side).first_seen if settings.id.as_of else None
+        table = self.table(num_rows + 1, "item ids" if side == "item" else None)
+        return IdPart(table, counts > 0, dropout=settings.id.dropout, first_seen=first_seen)
+
+    def history_part(self, settings: TowerSettings) -> HistoryPart:
+        assert settings.history is not None
+        rows = self.log.num_items + 1
+        index = self.index("user") if self.log.timestamp is not None else None
+        return HistoryPart(
+            self.table(rows, "item ids" if settings.history.shared else None),
+            self.log.user_items(),
+            index,
+            length=settings.history.length,
+            half_life_d=settings.history.half_life_d,
+            dropout=settings.history.dropout,
+        )
+
+    def feature_part(
+        self, side: str, name: str, feature: FeatureSettings, features: FeatureTable
+    ) -> nn.Module:
+        if feature.kind == "statistics":
+            return StatisticsPart(
+                self.index(side),
+                self.dim,
+                windows_d=feature.windows_d,
+                age=feature.age,
+                dropout=feature.dropout,
+            )
+        column = features.columns[name]
+        if isinstance(column, DenseColumn):
+            return DensePart(column.values, self.dim, dropout=feature.dropout)
+        # One more row than categories: the last one stands for an empty list. A single category
+        # never asks for it, but may share the table with a list.
+        table = self.table(column.cardinality + 1, feature.shared)
+        if isinstance(column, RaggedColumn):
+            return BagPart(table, column, dropout=feature.dropout)
+        assert isinstance(column, CategoricalColumn)
+        return CategoryPart(table, column, dropout=feature.dropout)
