@@ -1,0 +1,177 @@
+"""The steps that decide which rows of a log count, and what each row weighs.
+
+All work on canonical columns: ``user_id``, ``item_id``, and where there are such ``timestamp``
+(Int64 seconds), ``weight`` (Float32), beside columns that start with ``_`` and are dropped at the
+end. Rows are in the order of the log: by time where there is one, else as in the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import polars as pl
+
+from recclr.data.files import closest
+from recclr.errors import ConfigError, DataError
+
+PAIR = ("user_id", "item_id")
+SECONDS_PER_DAY = 86_400
+_SMALLEST_WEIGHT = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """How many rows one step was given and how many it left."""
+
+    name: str
+    rows_in: int
+    rows_out: int
+
+
+class Steps:
+    """Counts the rows of each step and refuses the one that leaves none."""
+
+    def __init__(self) -> None:
+        self.counts: list[StepCount] = []
+
+    def record(self, name: str, rows_in: int, rows_out: int, *, setting: str) -> None:
+        """Note one step.
+
+        Args:
+            name: of the step.
+            rows_in: rows before.
+            rows_out: rows after.
+            setting: the setting to loosen, with its value, for the message.
+
+        Raises:
+            DataError: rows went in and none came out.
+        """
+        self.counts.append(StepCount(name, rows_in, rows_out))
+        if rows_in and not rows_out:
+            raise DataError(
+                f"the step '{name}' left no rows of {rows_in:,}; loosen {setting}, or check that "
+                "it names the right column and values"
+            )
+
+
+def in_log_order(frame: pl.DataFrame, *, heavy_first: bool) -> pl.DataFrame:
+    """Sort by (time, user, item, weight), so that the order of files and rows does not matter.
+
+    Without a time the rows stay as they are. ``heavy_first`` puts the larger weight first among
+    rows of one pair at one moment, which is the one that "keep the first" must then find.
+    """
+    if "timestamp" not in frame.columns:
+        return frame
+    by = [c for c in ("timestamp", "_fraction", *PAIR, "weight") if c in frame.columns]
+    descending = [heavy_first and column == "weight" for column in by]
+    return frame.sort(by, descending=descending, maintain_order=True)
+
+
+def weigh_events(frame: pl.DataFrame, weights: Mapping[str, float]) -> pl.DataFrame:
+    """Keep the event types that have a weight, and multiply it into ``weight``.
+
+    Args:
+        frame: with ``_event``, the type of each row (any type that casts to text).
+        weights: type as text -> weight above 0.
+
+    Raises:
+        DataError: no row is of a type that has a weight.
+    """
+    kinds = frame["_event"].cast(pl.String)
+    table = pl.DataFrame(
+        {"_event": list(weights), "_factor": list(weights.values())},
+        schema={"_event": pl.String, "_factor": pl.Float32},
+    )
+    kept = frame.with_columns(kinds).join(table, on="_event", how="inner", maintain_order="left")
+    if frame.height and not kept.height:
+        found = kinds.drop_nulls().unique().sort().head(10).to_list()
+        near = closest(next(iter(weights)), found)
+        raise DataError(
+            f"no row is of an event type in data.event_weights = {dict(weights)!r}; the column "
+            f"holds {found!r}" + (f"; did you mean {near!r}?" if near else "")
+        )
+    weight = pl.col("_factor")
+    if "weight" in frame.columns:
+        weight = pl.col("weight") * pl.col("_factor")
+    return kept.with_columns(weight.cast(pl.Float32).alias("weight")).drop("_factor")
+
+
+def deduplicate(
+    frame: pl.DataFrame, policy: Literal["first", "last", "sum", "none"]
+) -> pl.DataFrame:
+    """One row per (user, item), the same whatever the order of the input.
+
+    ``first`` and ``last`` go by time; among rows at the same moment, and in a log without time,
+    the largest weight stays. ``sum`` adds the weights (1 each where there are none) and keeps the
+    last moment. The frame must be ``in_log_order`` (``heavy_first`` for ``first``).
+    """
+    if policy == "none":
+        return frame
+    if policy == "sum" and "weight" not in frame.columns:
+        frame = frame.with_columns(pl.lit(1.0, dtype=pl.Float32).alias("weight"))
+    keep: Literal["first", "last"] = "first" if policy == "first" else "last"
+    kept = frame.unique(subset=list(PAIR), keep=keep, maintain_order=True)
+    timeless = "timestamp" not in frame.columns and "weight" in frame.columns
+    if policy != "sum" and not timeless:
+        return kept
+    weight = pl.col("weight").cast(pl.Float64)
+    joined = frame.group_by(PAIR).agg(weight.sum() if policy == "sum" else weight.max())
+    return kept.drop("weight").join(
+        joined.with_columns(pl.col("weight").cast(pl.Float32)),
+        on=list(PAIR),
+        how="left",
+        maintain_order="left",
+    )
+
+
+def k_core(frame: pl.DataFrame, *, min_per_user: int, min_per_item: int) -> pl.DataFrame:
+    """The largest part in which every user and every item has at least so many rows.
+
+    Rows of users and items below their bound go, again and again until none is left below. The
+    result may be empty, and does not depend on the order of rows.
+    """
+    keep = np.arange(frame.height)
+    bounds = (("user_id", min_per_user), ("item_id", min_per_item))
+    codes = [
+        (frame[column].rank("dense").to_numpy().astype(np.int64) - 1, bound)
+        for column, bound in bounds
+        if bound > 1 and frame.height
+    ]
+    before = -1
+    while codes and len(keep) != before:
+        before = len(keep)
+        for code, bound in codes:
+            counts = np.bincount(code[keep]) if len(keep) else np.zeros(0, dtype=np.int64)
+            keep = keep[counts[code[keep]] >= bound]
+    return frame if len(keep) == frame.height else frame[keep]
+
+
+def cap_users(frame: pl.DataFrame, most: int) -> pl.DataFrame:
+    """The last ``most`` rows of each user in log order: the most recent where there is a time."""
+    from_the_end = pl.int_range(pl.len(), 0, -1).over("user_id")
+    return frame.filter(from_the_end <= most)
+
+
+def decay_weights(frame: pl.DataFrame, half_life_d: float) -> pl.DataFrame:
+    """Halve the weight of a row for every ``half_life_d`` days before the last row.
+
+    For train rows only: the last row must be the last that training may know. A weight that
+    underflows becomes the smallest float32 above 0, so that no row vanishes.
+
+    Raises:
+        ConfigError: the log has no time.
+    """
+    if "timestamp" not in frame.columns:
+        raise ConfigError(
+            "data.decay_half_life_d needs a log with times; name their column in "
+            "data.columns.timestamp, or leave the decay out"
+        )
+    age_d = (pl.col("timestamp").max() - pl.col("timestamp")) / SECONDS_PER_DAY
+    weight = (-np.log(2) / half_life_d * age_d).exp()
+    if "weight" in frame.columns:
+        weight = weight * pl.col("weight")
+    floored = weight.clip(lower_bound=_SMALLEST_WEIGHT).cast(pl.Float32)
+    return frame.with_columns(floored.alias("weight"))

@@ -1,0 +1,312 @@
+"""Holding out validation and test rows: by time, by given files, the last rows, or at random.
+
+Every way is independent of the order of rows and files (``leave_last`` without time excepted,
+where that order is the time), and cuts rows into parts without losing or repeating one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from recclr.data.ids import hash_ids, mix
+from recclr.data.interactions import Log, align_logs, read_held_out
+from recclr.errors import ConfigError, DataError
+from recclr.settings import SplitSettings
+
+Parts = tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]
+"""Train, validation and test rows."""
+
+PAIR = ["user_id", "item_id"]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A log in parts.
+
+    Attributes:
+        train: the rows to learn from.
+        valid, test: held-out rows; None where none were asked for.
+        by: ``time``, ``given``, ``leave_last`` or ``random``.
+        cutoffs: ``valid`` / ``test`` -> the first second (UTC) of that part; of splits by time.
+        counts: per part ``rows``, ``users``, ``items``, and for held-out parts, against train
+            alone (``test`` also against train + validation, under ``test_after_refit``):
+            ``unknown_users``, ``unknown_items`` and the ``rows_of_…`` them, and
+            ``rows_also_before``, whose (user, item) is in the earlier rows already. With time
+            also ``rows_before_train_end``, no later than the last earlier row.
+    """
+
+    train: Log
+    valid: Log | None
+    test: Log | None
+    by: str
+    cutoffs: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+def split_log(log: Log, settings: SplitSettings, *, seed: int | None = None) -> Split:
+    """Split as configured.
+
+    Args:
+        log: not empty.
+        settings: the way and the sizes.
+        seed: of the random way; ``settings.seed`` where not given.
+
+    Raises:
+        ConfigError: sizes that make no sense for the way.
+        DataError: no time to split by, an empty part, or held-out rows that are in train as well.
+    """
+    if not len(log):
+        raise DataError("the log has no rows to split")
+    by = settings.by
+    if by == "auto":
+        by = "time" if log.has_time else "random"
+    if seed is not None:
+        settings = replace(settings, seed=seed)
+    ways: dict[str, Callable[[Log, SplitSettings], Split]] = {
+        "time": _by_time,
+        "given": _given,
+        "leave_last": _leave_last,
+        "random": _random,
+    }
+    split = ways[by](log, settings)
+    _refuse_empty(split, settings)
+    return replace(split, counts=_counts(split))
+
+
+# --- by time --------------------------------------------------------------------------------------
+
+
+def _by_time(log: Log, settings: SplitSettings) -> Split:
+    if not log.has_time:
+        raise DataError(
+            "split.by = 'time' needs times, and the log has none; name their column in "
+            "data.columns.timestamp, or set split.by = 'random' or 'leave_last'"
+        )
+    parts, cutoffs = cut_by_time(log.events, valid=settings.valid, test=settings.test)
+    return _of_parts(log, parts, settings, "time", cutoffs)
+
+
+def cut_by_time(events: pl.DataFrame, *, valid: float, test: float) -> tuple[Parts, dict[str, int]]:
+    """Cut at the moments of the rows at the (1 - valid - test) and (1 - test) points.
+
+    All rows of a moment fall on one side: a part begins with the first row *at* its cut-off, so
+    parts may be somewhat larger than asked. A share of 0 gives no rows and no cut-off.
+
+    Args:
+        events: with ``timestamp``, sorted by it, not empty.
+        valid: share of rows, at least 0.
+        test: share of rows, at least 0; together below 1.
+    """
+    time = events["timestamp"]
+    cutoffs: dict[str, int] = {}
+    starts = {"valid": events.height, "test": events.height}
+    for name, share, held in (("test", test, test), ("valid", valid, valid + test)):
+        if share > 0:
+            # 1 - 0.1 - 0.1 is 0.8 and a bit: rounded before it is cut down to whole rows.
+            row = min(math.floor(round(events.height * (1 - held), 6)), events.height - 1)
+            cutoffs[name] = int(time[row])
+            starts[name] = int(time.search_sorted(time[row], side="left"))
+        elif name == "valid":
+            starts["valid"] = starts["test"]
+    first, second = starts["valid"], starts["test"]
+    parts = events[:first], events[first:second], events[second:]
+    return parts, dict(sorted(cutoffs.items(), reverse=True))
+
+
+# --- per user -------------------------------------------------------------------------------------
+
+
+def _leave_last(log: Log, settings: SplitSettings) -> Split:
+    for name in ("valid", "test"):
+        rows = getattr(settings, name)
+        if rows != int(rows):
+            raise ConfigError(
+                f"split.{name} = {rows:g} with split.by = 'leave_last': expected a whole number "
+                f"of rows per user (0 for none), for example split.{name} = 1"
+            )
+    rank = pl.int_range(pl.len(), 0, -1).over("user_id") - 1  # 0 is the user's last row
+    rows = pl.len().over("user_id")
+    test = pl.min_horizontal(pl.lit(int(settings.test)), rows - 1)
+    valid = pl.min_horizontal(pl.lit(int(settings.valid)), rows - 1 - test)
+    return _of_parts(log, _by_rank(log.events, rank, valid, test), settings, "leave_last", {})
+
+
+def _random(log: Log, settings: SplitSettings) -> Split:
+    parts = cut_at_random(log.events, valid=settings.valid, test=settings.test, seed=settings.seed)
+    return _of_parts(log, parts, settings, "random", {})
+
+
+def cut_at_random(events: pl.DataFrame, *, valid: float, test: float, seed: int) -> Parts:
+    """Hold out a share of each user's rows; at least one row of every user stays in train.
+
+    A row's place among its user's rows comes from a hash of (seed, user, item), and a user's
+    fractional row is rounded up or down by a hash of (seed, user): the expected number of held-out
+    rows is the share, also for users with few rows, and rows of other users change nothing.
+
+    Args:
+        events: canonical columns.
+        valid: share of rows, at least 0.
+        test: share of rows, at least 0; together below 1.
+        seed: at least 0.
+    """
+    user = hash_ids(events["user_id"], seed)
+    row = mix(user ^ hash_ids(events["item_id"], seed + 1))
+    frame = events.with_columns(
+        pl.Series("_row", row),
+        pl.Series("_test", _uniform(mix(user ^ np.uint64(1)))),
+        pl.Series("_valid", _uniform(mix(user ^ np.uint64(2)))),
+    )
+    # Equal hashes are rows of one pair; the other columns then decide, not the order of rows.
+    order = ["_row", *(c for c in ("timestamp", "weight") if c in events.columns)]
+    rank = pl.struct(order).rank("ordinal").over("user_id").cast(pl.Int64) - 1
+    rows = pl.len().over("user_id").cast(pl.Int64)
+    num_test = pl.min_horizontal((rows * test + pl.col("_test")).floor().cast(pl.Int64), rows - 1)
+    num_valid = pl.min_horizontal(
+        (rows * valid + pl.col("_valid")).floor().cast(pl.Int64), rows - 1 - num_test
+    )
+    train, held, last = _by_rank(frame, rank, num_valid, num_test)
+    return train.select(events.columns), held.select(events.columns), last.select(events.columns)
+
+
+def _uniform(bits: Any) -> Any:
+    """Float64 in [0, 1) from the upper 53 bits."""
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _by_rank(frame: pl.DataFrame, rank: pl.Expr, valid: pl.Expr, test: pl.Expr) -> Parts:
+    """The first ``test`` ranks to test, the next ``valid`` to validation; order of rows kept."""
+    part = (rank < test).cast(pl.Int8) * 2 + ((rank >= test) & (rank < test + valid)).cast(pl.Int8)
+    which = frame.select(part.alias("part"))["part"]
+    return frame.filter(which == 0), frame.filter(which == 1), frame.filter(which == 2)
+
+
+# --- given files ----------------------------------------------------------------------------------
+
+
+def _given(log: Log, settings: SplitSettings) -> Split:
+    assert settings.test_events is not None
+    test = _read_given(log, settings.test_events, "test")
+    cutoffs: dict[str, int] = {}
+    valid: Log | None = None
+    if settings.valid_events is not None:
+        valid = _read_given(log, settings.valid_events, "valid")
+        train, valid, test = align_logs([log, valid, test])
+        _refuse_leak(train, valid, "valid", settings.valid_events)
+    else:
+        train, test = align_logs([log, test])
+    _refuse_leak(train, test, "test", settings.test_events)
+    if valid is None and settings.valid > 0:
+        if settings.valid >= 1:
+            raise ConfigError(
+                f"split.valid = {settings.valid:g} with split.by = 'given': expected the share of "
+                "train rows to cut for validation, below 1, or split.valid_events"
+            )
+        if train.has_time:
+            parts, cutoffs = cut_by_time(train.events, valid=settings.valid, test=0.0)
+        else:
+            parts = cut_at_random(train.events, valid=settings.valid, test=0.0, seed=settings.seed)
+        train, valid = train.with_events(parts[0]), train.with_events(parts[1])
+    elif valid is not None:
+        _refuse_leak(valid, test, "test", settings.test_events)
+    return Split(train, valid, test, "given", cutoffs)
+
+
+def _read_given(log: Log, path: str, name: str) -> Log:
+    held = read_held_out(log, path)
+    if log.has_time and not held.has_time:
+        raise DataError(
+            f"split.{name}_events: {path} has no times, {log.settings.events} has; write the "
+            "column, or set data.columns.timestamp = '' to leave times out"
+        )
+    if held.has_time and not log.has_time:
+        return held.with_events(held.events.drop("timestamp"))
+    return held
+
+
+def _refuse_leak(before: Log, held: Log, name: str, path: str) -> None:
+    """A pair on both sides is a leak, unless repeats are part of the log."""
+    if before.settings.deduplicate == "none":
+        return
+    mine = pl.int_range(pl.len(), dtype=pl.UInt32).alias("_row")
+    shared = held.events.with_columns(mine).join(before.events, on=PAIR, how="semi")
+    if shared.height:
+        share = shared.height / len(held)
+        raise DataError(
+            f"split.{name}_events: {shared.height:,} of {len(held):,} (user, item) pairs of {path} "
+            f"({share:.1%}) are also in the rows of {before.settings.events}, which makes any "
+            "figure on them worthless; take them out of one side, or set data.deduplicate = "
+            "'none' where repeats are wanted"
+        )
+
+
+# --- what came out --------------------------------------------------------------------------------
+
+
+def _of_parts(
+    log: Log, parts: Parts, settings: SplitSettings, by: str, cutoffs: dict[str, int]
+) -> Split:
+    train, valid, test = (log.with_events(part) for part in parts)
+    return Split(
+        train=train,
+        valid=valid if settings.valid > 0 else None,
+        test=test if settings.test > 0 else None,
+        by=by,
+        cutoffs=cutoffs,
+    )
+
+
+def _refuse_empty(split: Split, settings: SplitSettings) -> None:
+    parts = {"train": split.train, "validation": split.valid, "test": split.test}
+    sizes = {name: len(part) for name, part in parts.items() if part is not None}
+    for name, size in sizes.items():
+        if size:
+            continue
+        told = ", ".join(f"{part} {rows:,} rows" for part, rows in sizes.items())
+        advice = {
+            "time": "too many rows share one moment or the log is too small",
+            "leave_last": "no user has rows enough",
+            "random": "users have too few rows",
+            "given": "the train file is too small for the share",
+        }[split.by]
+        raise DataError(
+            f"the {name} part is empty (split.by = {split.by!r}: {told}): {advice}; change "
+            f"split.valid = {settings.valid:g} or split.test = {settings.test:g}, or split.by"
+        )
+
+
+def _counts(split: Split) -> dict[str, dict[str, int]]:
+    counts = {"train": _sizes(split.train)}
+    known = split.train.events
+    if split.valid is not None:
+        counts["valid"] = _sizes(split.valid) | _against(split.valid.events, known)
+    if split.test is not None:
+        counts["test"] = _sizes(split.test) | _against(split.test.events, known)
+        if split.valid is not None:
+            shared = [c for c in known.columns if c in (*PAIR, "timestamp")]
+            known = pl.concat([known.select(shared), split.valid.events.select(shared)])
+            counts["test_after_refit"] = _sizes(split.test) | _against(split.test.events, known)
+    return counts
+
+
+def _sizes(log: Log) -> dict[str, int]:
+    return {"rows": len(log), "users": log.num_users, "items": log.num_items}
+
+
+def _against(held: pl.DataFrame, known: pl.DataFrame) -> dict[str, int]:
+    """How held-out rows relate to the rows before them."""
+    counts = {}
+    for key, name in (("user_id", "users"), ("item_id", "items")):
+        outside = held.join(known.select(key).unique(), on=key, how="anti")
+        counts[f"unknown_{name}"] = outside[key].n_unique()
+        counts[f"rows_of_unknown_{name}"] = outside.height
+    counts["rows_also_before"] = held.join(known, on=PAIR, how="semi").height
+    if "timestamp" in known.columns:
+        early = held.select(pl.col("timestamp") <= known["timestamp"].max())
+        counts["rows_before_train_end"] = int(early["timestamp"].sum())
+    return counts

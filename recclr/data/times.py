@@ -1,0 +1,151 @@
+"""Timestamps of any common form as whole seconds since 1970, UTC.
+
+Integers say nothing of their unit, but the years 1995 to now fall into ranges of s, ms, us and ns
+that do not touch: the unit is read off the values and said. A column in which two units occur is
+refused, since half of it would silently land in 1970.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import polars as pl
+
+from recclr.errors import DataError
+
+EARLIEST = 788_918_400
+"""1995-01-01 UTC; an earlier event is taken for a mistake."""
+TOLERANCE_S = 86_400
+"""How far beyond now a time may lie: clocks and time zones differ."""
+
+PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+# Tried in turn; text without a zone is UTC. The zone is normalised to +HHMM before.
+_ZONED = ("%Y-%m-%dT%H:%M:%S%.f%z", "%Y-%m-%dT%H:%M%z")
+_NAIVE = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M")
+_INTEGER_TEXT = r"^-?[0-9]{1,18}$"
+
+
+@dataclass(frozen=True, eq=False)
+class Times:
+    """One column of times.
+
+    Attributes:
+        seconds: Int64 [n], UTC; null where the value is missing or unreadable.
+        fraction: Int64 [n] nanoseconds within the second, 0 up to 10^9; only orders the rows.
+        note: how the column was read, for people.
+    """
+
+    seconds: pl.Series
+    fraction: pl.Series
+    note: str
+
+
+def read_times(series: pl.Series, *, unit: str, where: str, now: int | None = None) -> Times:
+    """Convert a column.
+
+    Args:
+        series: integers, floats, text (ISO 8601 or digits), Date or Datetime; naive ones are UTC.
+        unit: ``s``, ``ms``, ``us``, ``ns``, or ``auto`` to detect it from the range.
+        where: table and column, for messages.
+        now: seconds since 1970; the clock where not given.
+
+    Raises:
+        DataError: another type, values in two units, or no value between 1995 and tomorrow.
+    """
+    dtype = series.dtype
+    if dtype == pl.Null:
+        empty = series.cast(pl.Int64)
+        return Times(empty, empty, f"{where}: no value")
+    if dtype == pl.Date:
+        seconds = series.cast(pl.Int64) * 86_400
+        return Times(seconds, seconds * 0, f"{where}: dates, taken at midnight UTC")
+    if isinstance(dtype, pl.Datetime):
+        zone = "UTC" if dtype.time_zone is None else f"{dtype.time_zone}, converted to UTC"
+        seconds, fraction = _cut(series.to_physical(), PER_SECOND[dtype.time_unit])
+        return Times(seconds, fraction, f"{where}: date and time, {zone}")
+    if isinstance(dtype, (pl.String, pl.Categorical, pl.Enum)):
+        text = series.cast(pl.String).str.strip_chars()
+        if not text.drop_nulls().str.contains(_INTEGER_TEXT).all():
+            return _from_text(text, where)
+        series = text.cast(pl.Int64)
+    elif not dtype.is_numeric() or isinstance(dtype, pl.Decimal):
+        raise DataError(f"{where} holds {dtype}; expected times as numbers, text or datetimes")
+    found = unit if unit != "auto" else detect_unit(series, where=where, now=now)
+    seconds, fraction = _cut(series, PER_SECOND[found])
+    how = "as declared" if unit != "auto" else "detected from the values"
+    return Times(seconds, fraction, f"{where}: numbers in {found}, {how}")
+
+
+def latest(now: int | None = None) -> int:
+    """The last second that is not refused as lying in the future."""
+    return int(time.time() if now is None else now) + TOLERANCE_S
+
+
+def detect_unit(series: pl.Series, *, where: str, now: int | None = None) -> str:
+    """``s``, ``ms``, ``us`` or ``ns``: the one unit in which values fall between 1995 and tomorrow.
+
+    Raises:
+        DataError: no unit, or more than one, has such values. A column of nulls is "s".
+    """
+    values = series.drop_nulls()
+    if not len(values):
+        return "s"
+    if values.dtype.is_integer() and values.dtype != pl.UInt64:
+        values = values.cast(pl.Int64)
+    counts = {
+        unit: int(values.is_between(EARLIEST * factor, latest(now) * factor).sum())
+        for unit, factor in PER_SECOND.items()
+    }
+    present = [unit for unit, count in counts.items() if count]
+    if len(present) > 1:
+        mixed = " and ".join(f"{counts[unit]:,} values in {unit}" for unit in present)
+        raise DataError(
+            f"{where} mixes time units: {mixed}; convert them to one unit, or declare "
+            "data.time_unit, after which the others count as impossible times"
+        )
+    if not present:
+        raise DataError(
+            f"{where}: no value is a time between 1995 and now in s, ms, us or ns since 1970 "
+            f"(they run from {values.min()!r} to {values.max()!r}); set data.columns.timestamp to "
+            "the column of times, or to '' for a log without times"
+        )
+    return present[0]
+
+
+def _cut(values: pl.Series, factor: int) -> tuple[pl.Series, pl.Series]:
+    """Whole seconds (rounded down) and the nanoseconds that are left."""
+    if values.dtype.is_float():
+        return _cut_float(values, factor)
+    # Beyond Int64 no unit holds a possible time; null would read as missing, so clip instead.
+    wide = values.clip(upper_bound=2**63 - 1) if values.dtype == pl.UInt64 else values
+    wide = wide.cast(pl.Int64)
+    seconds = wide // factor
+    return seconds, (wide - seconds * factor) * (10**9 // factor)
+
+
+def _cut_float(values: pl.Series, factor: int) -> tuple[pl.Series, pl.Series]:
+    finite = values.cast(pl.Float64).set(~values.is_finite().fill_null(False), None) / factor
+    floor = finite.floor()
+    fraction = ((finite - floor) * 1e9).cast(pl.Int64)
+    return floor.clip(-(2.0**62), 2.0**62).cast(pl.Int64), fraction
+
+
+def _from_text(text: pl.Series, where: str) -> Times:
+    normal = pl.DataFrame({"t": text}).select(
+        pl.col("t")
+        .str.replace(r"^(\d{4}-\d{2}-\d{2})$", "${1}T00:00:00")
+        .str.replace(r"^(\d{4}-\d{2}-\d{2}) +", "${1}T")
+        .str.replace(r"(?i) ?(Z|UTC)$", "+0000")
+        .str.replace(r" ?([+-]\d{2}):?(\d{2})$", "${1}${2}")
+        .str.replace(r"(T.*[+-]\d{2})$", "${1}00")
+    )
+    zoned = [pl.col("t").str.to_datetime(f, time_unit="ns", strict=False) for f in _ZONED]
+    naive = [
+        pl.col("t").str.to_datetime(f, time_unit="ns", time_zone="UTC", strict=False)
+        for f in _NAIVE
+    ]
+    parsed = normal.select(pl.coalesce(*zoned, *naive))["t"]
+    seconds, fraction = _cut(parsed.to_physical(), PER_SECOND["ns"])
+    return Times(seconds, fraction, f"{where}: ISO 8601 text; UTC where no zone is given")
