@@ -1,7 +1,8 @@
-"""The one writer: a file or a folder appears whole, durable and under its name, or not at all.
+"""The one writer: files and folders appear whole or not at all.
 
-Everything is written to a temporary sibling, fsynced, and renamed; the parent folder is fsynced
-after the rename, so that a power cut cannot leave a name without its bytes.
+Everything is written to a temporary sibling, flushed to the disk, and renamed; a process that is
+killed at any point leaves the old version whole. ``RECCLR_FAULT`` lets tests stop the program at
+exactly such a point.
 """
 
 from __future__ import annotations
@@ -10,185 +11,224 @@ import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import signal
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from recclr.errors import ConfigError, StoreError
+from recclr.errors import ConfigError, RecclrError, StoreError
 
-_TEMPORARY = ".tmp-"
-_fault_counts: dict[str, int] = {}
-
-
-def fault_point(name: str) -> None:
-    """Do what the environment asks for at a named point; nothing in normal use.
-
-    ``RECCLR_FAULT=point:count:action`` makes the count-th pass through ``point`` either ``kill``
-    the process (SIGKILL), send it ``term`` or raise ``enospc``. For tests of crash safety.
-    """
-    wanted = os.environ.get("RECCLR_FAULT")
-    if not wanted:
-        return
-    point, _, rest = wanted.partition(":")
-    if point != name:
-        return
-    count, _, action = rest.partition(":")
-    _fault_counts[name] = _fault_counts.get(name, 0) + 1
-    if _fault_counts[name] != int(count):
-        return
-    if action == "enospc":
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    os.kill(os.getpid(), signal.SIGTERM if action == "term" else signal.SIGKILL)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+_SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
+_ERRNOS = {"enospc": errno.ENOSPC, "eacces": errno.EACCES, "eio": errno.EIO}
+_reached: dict[str, int] = {}
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` in one rename.
+    """Write ``data`` to ``path``, replacing what was there in one rename.
+
+    Args:
+        path: parents are made. data: may be empty.
 
     Raises:
-        StoreError: no space or no permission; ``path`` is as it was.
+        StoreError: no space, or the disk failed. ConfigError: no permission, or not a place for a
+        file. Whatever was at ``path`` is untouched then.
     """
-    with _explained(path):
+    with clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+        temporary = _sibling(path)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "xb") as file:
+                fault_point("file.write")
                 file.write(data)
-                fault_point("files.write")
                 file.flush()
                 os.fsync(file.fileno())
-            # mkstemp makes private files; results of a run are as public as their folder.
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
+            fault_point("file.rename")
+            os.replace(temporary, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        _fsync(path.parent)
 
 
-def write_json_atomic(path: Path, value: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Replace ``path`` by readable JSON; NaN and infinities are refused (ValueError)."""
-    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    write_bytes_atomic(path, text.encode("utf-8"))
+def write_json_atomic(path: Path, value: Any) -> None:
+    """As ``write_bytes_atomic``; UTF-8, indented, keys in the caller's order.
+
+    Raises:
+        ValueError: a NaN or infinity, which is not JSON.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes_atomic(path, (text + "\n").encode())
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling of ``path`` to fill; it takes the name when the block ends well.
+    """A temporary sibling folder to fill, which becomes ``path`` when the block ends well.
+
+    On the way it is flushed to the disk. If the block raises, the folder is removed. What an
+    earlier process left behind for the same ``path`` when it was killed is removed at the start.
 
     Raises:
-        StoreError: ``path`` exists, no space, or no permission; nothing of it is left.
+        StoreError: ``path`` exists already, there is no space, or the disk failed.
+        ConfigError: no permission.
     """
-    with _explained(path):
-        if path.exists():
-            raise StoreError(f"{path} exists already; choose another name or remove it")
+    if os.path.lexists(path):
+        raise StoreError(f"{path} exists already; a finished folder is never overwritten")
+    with clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{path.name}-", dir=path.parent))
+        for left in path.parent.glob(f".{_escaped(path.name)}.tmp-*"):
+            _remove(left)
+        temporary = _sibling(path)
+        temporary.mkdir()
         try:
             yield temporary
-            for inner, _, names in os.walk(temporary):
-                for name in names:
-                    _sync_file(Path(inner) / name)
-                sync_folder(Path(inner))
-            temporary.chmod(0o777 & ~_umask())
-            temporary.rename(path)
+            _fsync_tree(temporary)
+            fault_point("folder.rename")
+            os.rename(temporary, path)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
             raise
-        sync_folder(path.parent)
+        _fsync(path.parent)
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_pointer(path: Path, name: str) -> None:
-    """Make ``path`` name a sibling; readers see the old or the new name."""
-    write_bytes_atomic(path, f"{name}\n".encode())
-
-
 def read_pointer(path: Path) -> str | None:
-    """The sibling that ``path`` names, or None where there is no pointer or it is not a name."""
+    """The plain name that a pointer file holds, None where there is no such file.
+
+    Raises:
+        StoreError: the file holds anything but one plain name, such as a path out of its folder.
+    """
     try:
-        name = path.read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+        with open(path, "rb") as file:
+            name = file.read(1024).decode("utf-8", "replace").strip()
+    except FileNotFoundError:
         return None
-    return name if name and Path(name).name == name and name not in (".", "..") else None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+    if not _NAME.fullmatch(name):
+        raise StoreError(
+            f"{path} should hold the plain name of a folder beside it, found {name[:80]!r}; "
+            "it was not written by recclr, or was damaged"
+        )
+    return name
+
+
+def write_pointer(path: Path, name: str) -> None:
+    """Point ``path`` at ``name`` in one rename.
+
+    Raises:
+        ConfigError: ``name`` is not a plain name of letters, digits, '.', '_' and '-'.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{path.name} can only point at a plain name (letters, digits, '.', '_', '-'), "
+            f"found {name!r}"
+        )
+    write_bytes_atomic(path, (name + "\n").encode())
 
 
 def require_space(path: Path, num_bytes: int) -> None:
-    """Refuse early what would not fit.
+    """Refuse early if the disk of ``path`` (which need not exist yet) lacks ``num_bytes``.
 
     Raises:
-        StoreError: the disk of ``path`` (or of its nearest existing parent) has less room.
+        StoreError: too little space.
     """
-    folder = path
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    with clear_errors(path):
+        free = shutil.disk_usage(place).free
     if free < num_bytes:
         raise StoreError(
-            f"{path}: needs about {num_bytes / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB "
-            "left; free some space or choose another folder"
+            f"{path} needs about {num_bytes / 1e6:,.0f} MB, but its disk has "
+            f"{free / 1e6:,.0f} MB free; free some space or choose another place"
         )
 
 
-def require_writable(folder: Path) -> None:
-    """Create ``folder`` if need be, and prove that a file can be written there.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=_TEMPORARY, dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to {folder}: {error.strerror or error}; choose another folder "
-            "or change its permissions"
-        ) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames within ``folder`` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    # The mask can only be read by setting it.
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn the system's refusal into a message that says what to do."""
+def clear_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of writing at ``path`` into an error that says what to do."""
     try:
         yield
+    except RecclrError:
+        raise
     except OSError as error:
-        reasons = {
-            errno.ENOSPC: "no space is left on the disk; free some and run again with --resume",
-            errno.EDQUOT: "the disk quota is used up; free some space",
-            errno.EACCES: "no permission; choose another folder or change its permissions",
-            errno.EPERM: "no permission; choose another folder or change its permissions",
-            errno.EROFS: "the file system is read-only; choose another folder",
-        }
-        if error.errno not in reasons:
-            raise
-        raise StoreError(f"cannot write {path}: {reasons[error.errno]}") from error
+        reason = error.strerror or str(error)
+        if error.errno in _NO_SPACE:
+            raise StoreError(
+                f"no space left on the disk of {path} ({reason}); nothing that was there has been "
+                "changed: free some space and run again"
+            ) from error
+        if error.errno in _NO_PERMISSION:
+            raise ConfigError(
+                f"no permission to write {path} ({reason}); choose another place or mend its mode"
+            ) from error
+        if isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError):
+            raise ConfigError(f"{path} cannot be written: {reason}") from error
+        raise StoreError(f"writing {path} failed: {error}") from error
+
+
+def fault_point(name: str) -> None:
+    """Fail here if ``RECCLR_FAULT=point:count:action`` says so; for tests of crashes only.
+
+    ``action`` is kill, term, int (signals to this process), or enospc, eacces, eio (an OSError),
+    taken when ``point`` is reached for the ``count``-th time in this process.
+    """
+    fault = os.environ.get("RECCLR_FAULT")
+    if not fault:
+        return
+    point, count, action = fault.rsplit(":", 2)
+    if point != name:
+        return
+    _reached[fault] = _reached.get(fault, 0) + 1
+    if _reached[fault] != int(count):
+        return
+    if action in _SIGNALS:
+        os.kill(os.getpid(), _SIGNALS[action])
+        return
+    raise OSError(_ERRNOS[action], os.strerror(_ERRNOS[action]))
+
+
+def _sibling(path: Path) -> Path:
+    """A hidden name nobody can guess beside ``path``; a rename between disks would not be one."""
+    return path.with_name(f".{path.name}.tmp-{secrets.token_hex(6)}")
+
+
+def _escaped(name: str) -> str:
+    """``name`` as a glob pattern that matches itself only."""
+    return re.sub(r"([*?\[])", r"[\1]", name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _fsync(Path(root) / name)
+        _fsync(Path(root))
+
+
+def _fsync(path: Path) -> None:
+    if path.is_symlink():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
