@@ -128,7 +128,7 @@ class ModelSettings:
 
     embedding_dim: int = 64
     similarity: Literal["cosine", "dot"] = "cosine"
-    init_std: float = 0.1
+    init_std: float = 1.0
     """Standard deviation of a freshly drawn embedding row, as a multiple of embedding_dim^-1/2."""
 
     def __post_init__(self) -> None:

@@ -1,0 +1,227 @@
+"""The configuration file: TOML in, frozen settings out; an unknown key is an error with a hint.
+
+``settings`` holds the fields and their ranges; this module reads, overrides, explains and writes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from recclr.errors import ConfigError
+from recclr.settings import (
+    BaselineSettings,
+    DataSettings,
+    EvaluateSettings,
+    LossSettings,
+    ModelSettings,
+    NegativesSettings,
+    SplitSettings,
+    TowerSettings,
+    TrainSettings,
+)
+
+
+class Config(BaseModel):
+    """A whole run: what to read, how to split it, what to train, how to judge it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    seed: int = Field(default=0, ge=0, lt=1 << 62)
+    data: DataSettings
+    split: SplitSettings = SplitSettings()
+    user: TowerSettings = TowerSettings()
+    item: TowerSettings = TowerSettings()
+    model: ModelSettings = ModelSettings()
+    loss: LossSettings = LossSettings()
+    negatives: NegativesSettings = NegativesSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    baselines: BaselineSettings = BaselineSettings()
+    export: tuple[str, ...] = ()
+    """Stores written at the end of a run, "lancedb:store" for example; relative to the run."""
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply ``section.key=value`` overrides.
+
+    Raises:
+        ConfigError: no such file, no TOML, an unknown key, a wrong type, a value out of range; one
+            line per problem.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is no valid TOML: {error}") from error
+    for override in overrides:
+        apply_override(values, override)
+    return parse_config(values, source=str(path))
+
+
+def parse_config(values: Mapping[str, Any], *, source: str = "configuration") -> Config:
+    """Validate a nested mapping, as TOML gives it.
+
+    Raises:
+        ConfigError: all problems, one per line, each with its key.
+    """
+    try:
+        # Through JSON, whose strict mode takes an array for a tuple and a whole number for a float.
+        config = Config.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        lines = [_explain(problem, values) for problem in error.errors()]
+        raise ConfigError("\n".join(f"{source}: {line}" for line in dict.fromkeys(lines))) from None
+    _cross_check(config, source)
+    return config
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one key in place from ``section.key=value``; the value is TOML, bare words are strings.
+
+    Raises:
+        ConfigError: no "=", or the path runs through a value that is no section.
+    """
+    path, equals, text = override.partition("=")
+    keys = [key.strip() for key in path.split(".")]
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override!r}: expected section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    section = values
+    for key in keys[:-1]:
+        section = section.setdefault(key, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override!r}: {key!r} is a value, not a section")
+    section[keys[-1]] = value
+
+
+def dump_toml(config: Config) -> str:
+    """The complete configuration as TOML that ``load_config`` reads back to an equal object.
+
+    A key whose value is None is left out: absent means not set.
+    """
+    lines: list[str] = []
+    plain = {name: _plain(getattr(config, name)) for name in type(config).model_fields}
+    _dump_section(plain, (), lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _dump_section(section: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
+    """Plain values first, then subsections, as TOML demands."""
+    values = {k: v for k, v in section.items() if not isinstance(v, Mapping) and v is not None}
+    if path and (values or not section):
+        lines += ["", "[" + ".".join(_toml_key(key) for key in path) + "]"]
+    lines += [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in values.items()]
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            _dump_section(value, (*path, key), lines)
+
+
+def _toml_key(key: str) -> str:
+    bare = key and all(c.isascii() and (c.isalnum() or c in "-_") for c in key)
+    return key if bare else _toml_value(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(part) for part in value) + "]"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped as well.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return repr(value)
+
+
+def _explain(problem: Any, values: Mapping[str, Any]) -> str:
+    """One pydantic error as "key: what was expected, what was found"."""
+    # Tags of unions ("float", "literal[…]") are not keys of the file.
+    location = [str(part) for part in problem["loc"]]
+    path = _known_path(location, values)
+    key = ".".join(path) or "configuration"
+    kind, message = problem["type"], str(problem["msg"])
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        hint = difflib.get_close_matches(path[-1], _siblings(path[:-1]), n=1, cutoff=0.5)
+        known = ", ".join(sorted(_siblings(path[:-1])))
+        tail = f"did you mean {hint[0]!r}?" if hint else f"known here: {known}"
+        return f"{key}: unknown key; {tail}"
+    if kind == "missing" or (kind == "missing_argument"):
+        return f"{'.'.join(location)}: this key is required"
+    if kind == "value_error":
+        return f"{key}: {message.removeprefix('Value error, ')}"
+    return f"{key}: {message}, found {problem['input']!r}"
+
+
+def _known_path(location: Sequence[str], values: Mapping[str, Any]) -> list[str]:
+    """The part of an error's location that follows the file's own keys."""
+    path: list[str] = []
+    here: Any = values
+    for part in location:
+        if not isinstance(here, Mapping) or part not in here:
+            break
+        path.append(part)
+        here = here[part]
+    return path
+
+
+def _siblings(path: Sequence[str]) -> list[str]:
+    """Names of the keys that a section may hold."""
+    here: Any = Config
+    for key in path:
+        hints = get_type_hints(here) if is_dataclass(here) or here is Config else {}
+        here = hints.get(key)
+        candidates = [here, *get_args(here)]
+        here = next((c for c in candidates if isinstance(c, type) and is_dataclass(c)), here)
+    if here is Config:
+        return list(Config.model_fields)
+    return [f.name for f in fields(here)] if is_dataclass(here) else []
+
+
+def _cross_check(config: Config, source: str) -> None:
+    """Refuse settings that contradict each other, before any data are read."""
+    problems = []
+    timed = config.data.columns.timestamp is not None and config.split.by != "random"
+    needing = [
+        f"{side}.features.{name}"
+        for side, tower in (("user", config.user), ("item", config.item))
+        for name, feature in tower.features.items()
+        if feature.kind == "statistics"
+    ]
+    needing += [
+        f"{side}.id.as_of"
+        for side, tower in (("user", config.user), ("item", config.item))
+        if tower.id.as_of
+    ]
+    if needing and not timed and config.data.columns.timestamp is None:
+        problems.append(f"{needing[0]}: needs timestamps, but data.columns.timestamp is not set")
+    if config.item.history is not None:
+        problems.append("item.history: only users have a history")
+    if config.train.time_cells is False and needing:
+        problems.append(f"train.time_cells: {needing[0]} needs time cells; leave the key out")
+    if config.loss.kind == "full_softmax" and config.loss.temperature == 0:
+        problems.append("loss.temperature: must be above 0")
+    if config.data.event_weights and config.data.columns.event is None:
+        problems.append("data.event_weights: name the column of the event type in columns.event")
+    if config.split.by == "leave_last" and config.split.valid % 1 + config.split.test % 1:
+        problems.append("split: leave_last counts rows per user, so valid and test are whole")
+    if config.split.valid == 0 and config.split.valid_events is None and config.train.refit:
+        problems.append("train.refit: there is no validation to select on; set split.valid")
+    if problems:
+        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))

@@ -1,0 +1,278 @@
+"""Exact ranking evaluation: all users, the whole corpus, slices and intervals.
+
+Shape letters: Q queries (users with something relevant), K cut-off, V corpus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recclr.bootstrap import bootstrap_interval
+from recclr.data.log import Csr, EncodedLog, Prepared
+from recclr.errors import ConfigError, DivergedError
+from recclr.metrics import ranking_metrics
+from recclr.ranking import Ranker
+
+SLICES = (
+    "all",
+    "warm_items",
+    "cold_items",
+    "cold_items_among_cold",
+    "warm_users",
+    "cold_users",
+    "head",
+    "torso",
+    "tail",
+)
+_CHUNK = 8192
+_HEAD, _TORSO = 0.2, 0.8
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """What a ranking is judged against.
+
+    Attributes:
+        user_idx: int64 [Q], rising: users with at least one relevant item.
+        relevant: Q rows of distinct relevant items (int32, rising); -1 marks an item outside the
+            corpus, which counts as relevant and can never be hit.
+        seen: Q rows of the user's train items, left out of rankings; None keeps them in.
+        item_counts: int64 [V] train interactions.
+        user_counts: int64 [Q] train interactions of each user.
+        num_dropped: held-out users all of whose items they had before.
+        num_repeats: held-out pairs dropped because the user had the item in train.
+    """
+
+    user_idx: Tensor
+    relevant: Csr
+    seen: Csr | None
+    item_counts: Tensor
+    user_counts: Tensor
+    num_dropped: int = 0
+    num_repeats: int = 0
+
+    @classmethod
+    def from_prepared(cls, prepared: Prepared, *, keep_seen: bool = False) -> EvaluationSet:
+        """Held-out rows of ``prepared``, grouped by user.
+
+        Raises:
+            ConfigError: nothing is held out, or nothing of it can be judged.
+        """
+        held_out, train = prepared.held_out, prepared.train
+        if held_out is None or not len(held_out):
+            raise ConfigError("there are no held-out rows to evaluate on")
+        pairs = _distinct_pairs(held_out)
+        all_users = int(torch.unique(pairs[:, 0]).numel())
+        num_repeats = 0
+        if not keep_seen:
+            again = _in_log(pairs, train)
+            pairs, num_repeats = pairs[~again], int(again.sum())
+        user_idx, rows = torch.unique(pairs[:, 0], return_inverse=True)
+        if not len(user_idx):
+            raise ConfigError(
+                "every held-out row repeats a train row, so nothing is left to find; "
+                "set evaluate.keep_seen = true to judge repeat purchases"
+            )
+        counts = train.user_counts()
+        counts = torch.nn.functional.pad(counts, (0, max(0, int(user_idx.max()) + 1 - len(counts))))
+        histories = train.user_items(len(counts)).take(user_idx)
+        return cls(
+            user_idx=user_idx,
+            relevant=Csr.from_pairs(rows, pairs[:, 1], len(user_idx)),
+            seen=None if keep_seen else histories,
+            item_counts=train.item_counts(),
+            user_counts=counts[user_idx],
+            num_dropped=all_users - len(user_idx),
+            num_repeats=num_repeats,
+        )
+
+    def bands(self) -> dict[str, Tensor]:
+        """Bool [V] per item slice: warm, cold, and head / torso / tail by train interactions."""
+        counts = self.item_counts
+        warm = counts > 0
+        order = torch.argsort(counts, descending=True, stable=True)
+        # Share of interactions on more popular items: the item that crosses a border is above it.
+        before = counts[order].cumsum(0) - counts[order]
+        share = torch.empty(len(counts), dtype=torch.float64)
+        share[order] = before.double() / max(int(counts.sum()), 1)
+        return {
+            "warm_items": warm,
+            "cold_items": ~warm,
+            "head": warm & (share < _HEAD),
+            "torso": warm & (share >= _HEAD) & (share < _TORSO),
+            "tail": warm & (share >= _TORSO),
+        }
+
+    def restricted(self, keep: Tensor) -> tuple[Tensor, Csr]:
+        """Queries (int64 rows of this set) that have a relevant item in ``keep`` (bool [V]), and
+        those items.
+        """
+        inside = (self.relevant.values >= 0) & keep[self.relevant.values.long().clamp(min=0)]
+        rows, values = self.relevant.row_numbers()[inside], self.relevant.values[inside]
+        queries, dense = torch.unique(rows, return_inverse=True)
+        return queries, Csr.from_pairs(dense, values, len(queries))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of one ranker.
+
+    Attributes:
+        metrics: {slice: {metric: mean}}. intervals: {slice: {metric: (low, high)}}.
+        per_user: {slice: {metric: float64 [users of the slice]}}, in the order of ``user_idx``.
+        counts: {slice: {"users", "relevant", "candidates", "chance_recall…"}}.
+    """
+
+    name: str
+    metrics: dict[str, dict[str, float]]
+    per_user: dict[str, dict[str, Tensor]] = field(repr=False)
+    counts: dict[str, dict[str, float]] = field(repr=False)
+    intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The parts of metrics.json that belong to this ranker."""
+        return {"metrics": self.metrics, "intervals": self.intervals, "counts": self.counts}
+
+
+def evaluate(
+    ranker: Ranker,
+    examples: EvaluationSet,
+    *,
+    ks: Sequence[int],
+    num_bootstrap: int = 0,
+    seed: int = 0,
+    slices: Sequence[str] = SLICES,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Rank the whole corpus for every query, once, and judge every slice of it.
+
+    A slice of items keeps the full ranking and counts only its own relevant items, in hits and in
+    the denominator. ``cold_items_among_cold`` ranks the cold items alone. Users without a relevant
+    item in a slice are not part of it; a slice without users is left out.
+
+    Args:
+        ks: cut-offs; may exceed the corpus. num_bootstrap: resamples per interval; 0 for none.
+        progress: called with (queries done, queries).
+
+    Raises:
+        DivergedError: the ranker's scores are NaN.
+    """
+    top = _ranked(ranker, examples, examples.user_idx, examples.seen, max(ks), None, progress)
+    metrics: dict[str, dict[str, Tensor]] = {}
+    counts: dict[str, dict[str, float]] = {}
+
+    def add(name: str, queries: Tensor, relevant: Csr, ranked: Tensor, candidates: int) -> None:
+        if not len(queries):
+            return
+        hits = _hits(ranked, relevant, len(examples.item_counts))
+        metrics[name] = ranking_metrics(hits, relevant.lengths(), ks)
+        counts[name] = {
+            "users": len(queries),
+            "relevant": len(relevant.values),
+            "candidates": candidates,
+        }
+
+    everyone = torch.arange(len(examples.user_idx))
+    corpus = len(examples.item_counts)
+    if "all" in slices:
+        add("all", everyone, examples.relevant, top, corpus)
+    for name, keep in (("warm_users", True), ("cold_users", False)):
+        if name in slices:
+            queries = ((examples.user_counts > 0) == keep).nonzero().squeeze(1)
+            add(name, queries, examples.relevant.take(queries), top[queries], corpus)
+    bands = examples.bands()
+    for name in ("warm_items", "cold_items", "head", "torso", "tail"):
+        if name in slices:
+            queries, relevant = examples.restricted(bands[name])
+            add(name, queries, relevant, top[queries], corpus)
+    if "cold_items_among_cold" in slices:
+        queries, relevant = examples.restricted(bands["cold_items"])
+        cold = bands["cold_items"].nonzero().squeeze(1)
+        if len(queries):
+            users = examples.user_idx[queries]
+            ranked = _ranked(ranker, examples, users, None, max(ks), cold, None)
+            add("cold_items_among_cold", queries, relevant, ranked, len(cold))
+            for k in ks:
+                chance = min(1.0, k / len(cold))
+                counts["cold_items_among_cold"][f"chance_recall@{k}"] = chance
+    result = Evaluation(
+        name=ranker.name,
+        metrics={s: {m: float(v.mean()) for m, v in found.items()} for s, found in metrics.items()},
+        per_user=metrics,
+        counts=counts,
+    )
+    return _with_intervals(result, num_bootstrap, seed) if num_bootstrap else result
+
+
+def _with_intervals(evaluation: Evaluation, num_bootstrap: int, seed: int) -> Evaluation:
+    intervals = {}
+    for name, found in evaluation.per_user.items():
+        low, high = bootstrap_interval(
+            torch.stack(list(found.values()), 1), num_bootstrap, seed=seed
+        )
+        pairs = zip(low.tolist(), high.tolist(), strict=True)
+        intervals[name] = dict(zip(found, pairs, strict=True))
+    return replace(evaluation, intervals=intervals)
+
+
+def _ranked(
+    ranker: Ranker,
+    examples: EvaluationSet,
+    user_idx: Tensor,
+    seen: Csr | None,
+    k: int,
+    items: Tensor | None,
+    progress: Callable[[int, int], None] | None,
+) -> Tensor:
+    """int64 [Q, k] ranked items, in chunks of queries so that memory stays bounded."""
+    parts = []
+    for start in range(0, len(user_idx), _CHUNK):
+        rows = torch.arange(start, min(start + _CHUNK, len(user_idx)))
+        found = ranker.top_k(
+            user_idx[rows], k, seen=None if seen is None else seen.take(rows), items=items
+        )
+        if torch.isnan(found.scores).any():
+            raise DivergedError(f"the ranker {ranker.name!r} produced NaN scores")
+        parts.append(found.item_idx.cpu())
+        if progress is not None:
+            progress(int(rows[-1]) + 1, len(user_idx))
+    return torch.cat(parts)
+
+
+def _hits(ranked_QK: Tensor, relevant: Csr, num_items: int) -> Tensor:
+    """Bool [Q, K]: whether each ranked item is relevant to its query."""
+    # One key per pair, shifted by one so that -1 ("outside the corpus", "no candidate") has a
+    # place of its own in every row.
+    width = num_items + 1
+    keys = relevant.row_numbers() * width + relevant.values.long() + 1
+    keys = keys.sort().values
+    wanted = torch.arange(len(ranked_QK))[:, None] * width + ranked_QK + 1
+    place = torch.searchsorted(keys, wanted).clamp(max=max(len(keys) - 1, 0))
+    return torch.logical_and(keys[place] == wanted, ranked_QK >= 0)
+
+
+def _distinct_pairs(log: EncodedLog) -> Tensor:
+    """int64 [P, 2] distinct (user, item) pairs, rising; every item outside the corpus is its own.
+
+    Items outside carry -1 and cannot be told apart here, so each such row counts once.
+    """
+    users, items = log.user_idx.long(), log.item_idx.long()
+    inside = items >= 0
+    keys = torch.unique(users[inside] * log.num_items + items[inside])
+    known = torch.stack([keys // log.num_items, keys % log.num_items], 1)
+    unknown = torch.stack([users[~inside], items[~inside]], 1)
+    return torch.cat([known, unknown])
+
+
+def _in_log(pairs: Tensor, log: EncodedLog) -> Tensor:
+    """Bool [P]: pairs that are rows of the log."""
+    width = log.num_items + 1
+    keys = torch.unique(log.user_idx.long() * width + log.item_idx.long() + 1)
+    wanted = pairs[:, 0] * width + pairs[:, 1] + 1
+    place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+    return torch.eq(keys[place], wanted)
