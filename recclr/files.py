@@ -45,11 +45,11 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         temporary = _sibling(path)
         try:
             with open(temporary, "xb") as file:
-                fault_point("file.write")
+                fault_point("files.write")
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            fault_point("file.rename")
+            fault_point("files.rename")
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -89,7 +89,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             _fsync_tree(temporary)
-            fault_point("folder.rename")
+            fault_point("files.folder")
             os.rename(temporary, path)
         except BaseException:
             _remove(temporary)
@@ -104,24 +104,18 @@ def sha256_of(path: Path) -> str:
 
 
 def read_pointer(path: Path) -> str | None:
-    """The plain name that a pointer file holds, None where there is no such file.
+    """The plain name that a pointer file holds.
 
-    Raises:
-        StoreError: the file holds anything but one plain name, such as a path out of its folder.
+    Returns:
+        None where there is no such file, or it holds anything else, such as a path out of its
+        folder: it was damaged, or not written by recclr.
     """
     try:
         with open(path, "rb") as file:
             name = file.read(1024).decode("utf-8", "replace").strip()
-    except FileNotFoundError:
+    except OSError:
         return None
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
-    if not _NAME.fullmatch(name):
-        raise StoreError(
-            f"{path} should hold the plain name of a folder beside it, found {name[:80]!r}; "
-            "it was not written by recclr, or was damaged"
-        )
-    return name
+    return name if _NAME.fullmatch(name) else None
 
 
 def write_pointer(path: Path, name: str) -> None:
@@ -154,6 +148,21 @@ def require_space(path: Path, num_bytes: int) -> None:
             f"{path} needs about {num_bytes / 1e6:,.0f} MB, but its disk has "
             f"{free / 1e6:,.0f} MB free; free some space or choose another place"
         )
+
+
+def require_writable(folder: Path) -> None:
+    """Make ``folder`` if need be, and prove that a file can be written there.
+
+    Raises:
+        ConfigError: it cannot. StoreError: the disk is full or failing.
+    """
+    with clear_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = _sibling(folder / "probe")
+        try:
+            probe.write_bytes(b"recclr")
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 @contextmanager
