@@ -108,7 +108,7 @@ def cut_by_time(events: pl.DataFrame, *, valid: float, test: float) -> tuple[Par
     starts = {"valid": events.height, "test": events.height}
     for name, share, held in (("test", test, test), ("valid", valid, valid + test)):
         if share > 0:
-            # 1 - 0.1 - 0.1 is 0.8 and a bit: rounded before it is cut down to whole rows.
+            # Rounded first: 5 * (1 - (0.4 + 0.2)) is 1.999..., and a row would change sides.
             row = min(math.floor(round(events.height * (1 - held), 6)), events.height - 1)
             cutoffs[name] = int(time[row])
             starts[name] = int(time.search_sorted(time[row], side="left"))

@@ -129,6 +129,10 @@ def test_conditions_on_tables_go_by_id():
     assert pairs({"price": "not null", "country": "== 'DE'"}) == [(2, 1)]
     assert pairs({"users.kind": "== 'b'", "items.kind": "== 'b'"}) == [(2, 2)]
     assert pairs({"events.item_id": "== 3"}) == [(1, 3), (2, 3)]
+    # A column of the events goes before one of the tables.
+    prices = items.rename({"price": "w"})
+    result = clean_events(events, settings(where={"w": "<= 1"}), items=prices, now=NOW)
+    assert result.frame.height == 6
     with pytest.raises(ConfigError, match=r"'users.kind' or 'items.kind'"):
         pairs({"kind": "== 'a'"})
     with pytest.raises(DataError, match="did you mean 'country'"):

@@ -40,6 +40,14 @@ def test_integers_compare_exactly_with_any_number(values, sign, literal):
     assert passing(values, f"{sign} {literal!r}", pl.Int64) == expected
 
 
+def test_integers_beside_a_fraction():
+    expected = {">=": [3], ">": [3], "<": [2], "<=": [2], "==": [], "!=": [2, 3]}
+    for sign, values in expected.items():
+        assert passing([2, 3], f"{sign} 2.5", pl.Int8) == values
+    assert passing([-2, -3], ">= -2.5", pl.Int8) == [-2]
+    assert passing([-2, -3], "<= -2.5", pl.Int8) == [-3]
+
+
 def test_unsigned_integers_compare_exactly():
     values = [0, 2**63, 2**64 - 1]
     assert passing(values, f">= {2**63}", pl.UInt64) == values[1:]

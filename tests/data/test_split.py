@@ -79,9 +79,9 @@ def test_the_order_of_rows_does_not_matter(rows, settings, shuffle):
 @given(rows=ROWS, shuffle=st.randoms(use_true_random=False))
 def test_random_splits_without_time_go_by_pair(rows, shuffle):
     def held():
-        split = log_of(rows, time=False, deduplicate="none").split(
-            SplitSettings(by="random", valid=0.3, test=0.0)
-        )
+        frame = pl.DataFrame(rows, schema=["user_id", "item_id", "w"], orient="row")
+        log = read(frame, deduplicate="none", columns={"weight": "w"}, where={"w": "> 0"})
+        split = log.split(SplitSettings(by="random", valid=0.3, test=0.0))
         return Counter(split.valid.events.rows())
 
     try:
@@ -102,6 +102,12 @@ def test_time_cuts_at_the_points_of_rows():
     assert split.cutoffs == {"valid": START + 40, "test": START + 45}
     assert [len(part) for part in parts_of(split)] == [40, 5, 5]
     assert split.train.events["timestamp"].max() < START + 40
+
+
+def test_shares_that_binary_fractions_miss_still_cut_whole_rows():
+    # 5 * (1 - (0.4 + 0.2)) is 1.999...
+    split = log_of([(i, i, i) for i in range(5)]).split_by_time(valid=0.4, test=0.2)
+    assert [len(part) for part in split] == [2, 2, 1]
 
 
 def test_rows_of_the_cut_off_moment_all_belong_to_the_later_part():
@@ -264,13 +270,13 @@ def test_given_files_with_time_cut_validation_by_time(tmp_path):
 
 
 def test_given_validation_and_steps_of_held_out_rows(tmp_path):
-    settings = {"k_core_user": 5, "max_per_user": 10, "where": {"user_id": "< 5"}}
+    settings = {"k_core_user": 5, "max_per_user": 1, "where": {"user_id": "< 5"}}
     train = read(write(tmp_path / "train.parquet", TRAIN), **settings)
     valid = write(tmp_path / "valid.parquet", [(0, 40, 0), (0, 41, 0), (5, 41, 0)])
     test = write(tmp_path / "test.parquet", TEST)
     split = train.split(SplitSettings(by="given", valid_events=valid, test_events=test))
     # Conditions hold for them as well; k-core and caps, which would thin them out, do not.
-    assert [len(part) for part in parts_of(split)] == [50, 2, 10]
+    assert [len(part) for part in parts_of(split)] == [5, 2, 10]
 
 
 def test_leaks_are_refused_unless_repeats_are_wanted(tmp_path):
