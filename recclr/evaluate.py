@@ -57,8 +57,19 @@ class EvaluationSet:
     num_repeats: int = 0
 
     @classmethod
-    def from_prepared(cls, prepared: Prepared, *, keep_seen: bool = False) -> EvaluationSet:
+    def from_prepared(
+        cls,
+        prepared: Prepared,
+        *,
+        keep_seen: bool = False,
+        also_seen: EncodedLog | None = None,
+    ) -> EvaluationSet:
         """Held-out rows of ``prepared``, grouped by user.
+
+        Args:
+            keep_seen: rank items the user already has as well.
+            also_seen: rows between train and the held-out ones, which nothing was fitted on, but
+                whose items the user has by now (validation, when test is judged without a refit).
 
         Raises:
             ConfigError: nothing is held out, or nothing of it can be judged.
@@ -66,11 +77,12 @@ class EvaluationSet:
         held_out, train = prepared.held_out, prepared.train
         if held_out is None or not len(held_out):
             raise ConfigError("there are no held-out rows to evaluate on")
+        history = train if also_seen is None else _joined(train, also_seen)
         pairs = _distinct_pairs(held_out)
         all_users = int(torch.unique(pairs[:, 0]).numel())
         num_repeats = 0
         if not keep_seen:
-            again = _in_log(pairs, train)
+            again = _in_log(pairs, history)
             pairs, num_repeats = pairs[~again], int(again.sum())
         user_idx, rows = torch.unique(pairs[:, 0], return_inverse=True)
         if not len(user_idx):
@@ -80,7 +92,7 @@ class EvaluationSet:
             )
         counts = train.user_counts()
         counts = torch.nn.functional.pad(counts, (0, max(0, int(user_idx.max()) + 1 - len(counts))))
-        histories = train.user_items(len(counts)).take(user_idx)
+        histories = history.user_items(len(counts)).take(user_idx)
         return cls(
             user_idx=user_idx,
             relevant=Csr.from_pairs(rows, pairs[:, 1], len(user_idx)),
@@ -267,6 +279,18 @@ def _distinct_pairs(log: EncodedLog) -> Tensor:
     known = torch.stack([keys // log.num_items, keys % log.num_items], 1)
     unknown = torch.stack([users[~inside], items[~inside]], 1)
     return torch.cat([known, unknown])
+
+
+def _joined(train: EncodedLog, later: EncodedLog) -> EncodedLog:
+    """Both logs' pairs, of users and items that have an index in train."""
+    known = (later.user_idx < train.num_users) & (later.item_idx >= 0)
+    return replace(
+        train,
+        user_idx=torch.cat([train.user_idx, later.user_idx[known]]),
+        item_idx=torch.cat([train.item_idx, later.item_idx[known]]),
+        timestamp=None,
+        weight=None,
+    )
 
 
 def _in_log(pairs: Tensor, log: EncodedLog) -> Tensor:
