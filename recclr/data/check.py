@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
+from recclr.data.files import closest
 from recclr.data.filters import (
     StepCount,
     Steps,
@@ -21,7 +22,6 @@ from recclr.data.filters import (
     weigh_events,
 )
 from recclr.data.ids import canonical_ids
-from recclr.data.paths import closest
 from recclr.data.tables import Table, require_columns
 from recclr.data.times import EARLIEST, latest, read_times
 from recclr.data.where import where_masks

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from recclr.data.paths import closest
+from recclr.data.files import closest
 from recclr.errors import ConfigError, DataError
 
 PAIR = ("user_id", "item_id")

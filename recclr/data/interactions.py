@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from recclr.data.check import clean_events, event_columns
+from recclr.data.files import closest
 from recclr.data.filters import StepCount, decay_weights
 from recclr.data.ids import align_ids, lookalikes, stray_text
-from recclr.data.paths import closest
 from recclr.data.side_tables import read_side_table
 from recclr.data.tables import load_table
 from recclr.errors import ConfigError, DataError

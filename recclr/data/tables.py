@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from recclr.data.paths import closest, format_of, resolve_files
+from recclr.data.files import closest, format_of, resolve_files
 from recclr.data.schema import joint_schema
 from recclr.errors import DataError
 

@@ -8,8 +8,8 @@ from typing import Protocol
 import polars as pl
 
 from recclr.data.conditions import Condition, parse_condition
+from recclr.data.files import closest
 from recclr.data.ids import align_ids
-from recclr.data.paths import closest
 from recclr.data.tables import Table
 from recclr.errors import ConfigError, DataError
 

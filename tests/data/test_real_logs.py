@@ -5,8 +5,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from recclr.data.files import expand_path
 from recclr.data.interactions import read
-from recclr.data.paths import expand_path
 from recclr.settings import SplitSettings
 
 

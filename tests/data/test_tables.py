@@ -7,8 +7,8 @@ import pandas as pd
 import polars as pl
 import pytest
 
-import recclr.data.paths as paths_module
-from recclr.data.paths import expand_path, resolve_files
+import recclr.data.files as files_module
+from recclr.data.files import expand_path, resolve_files
 from recclr.data.tables import load_table, read_table
 from recclr.errors import ConfigError, DataError
 
@@ -105,7 +105,7 @@ def test_links_to_folders_are_not_followed(tmp_path):
 
 
 def test_the_number_of_entries_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths_module, "MAX_ENTRIES", 5)
+    monkeypatch.setattr(files_module, "MAX_ENTRIES", 5)
     for number in range(6):
         (tmp_path / f"{number}.csv").write_text("x\n1\n")
     with pytest.raises(DataError, match="more than 5 entries"):
