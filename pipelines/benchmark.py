@@ -143,7 +143,7 @@ def evaluation_row(log: EncodedLog, rate: float, *, dim: int, k: int) -> dict[st
     median = statistics.median(times)
     floor = 2 * log.num_users * log.num_items * dim / rate
     return {
-        "what": f"top-{k} of {log.num_users:,} × {log.num_items:,} D={dim}",
+        "what": f"top-{k} of {log.num_users:,} x {log.num_items:,} D={dim}",
         "measured_s": median,
         "floor_s": floor,
         "ratio": floor / median,

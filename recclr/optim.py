@@ -46,20 +46,17 @@ class Table(nn.Module):
             self.lookups.append((rows, vectors))
         return vectors
 
-    def bag(self, values: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Sum, or weighted sum, of the vectors of each bag, float32 [M, dim]; zero if empty.
+    def bag(self, values: Tensor, offsets: Tensor) -> Tensor:
+        """Sum of the vectors of each bag, float32 [M, dim]; zero if empty.
 
         Args:
             values: int64 [nnz] row numbers. offsets: int64 [M] start of each bag.
-            weights: float32 [nnz].
         """
         rows, inverse = torch.unique(values, return_inverse=True)
         vectors = self(rows)
         if not len(values):
             return vectors.new_zeros((len(offsets), self.dim))
-        bags: Tensor = nn.functional.embedding_bag(
-            inverse, vectors, offsets, mode="sum", per_sample_weights=weights
-        )
+        bags: Tensor = nn.functional.embedding_bag(inverse, vectors, offsets, mode="sum")
         return bags
 
 

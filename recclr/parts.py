@@ -9,6 +9,7 @@ vector by showing it in place of known ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,7 +118,14 @@ class BagPart(nn.Module):
     def forward(self, rows: Rows) -> Tensor:
         csr = Csr(self.offsets, self.values)
         bags = csr.take(rows.idx.clamp(max=csr.num_rows - 1))
-        return _pooled_or_missing(self.table, bags, None, rows.dropped(self.dropout))
+        lengths = bags.lengths()
+        pooled = self.table.bag(bags.values.long(), bags.offsets[:-1])
+        pooled = pooled / lengths.clamp(min=1)[:, None]
+        hidden = rows.dropped(self.dropout)
+        absent = lengths == 0 if hidden is None else (lengths == 0) | hidden
+        # Looked up once, whatever the number of empty bags.
+        last = torch.tensor([self.table.weight.shape[0] - 1], device=lengths.device)
+        return torch.where(absent[:, None], _vectors(self.table, last), pooled)
 
 
 class DensePart(nn.Module):
@@ -170,7 +178,7 @@ class HistoryPart(nn.Module):
     all the user's items but the target count.
 
     Args:
-        table: vectors of items; row i + 1 is item i, row 0 stands for an empty history.
+        items: item parts whose sum represents an item: its id, its features, or both.
         user_items: items per user, oldest first. index: their times, in the same order, or None.
     """
 
@@ -179,20 +187,22 @@ class HistoryPart(nn.Module):
 
     def __init__(
         self,
-        table: Table,
+        items: Sequence[nn.Module],
         user_items: Csr,
         index: TimeIndex | None,
         *,
+        dim: int,
         length: int,
         half_life_d: float | None,
         dropout: float,
     ) -> None:
         super().__init__()
-        self.table, self.index = table, index
+        self.item_parts, self.index = nn.ModuleList(items), index
         self.length, self.half_life_d, self.dropout = length, half_life_d, dropout
         offsets = torch.cat([user_items.offsets, user_items.offsets[-1:]])
         self.register_buffer("offsets", offsets, persistent=False)
         self.register_buffer("items", user_items.values, persistent=False)
+        self.missing = nn.Parameter(torch.zeros(dim))
 
     def forward(self, rows: Rows) -> Tensor:
         idx = rows.idx.clamp(max=len(self.offsets) - 2)
@@ -208,8 +218,23 @@ class HistoryPart(nn.Module):
         if rows.without is not None and self.index is None:
             owner = positions.row_numbers()
             weights = weights * (items != rows.without[owner])
-        bags = Csr(positions.offsets, items + 1)
-        return _pooled_or_missing(self.table, bags, weights, rows.dropped(self.dropout))
+        return self._pooled(Csr(positions.offsets, items), weights, rows)
+
+    def _pooled(self, bags: Csr, weights: Tensor, rows: Rows) -> Tensor:
+        distinct, inverse = torch.unique(bags.values.long(), return_inverse=True)
+        squares = torch.zeros(bags.num_rows, device=weights.device)
+        squares.index_add_(0, bags.row_numbers(), weights**2)
+        hidden = rows.dropped(self.dropout)
+        absent = squares <= 0 if hidden is None else (squares <= 0) | hidden
+        if not len(distinct):
+            return self.missing.expand(bags.num_rows, -1)
+        wanted = Rows(distinct, generator=rows.generator)
+        vectors = torch.stack([part(wanted) for part in self.item_parts]).sum(0)
+        pooled = nn.functional.embedding_bag(
+            inverse, vectors, bags.offsets[:-1], mode="sum", per_sample_weights=weights
+        )
+        pooled = pooled / squares.sqrt().clamp_min(1e-12)[:, None]
+        return torch.where(absent[:, None], self.missing, pooled)
 
     def _weights(self, positions: Csr, rows: Rows) -> Tensor:
         if self.half_life_d is None or self.index is None or rows.at is None:
@@ -218,30 +243,6 @@ class HistoryPart(nn.Module):
         at = rows.at if rows.at.ndim == 0 else rows.at[positions.row_numbers()]
         age_d = (at - times).float() / DAY_S
         return torch.exp2(-age_d / self.half_life_d)
-
-
-def _pooled_or_missing(
-    table: Table, bags: Csr, weights: Tensor | None, hidden: Tensor | None
-) -> Tensor:
-    """Mean (or weighted, see ``HistoryPart``) of each bag; the table's missing row where empty.
-
-    The missing row is 0 for histories (weights given) and the last row for features.
-    """
-    missing_row = 0 if weights is not None else table.weight.shape[0] - 1
-    squares = (
-        torch.ones(len(bags.values), device=bags.values.device) if weights is None else weights**2
-    )
-    total = torch.zeros(bags.num_rows, device=squares.device)
-    total.index_add_(0, bags.row_numbers(), squares)
-    scale = total if weights is None else total.sqrt()
-    pooled = table.bag(bags.values.long(), bags.offsets[:-1], weights)
-    pooled = pooled / scale.clamp_min(1e-12)[:, None]
-    absent = total <= 0
-    if hidden is not None:
-        absent = absent | hidden
-    # Looked up once, whatever the number of empty bags.
-    missing = _vectors(table, torch.tensor([missing_row], device=total.device))
-    return torch.where(absent[:, None], missing, pooled)
 
 
 def _vectors(table: Table, rows: Tensor) -> Tensor:

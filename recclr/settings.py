@@ -93,8 +93,9 @@ class HistorySettings:
     """Weight of an item halves every so many days; None pools all equally."""
     dropout: float = 0.0
     """Probability that training drops the whole history of a row."""
-    shared: bool = True
-    """Use the item tower's id table; otherwise the history owns a table."""
+    use: Literal["ids", "features", "both"] = "ids"
+    """What represents an item of the history: the item tower's id table, its features (all but
+    statistics), or their sum. Features make a history of rare or new items speak."""
 
     def __post_init__(self) -> None:
         _check(self, length=(1, 100_000), half_life_d=(1e-6, 1e6), dropout=(0.0, 0.95))

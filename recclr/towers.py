@@ -30,7 +30,13 @@ from recclr.parts import (
     Rows,
     StatisticsPart,
 )
-from recclr.settings import FeatureSettings, LossSettings, ModelSettings, TowerSettings
+from recclr.settings import (
+    FeatureSettings,
+    HistorySettings,
+    LossSettings,
+    ModelSettings,
+    TowerSettings,
+)
 from recclr.statistics import TimeIndex
 
 _CHUNK = 16_384
@@ -139,6 +145,10 @@ class TwoTower(nn.Module):
         """Every embedding table once, by its first name in the module tree."""
         return {name: part for name, part in self.named_modules() if isinstance(part, Table)}
 
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Everything that is saved, each parameter once, however many parts share it."""
+        return dict(self.named_parameters())
+
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Everything trained that is no table."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -202,6 +212,7 @@ class _Builder:
         self.generator = keyed_generator("cpu", seed, 0x7AB1E)
         self.shared: dict[str, Table] = {}
         self.indexes: dict[str, TimeIndex] = {}
+        self.item_parts: dict[str, nn.Module] = {}
 
     def table(self, num_rows: int, shared: str | None = None) -> Table:
         """A fresh table, or the one that bears the shared name."""
@@ -235,26 +246,39 @@ class _Builder:
             if settings.history is not None:
                 if side == "item":
                     raise ConfigError("item.history: only users have a history")
-                parts["history"] = self.history_part(settings)
+                parts["history"] = self.history_part(settings.history)
+            if side == "item":
+                self.item_parts = parts
             return Tower(parts, self.dim, mlp=settings.mlp, dropout=settings.dropout)
 
     def id_part(self, side: str, settings: TowerSettings, num_rows: int) -> IdPart:
         counts = self.log.user_counts() if side == "user" else self.log.item_counts()
         first_seen = self.index(side).first_seen if settings.id.as_of else None
-        table = self.table(num_rows + 1, "item ids" if side == "item" else None)
+        table = self.table(num_rows + 1)
         return IdPart(table, counts > 0, dropout=settings.id.dropout, first_seen=first_seen)
 
-    def history_part(self, settings: TowerSettings) -> HistoryPart:
-        assert settings.history is not None
-        rows = self.log.num_items + 1
+    def history_part(self, history: HistorySettings) -> HistoryPart:
+        """Pools the item tower's own parts, so that both towers learn one meaning of an item."""
+        ids, features = history.use != "features", history.use != "ids"
+        parts = [
+            part
+            for name, part in self.item_parts.items()
+            if not isinstance(part, StatisticsPart) and (ids if name == "id" else features)
+        ]
+        if not parts:
+            raise ConfigError(
+                f"user.history.use = {history.use!r}: the item tower has no such part; "
+                "enable item.id or add item.features"
+            )
         index = self.index("user") if self.log.timestamp is not None else None
         return HistoryPart(
-            self.table(rows, "item ids" if settings.history.shared else None),
+            parts,
             self.log.user_items(),
             index,
-            length=settings.history.length,
-            half_life_d=settings.history.half_life_d,
-            dropout=settings.history.dropout,
+            dim=self.dim,
+            length=history.length,
+            half_life_d=history.half_life_d,
+            dropout=history.dropout,
         )
 
     def feature_part(

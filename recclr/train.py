@@ -177,8 +177,11 @@ def load_weights(model: TwoTower, tensors: dict[str, Tensor]) -> None:
         for name, value in tensors.items()
         if name.startswith("model/")
     }
-    require_match(model.state_dict(), weights, "the checkpoint")
-    model.load_state_dict(weights)
+    own = model.weights()
+    require_match(own, weights, "the checkpoint")
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(value)
 
 
 def _use_bfloat16(train: TrainSettings, device: torch.device) -> bool:
@@ -211,13 +214,15 @@ class _Keeper:
     def keep(self, progress: Progress, *, best: bool) -> None:
         if self.root is None:
             if best:
-                state = self.model.state_dict()
-                self.best = {name: value.clone() for name, value in state.items()}
+                self.best = {name: value.clone() for name, value in self._weights().items()}
             return
-        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        tensors = self._weights()
         state = self.optimizers.state_dict()
         tensors.update({f"optimizers/{name}": value for name, value in state.items()})
         save_checkpoint(self.root, tensors, asdict(progress), best=best)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {f"model/{name}": value.detach() for name, value in self.model.weights().items()}
 
     def resumed(self) -> Progress:
         """State of the last checkpoint, loaded; a fresh one where there is none."""
@@ -233,7 +238,7 @@ class _Keeper:
 
     def restore_best(self) -> None:
         if self.root is None:
-            self.model.load_state_dict(self.best)
+            load_weights(self.model, self.best)
             return
         found = find_checkpoint(self.root, "BEST")
         if found is None:
@@ -262,7 +267,7 @@ class _Meter:
                 "epoch": step / self.per_epoch,
                 "loss": float(stats.loss.detach()),
                 "lr": lr,
-                "temperature": float(model.temperature()),
+                "temperature": float(model.temperature().detach()),
                 "positives_per_s": self.rows / max(now - self.since, 1e-9),
                 "masked_share": stats.num_masked / pairs,
                 "num_candidates": stats.num_candidates,
@@ -288,6 +293,6 @@ def _cause(model: TwoTower) -> str:
         return f"embedding table {tables[0]} is not finite; lower train.table_lr"
     if broken:
         return f"layer {broken[0]} is not finite; lower train.dense_lr or set train.clip_norm"
-    if float(model.temperature()) < 0.01:
-        return f"the temperature is {float(model.temperature()):.2g}; raise it"
+    if float(model.temperature().detach()) < 0.01:
+        return f"the temperature is {float(model.temperature().detach()):.2g}; raise it"
     return "all weights are finite, so a feature or a score overflowed; check numeric features"
