@@ -411,11 +411,11 @@ def _refits(config: Config, split: Split) -> bool:
 
 def _export(context: Context, final: Stage) -> None:
     if context.config.export:
-        from recclr.shipping import export_run
+        from recclr.shipping import ship
 
         for target in context.config.export:
             context.on_event({"kind": "stage", "name": f"export to {target}"})
-            export_run(context.out, target, stage=(final.prepared, final.ranker))
+            ship(final.prepared, final.ranker, target, run=context.out, config=context.config)
 
 
 def _write_report(context: Context) -> None:

@@ -130,7 +130,7 @@ def environment(device: str) -> dict[str, Any]:
     """Versions, machine and, where there is one, the git revision of the working folder."""
     import torch
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _LIBRARIES:
         try:
             versions[name] = metadata.version(name)
