@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 
 from recclr.errors import CheckpointError
 
@@ -56,8 +57,7 @@ class Table(nn.Module):
         vectors = self(rows)
         if not len(values):
             return vectors.new_zeros((len(offsets), self.dim))
-        bags: Tensor = nn.functional.embedding_bag(inverse, vectors, offsets, mode="sum")
-        return bags
+        return embedding_bag(inverse, vectors, offsets, mode="sum")
 
 
 class TableOptimizer:

@@ -376,7 +376,11 @@ def _choose_baselines(
         return value
 
     choices, skipped = build_baselines(
-        prepared, settings=config.baselines, judge=judge, seed=config.seed
+        prepared,
+        settings=config.baselines,
+        judge=judge,
+        seed=config.seed,
+        embedding_dim=config.model.embedding_dim,
     )
     stored = {"choices": [asdict(choice) for choice in choices], "skipped": skipped}
     write_json_atomic(path, stored)

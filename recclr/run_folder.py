@@ -66,8 +66,9 @@ def locked(out: Path) -> Iterator[None]:
         ConfigError: a living process on this host holds it, or one on another host does.
     """
     path = out / _LOCK
-    me = {"pid": os.getpid(), "host": socket.gethostname()}
-    _remove_stale(path, me["host"])
+    host = socket.gethostname()
+    me = {"pid": os.getpid(), "host": host}
+    _remove_stale(path, host)
     try:
         with path.open("x", encoding="utf-8") as file:
             json.dump(me, file)

@@ -1,0 +1,210 @@
+"""Which baselines the data allow, and their settings, chosen on validation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from recclr.baselines.content import content
+from recclr.baselines.ease import ease
+from recclr.baselines.factors import als, bpr, spectral
+from recclr.baselines.neighbours import item_knn
+from recclr.baselines.popularity import BackedRanker, PopularityRanker, popularity
+from recclr.data.log import Prepared
+from recclr.errors import ConfigError, MissingExtraError
+from recclr.ranking import Ranker
+from recclr.settings import BaselineSettings
+
+_FALLBACK = "fallback_half_life_d"
+_GRIDS: dict[str, dict[str, dict[str, list[Any]]]] = {
+    "popularity": {"small": {}, "full": {}},
+    "recent_popularity": {
+        "small": {"half_life_d": [0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 120.0]},
+        "full": {"half_life_d": [0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 14.0, 30.0, 60.0, 120.0]},
+    },
+    "item_knn": {
+        "small": {"neighbours": [200], "shrink": [0.0, 10.0], "norm": [0.5]},
+        "full": {"neighbours": [50, 200, 1000], "shrink": [0.0, 10.0, 50.0], "norm": [0.3, 0.5]},
+    },
+    "recent_item_knn": {
+        "small": {
+            "neighbours": [1000],
+            "shrink": [0.0],
+            "norm": [0.0, 0.5],
+            "half_life_d": [2.0, 10.0, 50.0],
+        },
+        "full": {
+            "neighbours": [200, 1000],
+            "shrink": [0.0, 10.0],
+            "norm": [0.0, 0.3, 0.5],
+            "half_life_d": [2.0, 5.0, 10.0, 20.0, 50.0, 120.0],
+        },
+    },
+    "als": {
+        "small": {"regularization": [0.1, 3.0], "alpha": [2.0, 20.0], "iterations": [10]},
+        "full": {
+            "regularization": [0.03, 0.3, 3.0, 30.0],
+            "alpha": [1.0, 4.0, 16.0, 64.0],
+            "iterations": [15],
+        },
+    },
+    "bpr": {
+        "small": {"learning_rate": [0.05], "regularization": [0.003, 0.03], "iterations": [100]},
+        "full": {
+            "learning_rate": [0.02, 0.1],
+            "regularization": [0.001, 0.01, 0.03, 0.1],
+            "iterations": [100, 300],
+        },
+    },
+    "spectral": {
+        "small": {"item_power": [0.3, 0.5]},
+        "full": {"item_power": [0.2, 0.3, 0.4, 0.5, 0.6]},
+    },
+    "ease": {
+        "small": {"regularization": [30.0, 300.0]},
+        "full": {"regularization": [10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]},
+    },
+    "content": {
+        "small": {"half_life_d": [None, 30.0]},
+        "full": {"half_life_d": [None, 3.0, 10.0, 30.0, 100.0]},
+    },
+}
+
+
+@dataclass(frozen=True)
+class BaselineChoice:
+    """A baseline with the settings that did best on validation.
+
+    Attributes:
+        settings: keyword arguments, JSON values only. score: the metric of selection; 0 where
+            there is no validation and the first settings were taken.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    score: float
+
+
+def build_baselines(
+    prepared: Prepared,
+    *,
+    settings: BaselineSettings,
+    judge: Callable[[Ranker], float],
+    seed: int,
+    embedding_dim: int,
+) -> tuple[list[BaselineChoice], dict[str, str]]:
+    """Choose the settings of every baseline that the data allow.
+
+    Args:
+        judge: value on validation, larger is better.
+        embedding_dim: size of the factorisations, that of the model they stand beside.
+
+    Returns:
+        The choices in the order of ``settings.names`` (recent popularity first, whose half-life
+        the others fall back to), and why the rest was left out.
+    """
+    names = sorted(settings.names, key=lambda name: name != "recent_popularity")
+    choices: dict[str, BaselineChoice] = {}
+    skipped: dict[str, str] = {}
+    for name in names:
+        reason = _obstacle(name, prepared, settings)
+        if reason is None:
+            fallback = choices.get("recent_popularity")
+            half_life_d = fallback.settings["half_life_d"] if fallback else None
+            try:
+                choices[name] = _best(
+                    name,
+                    _candidates(name, prepared, settings.budget, embedding_dim, half_life_d),
+                    lambda choice: judge(refit_baseline(choice, prepared, seed)),
+                )
+                continue
+            except MissingExtraError as error:
+                reason = str(error)
+        skipped[name] = reason
+    return [choices[name] for name in settings.names if name in choices], skipped
+
+
+def refit_baseline(choice: BaselineChoice, prepared: Prepared, seed: int) -> Ranker:
+    """Fit a baseline with its chosen settings on ``prepared.train``.
+
+    Raises:
+        MissingExtraError: its library is not installed. ConfigError: no such baseline.
+    """
+    settings = dict(choice.settings)
+    half_life_d = settings.pop(_FALLBACK, None)
+    scores = popularity(prepared.train, prepared.cutoff, half_life_d)
+    if choice.name == "popularity":
+        return PopularityRanker("popularity", popularity(prepared.train, None, None))
+    if choice.name == "recent_popularity":
+        recent = popularity(prepared.train, prepared.cutoff, **settings)
+        return PopularityRanker("recent_popularity", recent)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        ranker: Ranker
+        if choice.name in ("item_knn", "recent_item_knn"):
+            ranker = item_knn(choice.name, prepared, scores, **settings)
+        elif choice.name in _FITS:
+            ranker = _FITS[choice.name](prepared, seed, settings)
+        else:
+            raise ConfigError(f"unknown baseline {choice.name!r}; known: {', '.join(_GRIDS)}")
+    fallback = PopularityRanker("recent_popularity", scores)
+    return BackedRanker(ranker, fallback, prepared.train.user_counts() > 0)
+
+
+_FITS: dict[str, Callable[[Prepared, int, dict[str, Any]], Ranker]] = {
+    "als": lambda prepared, seed, settings: als(prepared, seed=seed, **settings),
+    "bpr": lambda prepared, seed, settings: bpr(prepared, seed=seed, **settings),
+    "spectral": lambda prepared, seed, settings: spectral(prepared, seed=seed, **settings),
+    "ease": lambda prepared, seed, settings: ease(prepared, **settings),
+    "content": lambda prepared, seed, settings: content(prepared, **settings),
+}
+
+
+def _obstacle(name: str, prepared: Prepared, settings: BaselineSettings) -> str | None:
+    """Why the data do not allow a baseline, or None."""
+    log = prepared.train
+    if name.startswith("recent") and log.timestamp is None:
+        return "the log has no timestamps"
+    if name == "ease" and log.num_items > settings.ease_max_items:
+        return (
+            f"{log.num_items:,} items are more than baselines.ease_max_items = "
+            f"{settings.ease_max_items:,}"
+        )
+    if name == "content" and not prepared.items.columns:
+        return "there are no item features"
+    if name in ("als", "bpr", "spectral") and min(log.num_users, log.num_items) < 3:
+        return "a factorisation needs at least 3 users and 3 items"
+    return None
+
+
+def _candidates(
+    name: str, prepared: Prepared, budget: str, dim: int, fallback: float | None
+) -> Iterator[dict[str, Any]]:
+    grid = _GRIDS[name][budget]
+    for values in product(*grid.values()):
+        settings = dict(zip(grid, values, strict=True))
+        if prepared.train.timestamp is None and settings.get("half_life_d") is not None:
+            continue
+        if name in ("als", "bpr", "spectral"):
+            settings["dim"] = dim
+        if name not in ("popularity", "recent_popularity"):
+            settings[_FALLBACK] = fallback
+        yield settings
+
+
+def _best(
+    name: str,
+    candidates: Iterator[dict[str, Any]],
+    value: Callable[[BaselineChoice], float],
+) -> BaselineChoice:
+    """The first of the best, so that the order of the grid settles ties."""
+    best: BaselineChoice | None = None
+    for settings in candidates:
+        score = value(BaselineChoice(name, settings, 0.0))
+        if best is None or score > best.score:
+            best = BaselineChoice(name, settings, score)
+    assert best is not None, f"the grid of {name} is empty"
+    return best

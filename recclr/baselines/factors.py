@@ -1,0 +1,100 @@
+"""Factorisations: ALS and BPR from the implicit library, and the spectral baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+
+from recclr.baselines.matrices import interactions
+from recclr.data.log import Prepared
+from recclr.errors import require
+from recclr.topk import EmbeddingRanker
+
+
+def als(
+    prepared: Prepared,
+    *,
+    dim: int,
+    regularization: float,
+    alpha: float,
+    iterations: int,
+    seed: int,
+) -> EmbeddingRanker:
+    """Weighted matrix factorisation by alternating least squares (Hu, Koren & Volinsky 2008).
+
+    Args:
+        alpha: confidence of an interaction is 1 + alpha · weight.
+    """
+    library: Any = require("implicit.als", "baselines")
+    model = library.AlternatingLeastSquares(
+        factors=dim,
+        regularization=regularization,
+        alpha=alpha,
+        iterations=iterations,
+        random_state=seed,
+        use_gpu=False,
+    )
+    matrix = interactions(prepared.train, prepared.train.weight)
+    _fit(model, matrix)
+    return _ranker("als", model.user_factors, model.item_factors)
+
+
+def bpr(
+    prepared: Prepared,
+    *,
+    dim: int,
+    learning_rate: float,
+    regularization: float,
+    iterations: int,
+    seed: int,
+) -> EmbeddingRanker:
+    """Bayesian personalised ranking (Rendle et al. 2009); one thread, so that a seed decides it."""
+    library: Any = require("implicit.bpr", "baselines")
+    model = library.BayesianPersonalizedRanking(
+        factors=dim,
+        learning_rate=learning_rate,
+        regularization=regularization,
+        iterations=iterations,
+        random_state=seed,
+        num_threads=1,
+        use_gpu=False,
+    )
+    _fit(model, interactions(prepared.train))
+    return _ranker("bpr", model.user_factors, model.item_factors)
+
+
+def spectral(prepared: Prepared, *, dim: int, item_power: float, seed: int) -> EmbeddingRanker:
+    """Truncated SVD of the degree-normalised matrix, folded into two towers without training.
+
+    With D_u^-½ R D_i^-½ ≈ U S Vᵀ: item j is V_j · deg_j^p, user u is Σ deg_i^-½ V_i over the
+    user's items. ``item_power`` p = ½ restores popularity (DESIGN, "The step").
+    """
+    extmath: Any = require("sklearn.utils.extmath", "baselines")
+    matrix = interactions(prepared.train)
+    user_degree = np.maximum(np.asarray(matrix.sum(1)).ravel(), 1.0)
+    item_degree = np.maximum(np.asarray(matrix.sum(0)).ravel(), 1.0)
+    normalised = sp.diags(user_degree**-0.5) @ matrix @ sp.diags(item_degree**-0.5)
+    dim = min(dim, min(matrix.shape))
+    _, _, right = extmath.randomized_svd(normalised.tocsr(), dim, n_iter=4, random_state=seed)
+    basis = right.T.astype(np.float32)
+    users = matrix @ (basis * item_degree[:, None] ** -0.5)
+    return _ranker("spectral", users, basis * item_degree[:, None] ** item_power)
+
+
+def _fit(model: Any, matrix: sp.csr_matrix) -> None:
+    # implicit runs its own threads; a BLAS pool under each of them makes it many times slower.
+    threads: Any = require("threadpoolctl", "baselines")
+    with threads.threadpool_limits(1, "blas"):
+        model.fit(matrix, show_progress=False)
+
+
+def _ranker(name: str, users: NDArray[Any], items: NDArray[Any]) -> EmbeddingRanker:
+    """The last row, of unknown users, is zero; ``BackedRanker`` never asks for it."""
+    user_vectors = torch.from_numpy(np.asarray(users, dtype=np.float32))
+    nobody = torch.zeros((1, user_vectors.shape[1]))
+    item_vectors = torch.from_numpy(np.ascontiguousarray(items, dtype=np.float32))
+    return EmbeddingRanker(name, torch.cat([user_vectors, nobody]), item_vectors)
