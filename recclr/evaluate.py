@@ -30,6 +30,7 @@ SLICES = (
     "tail",
 )
 _CHUNK = 8192
+_SHOWN = ("recall@", "ndcg@")
 _HEAD, _TORSO = 0.2, 0.8
 
 
@@ -137,7 +138,8 @@ class Evaluation:
     Attributes:
         metrics: {slice: {metric: mean}}. intervals: {slice: {metric: (low, high)}}.
         per_user: {slice: {metric: float64 [users of the slice]}}, in the order of ``user_idx``.
-        counts: {slice: {"users", "relevant", "candidates", "chance_recall…"}}.
+        counts: {slice: {"users", "relevant", "candidates", "chance_recall…"}}; of all users also
+            ``dropped_users``, who had all their held-out items before, and ``repeated_rows``.
     """
 
     name: str
@@ -145,6 +147,16 @@ class Evaluation:
     per_user: dict[str, dict[str, Tensor]] = field(repr=False)
     counts: dict[str, dict[str, float]] = field(repr=False)
     intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        """A table: a line per slice, a column per metric."""
+        shown = [m for m in next(iter(self.metrics.values()), {}) if m.startswith(_SHOWN)]
+        width = max((len(name) for name in self.metrics), default=5)
+        lines = [" ".join([" " * width, "  users", *(f"{m:>10}" for m in shown)])]
+        for name, values in self.metrics.items():
+            cells = [f"{values[m]:>10.4f}" for m in shown]
+            lines.append(" ".join([f"{name:<{width}}", f"{self.counts[name]['users']:>7}", *cells]))
+        return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """The parts of metrics.json that belong to this ranker."""
@@ -193,6 +205,8 @@ def evaluate(
     corpus = len(examples.item_counts)
     if "all" in slices:
         add("all", everyone, examples.relevant, top, corpus)
+        counts["all"]["dropped_users"] = examples.num_dropped
+        counts["all"]["repeated_rows"] = examples.num_repeats
     for name, keep in (("warm_users", True), ("cold_users", False)):
         if name in slices:
             queries = ((examples.user_counts > 0) == keep).nonzero().squeeze(1)

@@ -57,7 +57,8 @@ class Table(nn.Module):
         vectors = self(rows)
         if not len(values):
             return vectors.new_zeros((len(offsets), self.dim))
-        return embedding_bag(inverse, vectors, offsets, mode="sum")
+        bags: Tensor = embedding_bag(inverse, vectors, offsets, mode="sum")
+        return bags
 
 
 class TableOptimizer:

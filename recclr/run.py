@@ -16,20 +16,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from recclr.baselines import BaselineChoice, build_baselines, refit_baseline
-from recclr.bootstrap import paired_difference
-from recclr.checkpoint import find_checkpoint
 from recclr.config import Config
 from recclr.data.interactions import Log, read_log
 from recclr.data.log import Prepared
 from recclr.data.prepare import PreparedLog, prepare
 from recclr.data.split import Split
-from recclr.errors import CheckpointError, ConfigError
+from recclr.errors import ConfigError
 from recclr.evaluate import Evaluation, EvaluationSet, evaluate
 from recclr.files import write_bytes_atomic, write_json_atomic
-from recclr.metrics import DEFINITIONS
+from recclr.judge import collect_results, evaluate_as_configured, judged_by
+from recclr.load import fresh_model, load_model, pick_device, ranker_of
 from recclr.ranking import Ranker
 from recclr.run_folder import (
     DATA,
@@ -39,12 +36,11 @@ from recclr.run_folder import (
     fingerprints,
     locked,
     open_run,
-    read_config,
     read_json,
 )
 from recclr.topk import EmbeddingRanker
-from recclr.towers import TwoTower, build_model
-from recclr.train import fit, load_weights
+from recclr.towers import TwoTower
+from recclr.train import fit
 
 OnEvent = Callable[[dict[str, Any]], None]
 _SELECTION = "selection"
@@ -100,58 +96,12 @@ def train_run(
         split = _read(context)
         selected = _select(context, split)
         final = _final_stage(context, split, selected)
-        results = _judge_stages(context, split, selected, final)
+        results = _judge(context, split, selected, final)
         _export(context, final)
         # Last of all: its presence is what makes a run a finished one.
         write_json_atomic(out / METRICS, results)
         _write_report(context)
     return out
-
-
-def pick_device(device: str) -> str:
-    """Resolve ``auto``; refuse a GPU that is not there.
-
-    Raises:
-        ConfigError: no CUDA device.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch finds no GPU here; use --device cpu or auto")
-    if not device.startswith(("cuda", "cpu")):
-        raise ConfigError(f"--device {device!r}: expected auto, cpu or cuda")
-    return device
-
-
-def load_run(run: Path) -> tuple[Config, PreparedLog, TwoTower]:
-    """Configuration, data and best model of a finished or running run; nothing else is read.
-
-    Raises:
-        ConfigError: no run folder. CheckpointError: no model yet, or a damaged one.
-    """
-    config = read_config(run)
-    prepared = PreparedLog.load(run)
-    return config, prepared, load_model(config, prepared.tensors, run / "checkpoints")
-
-
-def load_model(config: Config, prepared: Prepared, checkpoints: Path) -> TwoTower:
-    """The model that BEST (or, without evaluations, LAST) names.
-
-    Raises:
-        CheckpointError: there is none, or it does not fit.
-    """
-    found = find_checkpoint(checkpoints, "BEST") or find_checkpoint(checkpoints, "LAST")
-    if found is None:
-        raise CheckpointError(f"{checkpoints} holds no checkpoint; has the run trained yet?")
-    model = _fresh_model(config, prepared)
-    load_weights(model, found.tensors)
-    return model.eval()
-
-
-def ranker_of(model: TwoTower, cutoff: int | None, name: str = "model") -> EmbeddingRanker:
-    """The model as it would be served from the cut-off on, on the CPU."""
-    users, items = model.all_vectors(cutoff)
-    return EmbeddingRanker(name, users.cpu(), items.cpu())
 
 
 @dataclass
@@ -234,86 +184,29 @@ def _final_stage(context: Context, split: Split, selected: Stage) -> Stage:
     return Stage(prepared, ranker, steps, selected.choices, selected.skipped)
 
 
-def _judge_stages(context: Context, split: Split, selected: Stage, final: Stage) -> dict[str, Any]:
+def _judge(context: Context, split: Split, selected: Stage, final: Stage) -> dict[str, Any]:
     """Validation and test tables; test is looked at here, once, and nowhere else."""
     config = context.config
     tables = {"valid": selected.valid}
-    prepared, also_seen = final.prepared.tensors, None
-    if final is selected:
-        also_seen = prepared.held_out
-        prepared = _with_test(context, split, final.prepared)
-    if prepared.held_out is not None:
+    if split.test is not None:
         context.on_event({"kind": "stage", "name": "test"})
-        examples = EvaluationSet.from_prepared(
-            prepared, keep_seen=config.evaluate.keep_seen, also_seen=also_seen
+        refitted = final is not selected
+        prepared, examples = judged_by(
+            final.prepared, split.test, config, also=None if refitted else split.valid
         )
         rankers: list[Ranker] = [final.ranker]
         rankers += [refit_baseline(c, prepared, config.seed) for c in final.choices]
         tables["test"] = [_evaluated(context, ranker, examples) for ranker in rankers]
-    results: dict[str, Any] = {"definitions": DEFINITIONS, "counts": {}, "intervals": {}}
-    results["differences"] = {}
-    for name, evaluations in tables.items():
-        if evaluations:
-            results[name] = {e.name: e.metrics for e in evaluations}
-            results["intervals"][name] = {e.name: e.intervals for e in evaluations}
-            results["counts"][name] = evaluations[0].counts
-            results["differences"][name] = _differences(config, evaluations)
+    results = collect_results(tables, config)
     results["baselines"] = {c.name: asdict(c) for c in final.choices}
     results["skipped_baselines"] = final.skipped
     results["selected_steps"] = selected.steps
     return results
 
 
-def _with_test(context: Context, split: Split, prepared: PreparedLog) -> Prepared:
-    """Without a refit: the test rows in the indices of the selected model."""
-    again = prepare(
-        split.train,
-        split.test,
-        user=context.config.user,
-        item=context.config.item,
-        vocabulary=(prepared.users, prepared.items),
-    )
-    return again.tensors
-
-
 def _evaluated(context: Context, ranker: Ranker, examples: EvaluationSet) -> Evaluation:
-    settings = context.config.evaluate
     context.on_event({"kind": "judging", "name": ranker.name})
-    return evaluate(
-        ranker,
-        examples,
-        ks=settings.ks,
-        num_bootstrap=settings.num_bootstrap,
-        seed=context.config.seed,
-    )
-
-
-def _differences(config: Config, evaluations: list[Evaluation]) -> dict[str, Any]:
-    """The model minus each baseline, paired by user, for the metric of selection and NDCG."""
-    model, *others = evaluations
-    if config.evaluate.num_bootstrap < 2:
-        return {}
-    k = config.evaluate.select.partition("@")[2]
-    metrics = list(dict.fromkeys([config.evaluate.select, f"recall@{k}", f"ndcg@{k}"]))
-    found: dict[str, Any] = {}
-    options: dict[str, Any] = {
-        "num_resamples": config.evaluate.num_bootstrap,
-        "seed": config.seed,
-    }
-    for other in others:
-        found[other.name] = {
-            part: {
-                metric: paired_difference(values[metric], other.per_user[part][metric], **options)
-                for metric in metrics
-            }
-            for part, values in model.per_user.items()
-        }
-    among = model.per_user.get("cold_items_among_cold")
-    if among is not None:
-        chance = model.counts["cold_items_among_cold"][f"chance_recall@{k}"]
-        difference = paired_difference(among[f"recall@{k}"], chance, **options)
-        found["chance"] = {"cold_items_among_cold": {f"recall@{k}": difference}}
-    return found
+    return evaluate_as_configured(ranker, examples, context.config)
 
 
 def _fit(
@@ -330,7 +223,7 @@ def _fit(
         model = load_model(config, prepared.tensors, folder / "checkpoints")
         return model, int(read_json(done)["best_step"])
     context.on_event({"kind": "stage", "name": stage})
-    model = _fresh_model(config, prepared.tensors)
+    model = fresh_model(config, prepared.tensors)
 
     def judge(candidate: TwoTower) -> dict[str, float]:
         assert examples is not None
@@ -396,17 +289,6 @@ def _prepared(
     if not (context.resume and (folder / "prepared.json").exists()):
         prepared.save(folder)
     return prepared
-
-
-def _fresh_model(config: Config, prepared: Prepared) -> TwoTower:
-    return build_model(
-        prepared,
-        user=config.user,
-        item=config.item,
-        model=config.model,
-        loss=config.loss,
-        seed=config.seed,
-    )
 
 
 def _refits(config: Config, split: Split) -> bool:

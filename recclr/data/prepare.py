@@ -23,7 +23,7 @@ from recclr.data.vocabulary import Vocabulary
 from recclr.errors import ConfigError, DataError
 from recclr.settings import TowerSettings
 
-__all__ = ["PreparedLog", "prepare"]
+__all__ = ["PreparedLog", "encode_held_out", "prepare"]
 
 
 def prepare(
@@ -75,7 +75,7 @@ def prepare(
         _encode_features(encoders[0], tables["user"], users),
         _encode_features(encoders[1], tables["item"], items),
     )
-    judged, counts = (None, {}) if held_out is None else _encode_held_out(held_out, users, items)
+    judged, counts = (None, {}) if held_out is None else encode_held_out(held_out, users, items)
     cutoff = None if encoded.timestamp is None else int(encoded.timestamp.max()) + 1
     return PreparedLog(
         tensors=Prepared(encoded, features[0], features[1], judged, cutoff),
@@ -144,10 +144,18 @@ def _encode_train(train: Log, users: Vocabulary, items: Vocabulary) -> EncodedLo
     return _encoded(decayed, encoded["user_id"], encoded["item_id"], users, items)
 
 
-def _encode_held_out(
+def encode_held_out(
     held_out: Log, users: Vocabulary, items: Vocabulary
 ) -> tuple[EncodedLog, dict[str, int]]:
-    """The encoded rows, and how many are outside the vocabularies."""
+    """Held-out rows in the indices of given vocabularies, and how many are outside of them.
+
+    Returns:
+        The encoded log, whose unknown users have indices from ``len(users)`` on and whose unknown
+        items are -1; counts by name.
+
+    Raises:
+        DataError: the ids are of another type than the vocabulary's.
+    """
     user_idx = users.encode(held_out.events["user_id"])
     item_idx = items.encode(held_out.events["item_id"])
     new_users = Vocabulary.of(held_out.events["user_id"].filter(pl.Series(user_idx < 0)))

@@ -1,0 +1,93 @@
+"""From rankers to the tables of metrics.json: what is judged, on whom, and against what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from recclr.bootstrap import paired_difference
+from recclr.config import Config
+from recclr.data.interactions import Log
+from recclr.data.log import Prepared
+from recclr.data.prepare import PreparedLog, encode_held_out
+from recclr.evaluate import Evaluation, EvaluationSet, evaluate
+from recclr.metrics import DEFINITIONS
+from recclr.ranking import Ranker
+
+
+def judged_by(
+    prepared: PreparedLog, held_out: Log, config: Config, *, also: Log | None = None
+) -> tuple[Prepared, EvaluationSet]:
+    """Held-out rows in the indices of a model.
+
+    Args:
+        also: rows that came before the held-out ones and that nothing was fitted on; their items
+            are left out of the rankings like those of train.
+
+    Raises:
+        ConfigError: nothing of ``held_out`` can be judged. DataError: ids of another type.
+    """
+    encoded, _ = encode_held_out(held_out, prepared.users, prepared.items)
+    seen = None if also is None else encode_held_out(also, prepared.users, prepared.items)[0]
+    tensors = replace(prepared.tensors, held_out=encoded)
+    examples = EvaluationSet.from_prepared(
+        tensors, keep_seen=config.evaluate.keep_seen, also_seen=seen
+    )
+    return tensors, examples
+
+
+def evaluate_as_configured(ranker: Ranker, examples: EvaluationSet, config: Config) -> Evaluation:
+    """All slices, with intervals, at the cut-offs of the configuration."""
+    return evaluate(
+        ranker,
+        examples,
+        ks=config.evaluate.ks,
+        num_bootstrap=config.evaluate.num_bootstrap,
+        seed=config.seed,
+    )
+
+
+def collect_results(tables: Mapping[str, Sequence[Evaluation]], config: Config) -> dict[str, Any]:
+    """The evaluations of each split, the model first, in the shape of metrics.json."""
+    results: dict[str, Any] = {"definitions": DEFINITIONS, "counts": {}, "intervals": {}}
+    results["differences"] = {}
+    for split, evaluations in tables.items():
+        if evaluations:
+            results[split] = {e.name: e.metrics for e in evaluations}
+            results["intervals"][split] = {e.name: e.intervals for e in evaluations}
+            results["counts"][split] = evaluations[0].counts
+            results["differences"][split] = differences(evaluations, config)
+    return results
+
+
+def differences(evaluations: Sequence[Evaluation], config: Config) -> dict[str, Any]:
+    """The model minus each baseline, paired by user, for recall, NDCG and the metric of selection.
+
+    Cold items among the cold are compared with chance as well: recall of a random ranking.
+    """
+    model, *others = evaluations
+    if config.evaluate.num_bootstrap < 2:
+        return {}
+    k = config.evaluate.select.partition("@")[2]
+    metrics = list(dict.fromkeys([config.evaluate.select, f"recall@{k}", f"ndcg@{k}"]))
+    options: dict[str, Any] = {
+        "num_resamples": config.evaluate.num_bootstrap,
+        "seed": config.seed,
+    }
+    found: dict[str, Any] = {
+        other.name: {
+            part: {
+                metric: paired_difference(values[metric], other.per_user[part][metric], **options)
+                for metric in metrics
+            }
+            for part, values in model.per_user.items()
+        }
+        for other in others
+    }
+    among = model.per_user.get("cold_items_among_cold")
+    if among is not None:
+        chance = model.counts["cold_items_among_cold"][f"chance_recall@{k}"]
+        difference = paired_difference(among[f"recall@{k}"], chance, **options)
+        found["chance"] = {"cold_items_among_cold": {f"recall@{k}": difference}}
+    return found

@@ -1,0 +1,75 @@
+"""The model of a run folder, ready to rank: what every command after training starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from recclr.checkpoint import find_checkpoint
+from recclr.config import Config
+from recclr.data.log import Prepared
+from recclr.data.prepared import PreparedLog
+from recclr.errors import CheckpointError, ConfigError
+from recclr.run_folder import read_config
+from recclr.topk import EmbeddingRanker
+from recclr.towers import TwoTower, build_model
+from recclr.train import load_weights
+
+
+def load_run(run: Path) -> tuple[Config, PreparedLog, TwoTower]:
+    """Configuration, data and best model of a finished or running run; nothing else is read.
+
+    Raises:
+        ConfigError: no run folder. CheckpointError: no model yet, or a damaged one.
+    """
+    config = read_config(run)
+    prepared = PreparedLog.load(run)
+    return config, prepared, load_model(config, prepared.tensors, run / "checkpoints")
+
+
+def load_model(config: Config, prepared: Prepared, checkpoints: Path) -> TwoTower:
+    """The model that BEST (or, without evaluations, LAST) names.
+
+    Raises:
+        CheckpointError: there is none, or it does not fit.
+    """
+    found = find_checkpoint(checkpoints, "BEST") or find_checkpoint(checkpoints, "LAST")
+    if found is None:
+        raise CheckpointError(f"{checkpoints} holds no checkpoint; has the run trained yet?")
+    model = fresh_model(config, prepared)
+    load_weights(model, found.tensors)
+    return model.eval()
+
+
+def ranker_of(model: TwoTower, cutoff: int | None, name: str = "model") -> EmbeddingRanker:
+    """The model as it would be served from the cut-off on, on the CPU."""
+    users, items = model.all_vectors(cutoff)
+    return EmbeddingRanker(name, users.cpu(), items.cpu())
+
+
+def fresh_model(config: Config, prepared: Prepared) -> TwoTower:
+    """The model of a configuration before its first step, on the CPU."""
+    return build_model(
+        prepared,
+        user=config.user,
+        item=config.item,
+        model=config.model,
+        loss=config.loss,
+        seed=config.seed,
+    )
+
+
+def pick_device(device: str) -> str:
+    """Resolve ``auto``; refuse a GPU that is not there.
+
+    Raises:
+        ConfigError: no CUDA device.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch finds no GPU here; use --device cpu or auto")
+    if not device.startswith(("cuda", "cpu")):
+        raise ConfigError(f"--device {device!r}: expected auto, cpu or cuda")
+    return device

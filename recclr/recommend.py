@@ -1,0 +1,131 @@
+"""Rankings as tables in the caller's ids: users to items, and items to items."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from recclr.data.log import Csr
+from recclr.data.prepared import PreparedLog
+from recclr.data.vocabulary import Vocabulary
+from recclr.errors import ConfigError, DataError
+from recclr.ranking import Ranker, TopK
+from recclr.topk import EmbeddingRanker, top_k
+
+_USERS = 65_536
+
+
+def recommend(
+    prepared: PreparedLog,
+    ranker: Ranker,
+    users: pl.Series | None = None,
+    *,
+    k: int = 10,
+    items: pl.Series | None = None,
+    keep_seen: bool = False,
+) -> pl.DataFrame:
+    """The best items of each user.
+
+    Args:
+        users: raw ids; each is answered once, in order of first appearance. A user that is not
+            known gets the ranking for an empty history. None: every user with a train interaction.
+        k: items per user; fewer rows where the candidates run out.
+        items: raw ids to choose from; None for the whole corpus.
+        keep_seen: also recommend items the user has in train.
+
+    Returns:
+        user_id, item_id (types as read), rank (from 1), score; by user, then rank. No rows for no
+        users.
+
+    Raises:
+        ConfigError: k below 1. DataError: an id of ``items`` is not known, or ids of another type.
+    """
+    _require_positive(k)
+    subset = None if items is None else _known(prepared.items, items, "item").unique()
+    if users is None:
+        idx = torch.from_numpy(np.flatnonzero(prepared.users.counts > 0))
+        ids = prepared.users.decode(idx.numpy())
+    else:
+        ids = users.unique(maintain_order=True).drop_nulls()
+        idx = torch.from_numpy(prepared.users.encode(ids)).long()
+        idx = torch.where(idx < 0, len(prepared.users), idx)
+    histories = None if keep_seen else _histories(prepared)
+    parts = []
+    for rows in torch.split(torch.arange(len(idx)), _USERS):
+        seen = None if histories is None else histories.take(idx[rows])
+        found = ranker.top_k(idx[rows], k, seen=seen, items=subset)
+        parts.append(_table(found, ids.gather(rows.numpy()).rename("user_id"), prepared.items))
+    return pl.concat(parts) if parts else _empty(ids.rename("user_id"), prepared.items)
+
+
+def similar(
+    prepared: PreparedLog,
+    ranker: EmbeddingRanker,
+    items: pl.Series | None = None,
+    *,
+    k: int = 10,
+) -> pl.DataFrame:
+    """The items whose embeddings point the same way (cosine), the item itself left out.
+
+    Args:
+        items: raw ids to look up; None for the whole corpus.
+
+    Returns:
+        item_id, similar_id, rank (from 1), score in [-1, 1].
+
+    Raises:
+        ConfigError: k below 1. DataError: an id is not known, or ids of another type.
+    """
+    _require_positive(k)
+    vectors = normalize(ranker.item_vectors)
+    if items is None:
+        idx = torch.arange(len(prepared.items))
+    else:
+        idx = _known(prepared.items, items.unique(maintain_order=True), "item")
+    ids = prepared.items.decode(idx.numpy()).rename("item_id")
+    itself = Csr(torch.arange(len(idx) + 1), idx.to(torch.int32))
+    found = top_k(vectors[idx], vectors, k, seen=itself)
+    table = _table(found, ids.rename("user_id"), prepared.items)
+    return table.rename({"item_id": "similar_id"}).rename({"user_id": "item_id"})
+
+
+def _histories(prepared: PreparedLog) -> Csr:
+    """Train items per user, and an empty row for users that are not known."""
+    return prepared.tensors.train.user_items(len(prepared.users) + 1)
+
+
+def _known(vocabulary: Vocabulary, ids: pl.Series, what: str) -> Tensor:
+    idx = torch.from_numpy(vocabulary.encode(ids)).long()
+    missing = ids.filter(pl.Series((idx < 0).numpy()))
+    if len(missing):
+        shown = ", ".join(repr(value) for value in missing.head(3).to_list())
+        raise DataError(
+            f"{len(missing):,} of {len(ids):,} {what} ids are not known to this model, for example "
+            f"{shown}; it knows {len(vocabulary):,}, for example {vocabulary.ids[0]!r}"
+        )
+    return idx
+
+
+def _table(found: TopK, ids: pl.Series, items: Vocabulary) -> pl.DataFrame:
+    rows, ranks = (found.item_idx >= 0).nonzero(as_tuple=True)
+    return pl.DataFrame(
+        {
+            ids.name: ids.gather(rows.numpy()),
+            "item_id": items.decode(found.item_idx[rows, ranks].numpy()).rename("item_id"),
+            "rank": pl.Series((ranks + 1).numpy(), dtype=pl.Int32),
+            "score": found.scores[rows, ranks].numpy(),
+        }
+    )
+
+
+def _empty(ids: pl.Series, items: Vocabulary) -> pl.DataFrame:
+    nothing = TopK(torch.empty((0, 1), dtype=torch.int64), torch.empty((0, 1)))
+    return _table(nothing, ids.clear(), items)
+
+
+def _require_positive(k: int) -> None:
+    if k < 1:
+        raise ConfigError(f"k must be at least 1, found {k}")
