@@ -44,7 +44,7 @@ def recommend(
         ConfigError: k below 1. DataError: an id of ``items`` is not known, or ids of another type.
     """
     _require_positive(k)
-    subset = None if items is None else _known(prepared.items, items, "item").unique()
+    subset = None if items is None else torch.unique(_known(prepared.items, items, "item"))
     if users is None:
         idx = torch.from_numpy(np.flatnonzero(prepared.users.counts > 0))
         ids = prepared.users.decode(idx.numpy())
