@@ -8,9 +8,10 @@ from typing import Any
 
 from recclr.bootstrap import paired_difference
 from recclr.config import Config
-from recclr.data.interactions import Log
+from recclr.data.interactions import Log, read_held_out, read_log
 from recclr.data.log import Prepared
 from recclr.data.prepare import PreparedLog, encode_held_out
+from recclr.errors import ConfigError
 from recclr.evaluate import Evaluation, EvaluationSet, evaluate
 from recclr.metrics import DEFINITIONS
 from recclr.ranking import Ranker
@@ -91,3 +92,49 @@ def differences(evaluations: Sequence[Evaluation], config: Config) -> dict[str, 
         difference = paired_difference(among[f"recall@{k}"], chance, **options)
         found["chance"] = {"cold_items_among_cold": {f"recall@{k}": difference}}
     return found
+
+
+def evaluate_run(
+    config: Config,
+    prepared: PreparedLog,
+    ranker: Ranker,
+    *,
+    split: str = "test",
+    events: str | None = None,
+    ks: tuple[int, ...] | None = None,
+) -> Evaluation:
+    """Judge the ranker of a finished run again, on its own held-out rows or on other events.
+
+    Args:
+        split: ``test`` or ``valid``; read from the run's input files as the run did.
+        events: path of other events, read with the run's columns, conditions and weights.
+        ks: cut-offs instead of the configured ones.
+
+    Raises:
+        ConfigError: no such part, or validation of a model that was refitted on it.
+    """
+    if split not in ("test", "valid"):
+        raise ConfigError(f"--split {split!r}: expected test or valid")
+    log = read_log(config.data)
+    parts = log.split(config.split)
+    refitted = config.train.refit and parts.valid is not None
+    also = None if refitted or split == "valid" else parts.valid
+    held_out = parts.test if split == "test" else parts.valid
+    if events is not None:
+        held_out = read_held_out(log, events)
+    elif split == "valid" and refitted:
+        raise ConfigError(
+            "the model was refitted on train + validation, so validation says nothing about it; "
+            "metrics.json has the validation figures of the selected model"
+        )
+    if held_out is None:
+        raise ConfigError(f"the run has no {split} part; give --events FILE")
+    _, examples = judged_by(prepared, held_out, config, also=also)
+    settings = config.evaluate
+    return evaluate(
+        ranker,
+        examples,
+        ks=ks or settings.ks,
+        num_bootstrap=settings.num_bootstrap,
+        seed=config.seed,
+    )

@@ -54,7 +54,7 @@ class Table(nn.Module):
             values: int64 [nnz] row numbers. offsets: int64 [M] start of each bag.
         """
         rows, inverse = torch.unique(values, return_inverse=True)
-        vectors = self(rows)
+        vectors: Tensor = self(rows)
         if not len(values):
             return vectors.new_zeros((len(offsets), self.dim))
         bags: Tensor = embedding_bag(inverse, vectors, offsets, mode="sum")

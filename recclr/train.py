@@ -112,7 +112,7 @@ def fit(
     objective = Objective(log, loss, negatives, seed=seed, bfloat16=bfloat16)
     keeper = _Keeper(model, optimizers, checkpoints)
     progress = keeper.resumed() if resume else Progress()
-    meter = _Meter(on_event or (lambda event: None), per_epoch)
+    meter = _Meter(on_event or (lambda event: None), per_epoch, end)
 
     evaluate_every = max(1, round(train.evaluate_every * per_epoch))
     checkpoint_every = max(1, round(train.checkpoint_every * per_epoch))
@@ -249,8 +249,8 @@ class _Keeper:
 class _Meter:
     """Logs steps every few seconds and watches for losses that are not finite."""
 
-    def __init__(self, emit: OnEvent, per_epoch: int) -> None:
-        self.emit, self.per_epoch = emit, per_epoch
+    def __init__(self, emit: OnEvent, per_epoch: int, num_steps: int) -> None:
+        self.emit, self.per_epoch, self.num_steps = emit, per_epoch, num_steps
         self.since, self.rows = time.perf_counter(), 0
 
     def add(self, stats: StepStats, model: TwoTower, step: int, lr: float) -> None:
@@ -264,6 +264,7 @@ class _Meter:
             {
                 "kind": "step",
                 "step": step,
+                "num_steps": self.num_steps,
                 "epoch": step / self.per_epoch,
                 "loss": float(stats.loss.detach()),
                 "lr": lr,

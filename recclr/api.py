@@ -1,0 +1,195 @@
+"""The verbs of the command line in Python, for notebooks and jobs that hold frames in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import polars as pl
+
+from recclr.config import Config, parse_config
+from recclr.data.infer import infer_features
+from recclr.data.interactions import Log, read
+from recclr.data.prepare import PreparedLog, prepare
+from recclr.errors import ConfigError
+from recclr.evaluate import Evaluation, EvaluationSet, evaluate
+from recclr.judge import judged_by
+from recclr.load import fresh_model, load_run, pick_device, ranker_of
+from recclr.recommend import recommend, similar
+from recclr.shipping import ExportReport, ship
+from recclr.topk import EmbeddingRanker
+from recclr.train import fit
+
+__all__ = ["TwoTower", "read"]
+
+
+@dataclass(frozen=True, eq=False)
+class TwoTower:
+    """A trained model with the ids it speaks.
+
+    Attributes:
+        config: everything it was trained with. prepared: the data it knows.
+        ranker: its embeddings, frozen at the end of train.
+        valid: rows that selected the checkpoint; their items count as had when test is judged.
+    """
+
+    config: Config
+    prepared: PreparedLog
+    ranker: EmbeddingRanker
+    valid: Log | None = None
+
+    @classmethod
+    def fit(
+        cls,
+        train: Log,
+        *,
+        valid: Log | None = None,
+        config: Mapping[str, Any] | None = None,
+        device: str = "auto",
+        progress: bool = True,
+    ) -> Self:
+        """Train on ``train``; with ``valid``, keep the checkpoint that does best on it.
+
+        Args:
+            config: sections as in the TOML file, for example ``{"train": {"epochs": 5}}``;
+                ``data``, ``split`` and ``export`` have no place here. Without ``item.features``
+                or ``user.features``, the columns of the log's tables become features by type.
+            device: ``auto`` is the first GPU where there is one.
+            progress: show a bar on stderr.
+
+        Raises:
+            ConfigError: a wrong setting. DataError: too little to train on.
+            DivergedError: the loss is not finite.
+        """
+        from recclr.console import RunProgress
+
+        settings = _settings(train, config or {})
+        prepared = prepare(
+            train,
+            valid,
+            user=settings.user,
+            item=settings.item,
+            extra_ids=[] if valid is None else [valid],
+        )
+        model = fresh_model(settings, prepared.tensors)
+        examples = None
+        if valid is not None:
+            examples = EvaluationSet.from_prepared(
+                prepared.tensors, keep_seen=settings.evaluate.keep_seen
+            )
+
+        def judge(candidate: Any) -> dict[str, float]:
+            assert examples is not None
+            ranker = ranker_of(candidate, prepared.tensors.cutoff)
+            found = evaluate(ranker, examples, ks=settings.evaluate.ks, slices=("all",))
+            return found.metrics["all"]
+
+        with RunProgress(settings.evaluate.select, quiet=not progress) as shown:
+            fit(
+                model,
+                prepared.tensors.train,
+                loss=settings.loss,
+                negatives=settings.negatives,
+                train=settings.train,
+                seed=settings.seed,
+                evaluate=None if examples is None else judge,
+                select=settings.evaluate.select,
+                device=pick_device(device),
+                on_event=shown,
+            )
+        return cls(settings, prepared, ranker_of(model, prepared.tensors.cutoff), valid)
+
+    @classmethod
+    def load(cls, run: Path | str) -> Self:
+        """The model of a run folder.
+
+        Raises:
+            ConfigError: no run folder. CheckpointError: no model in it, or a damaged one.
+        """
+        config, prepared, model = load_run(Path(run))
+        return cls(config, prepared, ranker_of(model, prepared.tensors.cutoff))
+
+    def __repr__(self) -> str:
+        dim = self.ranker.item_vectors.shape[1]
+        users, items = len(self.prepared.users), len(self.prepared.items)
+        return f"TwoTower({users:,} users, {items:,} items, {dim} dimensions)"
+
+    def evaluate(
+        self, test: Log, *, ks: tuple[int, ...] = (10, 20), num_bootstrap: int = 1000
+    ) -> Evaluation:
+        """Exact metrics on held-out rows, by slice; printing it gives a table.
+
+        Args:
+            test: rows later than, or apart from, those of train.
+            num_bootstrap: resamples of users behind ``.intervals``; 0 for none.
+        """
+        _, examples = judged_by(self.prepared, test, self.config, also=self.valid)
+        return evaluate(
+            self.ranker, examples, ks=ks, num_bootstrap=num_bootstrap, seed=self.config.seed
+        )
+
+    def recommend(
+        self,
+        users: Any = None,
+        *,
+        k: int = 10,
+        items: Any = None,
+        keep_seen: bool = False,
+    ) -> pl.DataFrame:
+        """Best items per user; ``users`` and ``items`` are any sequences of raw ids.
+
+        See ``recommend.recommend``.
+        """
+        return recommend(
+            self.prepared,
+            self.ranker,
+            _ids(users),
+            k=k,
+            items=_ids(items),
+            keep_seen=keep_seen,
+        )
+
+    def similar(self, items: Any = None, *, k: int = 10) -> pl.DataFrame:
+        """Items like the given ones. See ``recommend.similar``."""
+        return similar(self.prepared, self.ranker, _ids(items), k=k)
+
+    def export(self, target: str, *, name: str = "catalogue") -> ExportReport:
+        """Write both towers' embeddings to a store, verified.
+
+        Args:
+            target: ``parquet:DIR`` or ``lancedb:DIR``.
+
+        Raises:
+            StoreError: the store refused the write, or holds something else afterwards.
+        """
+        return ship(self.prepared, self.ranker, target, run=None, config=self.config, name=name)
+
+
+def _settings(train: Log, given: Mapping[str, Any]) -> Config:
+    misplaced = sorted({"data", "split", "export"} & set(given))
+    if misplaced:
+        raise ConfigError(
+            f"config has {', '.join(misplaced)}: the log is read and split already; "
+            "give them to recclr.read, Log.split and TwoTower.export"
+        )
+    values: dict[str, Any] = {name: _copied(value) for name, value in given.items()}
+    for side, table in (("user", train.users), ("item", train.items)):
+        section = values.setdefault(side, {})
+        if table is not None and isinstance(section, dict) and "features" not in section:
+            section["features"] = infer_features(table, key=f"{side}_id")
+    values["data"] = {"events": train.settings.events}
+    return parse_config(values, source="config")
+
+
+def _copied(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _ids(values: Any) -> pl.Series | None:
+    if values is None or isinstance(values, pl.Series):
+        return values
+    if isinstance(values, (str, bytes)):
+        raise ConfigError(f"expected a sequence of ids, found the single value {values!r}")
+    return pl.Series("id", list(values))

@@ -1,0 +1,271 @@
+"""The command line: each command reads its arguments, calls one function, and prints.
+
+Results go to stdout, progress and messages to stderr. A mistake of the caller ends with one
+message and the exit code of its error class, never with a traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from recclr import __version__
+from recclr.console import (
+    RunProgress,
+    print_frame,
+    print_json,
+    print_results,
+    print_table,
+    say,
+)
+from recclr.errors import ConfigError, RecclrError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train, judge and ship two-tower retrieval models from interaction logs.",
+)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that `train` wrote.")]
+Set = Annotated[
+    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
+K = Annotated[int, typer.Option("-k", "--k", min=1, max=100_000, help="Items per row.")]
+OutFile = Annotated[
+    Path | None, typer.Option("--out", help="Write all rows: .parquet, .csv or .jsonl.")
+]
+
+
+def main() -> None:
+    """Entry point of ``recclr``; returns by ``sys.exit`` with the code of DESIGN, "Commands"."""
+    try:
+        app()
+    except RecclrError as error:
+        say(f"error: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(130)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"recclr {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it, end.")
+    ] = False,
+) -> None:
+    """Two-tower retrieval models: train, judge, ship."""
+
+
+@app.command()
+def check(
+    events: Annotated[
+        str | None, typer.Argument(help="Events: file, folder of shards or glob.")
+    ] = None,
+    users: Annotated[str | None, typer.Option(help="Table of users.")] = None,
+    items: Annotated[str | None, typer.Option(help="Table of items.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Check the data of this file.")] = None,
+    overrides: Set = [],  # noqa: B006 - typer copies it
+    as_json: Json = False,
+) -> None:
+    """Read the data and say what a run would find: rows per step, bad rows, split, features."""
+    from recclr.checking import check_data
+
+    found = check_data(events, users=users, items=items, config=config, overrides=overrides)
+    if as_json:
+        print_json(found)
+        return
+    rows = [[s["name"], f"{s['rows_in']:,}", f"{s['rows_out']:,}"] for s in found["steps"]]
+    print_table(["step", "rows in", "rows out"], rows, found["log"])
+    print_table(
+        ["part", "rows", "users", "items"],
+        [
+            [name, *(f"{counts[key]:,}" for key in ("rows", "users", "items"))]
+            for name, counts in found["split"]["counts"].items()
+            if "users" in counts
+        ],
+        f"split by {found['split']['by']}",
+    )
+    for reason, count in found["quarantined"].items():
+        say(f"bad rows: {count:,} {reason}")
+    for note in found["notes"]:
+        say(f"note: {note}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="TOML file that describes the run.")],
+    out: Annotated[Path, typer.Option(help="Run folder; new or empty, or with --resume begun.")],
+    overrides: Set = [],  # noqa: B006
+    resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train both towers, judge them against the baselines, report, export."""
+    from recclr.config import load_config
+    from recclr.run import train_run
+    from recclr.run_folder import METRICS, read_json
+
+    settings = load_config(config, overrides)
+    with RunProgress(settings.evaluate.select) as progress:
+        train_run(settings, out, resume=resume, device=device, on_event=progress)
+    metrics = read_json(out / METRICS)
+    if as_json:
+        print_json(metrics)
+    else:
+        print_results(metrics, settings.evaluate.select.partition("@")[2])
+        say(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    split: Annotated[str, typer.Option(help="Held-out part of the run: test or valid.")] = "test",
+    events: Annotated[
+        str | None, typer.Option(help="Judge on these events instead (same columns).")
+    ] = None,
+    ks: Annotated[str | None, typer.Option(help="Cut-offs, for example 10,20.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Judge the model of a run on held-out events, exactly, over the whole catalogue."""
+    from recclr.judge import evaluate_run
+    from recclr.load import load_run, ranker_of
+
+    config, prepared, model = load_run(run)
+    ranker = ranker_of(model, prepared.tensors.cutoff)
+    found = evaluate_run(config, prepared, ranker, split=split, events=events, ks=_ks(ks))
+    if as_json:
+        print_json(found.to_json())
+    else:
+        sys.stdout.write(f"{found}\n")
+
+
+@app.command()
+def recommend(
+    run: Run,
+    users: Annotated[str | None, typer.Option(help="User ids, separated by commas.")] = None,
+    users_from: Annotated[
+        str | None, typer.Option(help="Table with the users' ids; without either, all users.")
+    ] = None,
+    k: K = 10,
+    items_from: Annotated[
+        str | None, typer.Option(help="Table with the item ids to choose from.")
+    ] = None,
+    keep_seen: Annotated[bool, typer.Option(help="Also what the user already has.")] = False,
+    out: OutFile = None,
+    as_json: Json = False,
+) -> None:
+    """The best items of users, what they already have left out."""
+    from recclr.ids_input import read_ids, write_rows
+    from recclr.load import load_run, ranker_of
+    from recclr.recommend import recommend as rank
+
+    config, prepared, model = load_run(run)
+    wanted = read_ids(users, users_from, prepared.users, config.data.columns.user)
+    subset = read_ids(None, items_from, prepared.items, config.data.columns.item)
+    found = rank(
+        prepared,
+        ranker_of(model, prepared.tensors.cutoff),
+        wanted,
+        k=k,
+        items=subset,
+        keep_seen=keep_seen,
+    )
+    if wanted is not None:
+        unknown = int((prepared.users.encode(wanted) < 0).sum())
+        if unknown:
+            say(f"{unknown:,} of {len(wanted):,} users are unknown: ranked for an empty history")
+    write_rows(found, out, show=print_json if as_json else print_frame, as_json=as_json)
+
+
+@app.command()
+def similar(
+    run: Run,
+    items: Annotated[str | None, typer.Option(help="Item ids, separated by commas.")] = None,
+    items_from: Annotated[
+        str | None, typer.Option(help="Table with the item ids; without either, all items.")
+    ] = None,
+    k: K = 10,
+    out: OutFile = None,
+    as_json: Json = False,
+) -> None:
+    """The items that are most like given items."""
+    from recclr.ids_input import read_ids, write_rows
+    from recclr.load import load_run, ranker_of
+    from recclr.recommend import similar as rank
+
+    config, prepared, model = load_run(run)
+    wanted = read_ids(items, items_from, prepared.items, config.data.columns.item)
+    found = rank(prepared, ranker_of(model, prepared.tensors.cutoff), wanted, k=k)
+    write_rows(found, out, show=print_json if as_json else print_frame, as_json=as_json)
+
+
+@app.command()
+def export(
+    run: Run,
+    to: Annotated[str, typer.Option(help="parquet:DIR or lancedb:DIR.")],
+    name: Annotated[str, typer.Option(help="Name of the embeddings in the store.")] = "catalogue",
+    as_json: Json = False,
+) -> None:
+    """Write both towers' embeddings to a store, and verify what it holds."""
+    from dataclasses import asdict
+
+    from recclr.load import load_run, ranker_of
+    from recclr.shipping import ship
+
+    config, prepared, model = load_run(run)
+    ranker = ranker_of(model, prepared.tensors.cutoff)
+    report = ship(prepared, ranker, to, run=None, config=config, name=name)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        sys.stdout.write(f"{report}\n")
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write report.html of a finished run again."""
+    from recclr.report import write_report
+
+    sys.stdout.write(f"{write_report(run)}\n")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for data, run and store.")] = Path(
+        "recclr-demo"
+    ),
+    device: Device = "auto",
+) -> None:
+    """Generate a log, train on it, and query the store it was exported to. Works offline."""
+    from recclr.demo import run_demo
+
+    with RunProgress() as progress:
+        result = run_demo(out, device=device, on_event=progress)
+    print_results(result.metrics, "20")
+    print_frame(result.answer)
+    say(f"report: {result.report}\nstore:  {result.store}")
+
+
+def _ks(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        ks: tuple[Any, ...] = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        ks = ()
+    if not ks or min(ks) < 1:
+        raise ConfigError(f"--ks {text!r}: expected cut-offs such as 10,20")
+    return ks

@@ -1,0 +1,150 @@
+"""What a person at a terminal sees: progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+_PREVIEW_ROWS = 20
+
+
+class RunProgress:
+    """Shows the events of a run: a line per stage and evaluation, one bar for what is running.
+
+    Where stderr is no terminal only the lines are written.
+    """
+
+    def __init__(self, select: str = "recall@20", *, quiet: bool = False) -> None:
+        self.select = select
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> RunProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """One event, as ``run.train_run`` gives them; kinds it does not know are passed over."""
+        show = getattr(self, f"_{event['kind']}", None)
+        if show is not None:
+            show(event)
+
+    def _stage(self, event: dict[str, Any]) -> None:
+        self._clear()
+        self.console.print(f"[bold]{escape(str(event['name']))}[/bold]")
+
+    def _data(self, event: dict[str, Any]) -> None:
+        self.console.print(f"  {escape(event['log'])}; split by {event['split']}")
+
+    def _step(self, event: dict[str, Any]) -> None:
+        text = (
+            f"loss {event['loss']:.4f}  temperature {event['temperature']:.3f}  "
+            f"{event['positives_per_s']:,.0f} positives/s"
+        )
+        if self.task is None:
+            self.task = self.bar.add_task(text, total=event["num_steps"])
+        self.bar.update(self.task, description=text, completed=event["step"])
+
+    def _evaluation(self, event: dict[str, Any]) -> None:
+        value = event["metrics"].get(self.select)
+        shown = "" if value is None else f"{self.select} {value:.4f}"
+        self.console.print(f"  epoch {event['epoch']:.1f}  {shown}")
+
+    def _baseline(self, event: dict[str, Any]) -> None:
+        self._waiting(f"{event['name']} {event['value']:.4f}")
+
+    def _judging(self, event: dict[str, Any]) -> None:
+        self._waiting(f"judging {event['name']}")
+
+    def _waiting(self, text: str) -> None:
+        if self.task is None:
+            self.task = self.bar.add_task(escape(text), total=None)
+        self.bar.update(self.task, description=escape(text))
+
+    def _clear(self) -> None:
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+            self.task = None
+
+
+def say(text: str) -> None:
+    """A line on stderr: for the person, not for the pipe."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(escape(text))
+
+
+def print_json(value: Any) -> None:
+    """A JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
+    """A table on stdout; the first column is text, the others are numbers."""
+    table = Table(title=title or None, title_justify="left")
+    for number, name in enumerate(columns):
+        table.add_column(escape(name), justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    Console(highlight=False).print(table)
+
+
+def print_results(metrics: Mapping[str, Any], k: str) -> None:
+    """The model among its baselines, from the contents of metrics.json."""
+    shown = [f"recall@{k}", f"ndcg@{k}"]
+    for split in ("test", "valid"):
+        if split not in metrics:
+            continue
+        rows = []
+        for name, slices in metrics[split].items():
+            intervals = metrics["intervals"][split].get(name, {}).get("all", {})
+            rows.append([name, *(_cell(slices["all"][m], intervals.get(m)) for m in shown)])
+        rows.sort(key=lambda row: row[1], reverse=True)
+        counts = metrics["counts"][split]["all"]
+        title = f"{split}: {counts['users']:,} users, {counts['candidates']:,} candidates"
+        print_table(["ranker", *shown], rows, title)
+        return
+
+
+def print_frame(frame: pl.DataFrame) -> None:
+    """The first rows of a result on stdout."""
+    head = frame.head(_PREVIEW_ROWS)
+    print_table(head.columns, [[_plain(value) for value in row] for row in head.iter_rows()])
+    if frame.height > _PREVIEW_ROWS:
+        say(f"{frame.height - _PREVIEW_ROWS:,} more rows; write them all with --out FILE")
+
+
+def _cell(value: float, interval: Sequence[float] | None) -> str:
+    shown = f"{value:.4f}"
+    return shown if interval is None else f"{shown}  [{interval[0]:.4f}, {interval[1]:.4f}]"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
