@@ -1,0 +1,132 @@
+"""Download with limits, and the check that decides: a digest of the rows, not of the archive.
+
+Mirrors repack archives; the rows stay. A digest over the sorted rows accepts every packing of the
+right data and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+MAX_BYTES = 200 << 20
+TIMEOUT_S = 60
+
+
+class PrepareError(Exception):
+    """Ends a prepare script with one message and exit code 3."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a table must be: number of rows and ``digest`` of the named columns."""
+
+    rows: int
+    columns: tuple[str, ...]
+    digest: str
+
+
+def digest(frame: pl.DataFrame) -> str:
+    """SHA-256 over the rows as tab-separated text, sorted: independent of order and of types."""
+    rows = sorted("\t".join(map(str, row)) for row in frame.iter_rows())
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def require(frame: pl.DataFrame, expected: Expected, name: str) -> None:
+    """Refuse a table that is not the published one.
+
+    Raises:
+        PrepareError: another number of rows, or other rows.
+    """
+    if frame.height != expected.rows:
+        raise PrepareError(f"{name}: expected {expected.rows:,} rows, found {frame.height:,}")
+    found = digest(frame.select(expected.columns))
+    if found != expected.digest:
+        raise PrepareError(
+            f"{name}: the rows differ from the published ones (digest {found[:12]}, expected "
+            f"{expected.digest[:12]}); the source holds another edition"
+        )
+
+
+def fetch(url: str, max_bytes: int = MAX_BYTES) -> bytes:
+    """The body behind an https address.
+
+    Raises:
+        PrepareError: no network, no such page, or more than ``max_bytes``.
+    """
+    if not url.startswith("https://"):
+        raise PrepareError(f"refusing {url}: only https is fetched")
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+            body: bytes = response.read(max_bytes + 1)
+    except (urllib.error.URLError, TimeoutError, OSError) as error:
+        raise PrepareError(
+            f"cannot fetch {url}: {error}; download it by hand and give --raw FOLDER"
+        ) from error
+    if len(body) > max_bytes:
+        raise PrepareError(f"{url} is larger than {max_bytes:,} bytes; refused")
+    return body
+
+
+def raw_file(raw: Path | None, url: str) -> bytes:
+    """A source file: from the folder of files downloaded by hand, or from the network."""
+    if raw is None:
+        return fetch(url)
+    path = raw / url.rsplit("/", 1)[1]
+    if not path.is_file():
+        raise PrepareError(f"{path} is missing; download it from {url}")
+    return path.read_bytes()
+
+
+def write_table(frame: pl.DataFrame, path: Path) -> None:
+    """Write zstd Parquet beside its place and rename it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    frame.write_parquet(temporary, compression="zstd")
+    os.replace(temporary, path)
+
+
+def data_folder(name: str) -> Path:
+    """Where a prepared set lives: under ``RECCLR_DATA``, by default ../shared/data."""
+    return Path(os.environ.get("RECCLR_DATA") or "../shared/data") / name
+
+
+def main(
+    name: str,
+    build: Callable[[Path | None], dict[str, pl.DataFrame]],
+    expected: dict[str, Expected],
+) -> None:
+    """Run a prepare script: verify what is there, or build, verify and write it.
+
+    Args:
+        name: folder of the set. build: raw folder or None -> tables by name.
+        expected: of the tables that are checked.
+    """
+    parser = argparse.ArgumentParser(description=f"Prepare {name}.")
+    parser.add_argument("--out", type=Path, default=data_folder(name), help="folder to write")
+    parser.add_argument("--raw", type=Path, help="folder with the source files, for no network")
+    arguments = parser.parse_args()
+    try:
+        if all((arguments.out / f"{table}.parquet").is_file() for table in expected):
+            for table, wanted in expected.items():
+                require(pl.read_parquet(arguments.out / f"{table}.parquet"), wanted, table)
+            print(f"{arguments.out} is there, and verified")
+            return
+        tables = build(arguments.raw)
+        for table, wanted in expected.items():
+            require(tables[table], wanted, table)
+        for table, frame in tables.items():
+            write_table(frame, arguments.out / f"{table}.parquet")
+            print(f"{arguments.out / table}.parquet: {frame.height:,} rows")
+    except (PrepareError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(3)
