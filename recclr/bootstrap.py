@@ -51,36 +51,33 @@ def bootstrap_interval(
     return low, high
 
 
-def paired_difference(
-    ours_U: Tensor, theirs_U: Tensor | float, *, num_resamples: int, seed: int = 0
-) -> dict[str, float]:
-    """Mean of ``ours - theirs`` over the same users, with interval and sign-flip p-value.
+def paired_differences(
+    differences_UM: Tensor, *, num_resamples: int, seed: int = 0
+) -> list[dict[str, float]]:
+    """Mean of each column of differences over users, with interval and sign-flip p-value.
+
+    Columns share their resamples: a table of many differences costs one set of draws.
 
     Args:
-        ours_U: float64 [U]. theirs_U: float64 [U] in the same order, or a constant such as chance.
+        differences_UM: float64 [U, M], ours minus theirs, user by user.
 
     Returns:
-        ``difference``, ``low``, ``high`` and ``p_value`` (two-sided, at least 1 / (S + 1): the
-        share of random sign flips of the differences whose mean is as far from 0).
+        Per column ``difference``, ``low``, ``high`` and ``p_value`` (two-sided, at least
+        1 / (S + 1): the share of random sign flips of the differences whose mean is as far from
+        0).
     """
-    if isinstance(theirs_U, Tensor) and theirs_U.shape != ours_U.shape:
-        raise ShapeError(
-            f"paired rankers must be judged on the same users, found {len(ours_U)} and "
-            f"{len(theirs_U)}"
-        )
-    differences = (ours_U - theirs_U).double().cpu()
-    mean = float(differences.mean())
-    low, high = bootstrap_interval(differences[:, None], num_resamples, seed=seed)
-    draws = generator("cpu", seed, len(differences), 1)
-    extreme, rows = 0, max(1, _CHUNK_ELEMENTS // len(differences))
+    differences = differences_UM.double().cpu()
+    low, high = bootstrap_interval(differences, num_resamples, seed=seed)
+    num_users, means = len(differences), differences.mean(0)
+    draws = generator("cpu", seed, num_users, 1)
+    extreme = torch.zeros(len(means), dtype=torch.int64)
+    rows = max(1, _CHUNK_ELEMENTS // num_users)
     for start in range(0, num_resamples, rows):
         count = min(rows, num_resamples - start)
-        signs = torch.randint(2, (count, len(differences)), generator=draws).double() * 2 - 1
-        flipped = signs @ differences / len(differences)
-        extreme += int((flipped.abs() >= abs(mean) - 1e-15).sum())
-    return {
-        "difference": mean,
-        "low": float(low),
-        "high": float(high),
-        "p_value": (extreme + 1) / (num_resamples + 1),
-    }
+        signs = torch.randint(2, (count, num_users), generator=draws, dtype=torch.int8)
+        flipped = (signs.double() * 2 - 1) @ differences / num_users
+        extreme += (flipped.abs() >= means.abs() - 1e-15).sum(0)
+    p_values = (extreme + 1) / (num_resamples + 1)
+    columns = (means.tolist(), low.tolist(), high.tolist(), p_values.tolist())
+    names = ("difference", "low", "high", "p_value")
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]

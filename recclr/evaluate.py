@@ -232,18 +232,30 @@ def evaluate(
         per_user=metrics,
         counts=counts,
     )
-    return _with_intervals(result, num_bootstrap, seed) if num_bootstrap else result
+    return with_intervals([result], num_bootstrap, seed=seed)[0] if num_bootstrap else result
 
 
-def _with_intervals(evaluation: Evaluation, num_bootstrap: int, seed: int) -> Evaluation:
-    intervals = {}
-    for name, found in evaluation.per_user.items():
-        low, high = bootstrap_interval(
-            torch.stack(list(found.values()), 1), num_bootstrap, seed=seed
-        )
-        pairs = zip(low.tolist(), high.tolist(), strict=True)
-        intervals[name] = dict(zip(found, pairs, strict=True))
-    return replace(evaluation, intervals=intervals)
+def with_intervals(
+    evaluations: Sequence[Evaluation], num_bootstrap: int, *, seed: int = 0
+) -> list[Evaluation]:
+    """The evaluations with an interval for every metric of every slice.
+
+    All rankers share the resamples of a slice, so that many cost hardly more than one.
+
+    Args:
+        evaluations: of different rankers on one ``EvaluationSet``. num_bootstrap: at least 2.
+    """
+    intervals: list[dict[str, dict[str, tuple[float, float]]]] = [{} for _ in evaluations]
+    for part in evaluations[0].per_user if evaluations else ():
+        columns = [torch.stack(list(e.per_user[part].values()), 1) for e in evaluations]
+        low, high = bootstrap_interval(torch.cat(columns, 1), num_bootstrap, seed=seed)
+        pairs = iter(zip(low.tolist(), high.tolist(), strict=True))
+        for found, evaluation in zip(intervals, evaluations, strict=True):
+            found[part] = {metric: next(pairs) for metric in evaluation.per_user[part]}
+    return [
+        replace(evaluation, intervals=found)
+        for evaluation, found in zip(evaluations, intervals, strict=True)
+    ]
 
 
 def _ranked(

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from recclr.bootstrap import paired_difference
+import torch
+
+from recclr.bootstrap import paired_differences
 from recclr.config import Config
 from recclr.data.interactions import Log, read_held_out, read_log
 from recclr.data.log import Prepared
 from recclr.data.prepare import PreparedLog, encode_held_out
 from recclr.errors import ConfigError
-from recclr.evaluate import Evaluation, EvaluationSet, evaluate
+from recclr.evaluate import Evaluation, EvaluationSet, evaluate, with_intervals
 from recclr.metrics import DEFINITIONS
 from recclr.ranking import Ranker
 
@@ -38,23 +40,15 @@ def judged_by(
     return tensors, examples
 
 
-def evaluate_as_configured(ranker: Ranker, examples: EvaluationSet, config: Config) -> Evaluation:
-    """All slices, with intervals, at the cut-offs of the configuration."""
-    return evaluate(
-        ranker,
-        examples,
-        ks=config.evaluate.ks,
-        num_bootstrap=config.evaluate.num_bootstrap,
-        seed=config.seed,
-    )
-
-
 def collect_results(tables: Mapping[str, Sequence[Evaluation]], config: Config) -> dict[str, Any]:
     """The evaluations of each split, the model first, in the shape of metrics.json."""
     results: dict[str, Any] = {"definitions": DEFINITIONS, "counts": {}, "intervals": {}}
     results["differences"] = {}
+    settings = config.evaluate
     for split, evaluations in tables.items():
         if evaluations:
+            if settings.num_bootstrap >= 2:
+                evaluations = with_intervals(evaluations, settings.num_bootstrap, seed=config.seed)
             results[split] = {e.name: e.metrics for e in evaluations}
             results["intervals"][split] = {e.name: e.intervals for e in evaluations}
             results["counts"][split] = evaluations[0].counts
@@ -66,31 +60,34 @@ def differences(evaluations: Sequence[Evaluation], config: Config) -> dict[str, 
     """The model minus each baseline, paired by user, for recall, NDCG and the metric of selection.
 
     Cold items among the cold are compared with chance as well: recall of a random ranking.
+
+    Args:
+        evaluations: the model, then the baselines, on one ``EvaluationSet``.
     """
     model, *others = evaluations
     if config.evaluate.num_bootstrap < 2:
         return {}
     k = config.evaluate.select.partition("@")[2]
     metrics = list(dict.fromkeys([config.evaluate.select, f"recall@{k}", f"ndcg@{k}"]))
-    options: dict[str, Any] = {
-        "num_resamples": config.evaluate.num_bootstrap,
-        "seed": config.seed,
-    }
-    found: dict[str, Any] = {
-        other.name: {
-            part: {
-                metric: paired_difference(values[metric], other.per_user[part][metric], **options)
-                for metric in metrics
-            }
-            for part, values in model.per_user.items()
+    found: dict[str, Any] = {}
+    for part, ours in model.per_user.items():
+        columns = {
+            (other.name, metric): ours[metric] - other.per_user[part][metric]
+            for other in others
+            for metric in metrics
         }
-        for other in others
-    }
-    among = model.per_user.get("cold_items_among_cold")
-    if among is not None:
-        chance = model.counts["cold_items_among_cold"][f"chance_recall@{k}"]
-        difference = paired_difference(among[f"recall@{k}"], chance, **options)
-        found["chance"] = {"cold_items_among_cold": {f"recall@{k}": difference}}
+        if part == "cold_items_among_cold":
+            chance = model.counts[part][f"chance_recall@{k}"]
+            columns["chance", f"recall@{k}"] = ours[f"recall@{k}"] - chance
+        if not columns:
+            continue
+        judged = paired_differences(
+            torch.stack(list(columns.values()), 1),
+            num_resamples=config.evaluate.num_bootstrap,
+            seed=config.seed,
+        )
+        for (name, metric), difference in zip(columns, judged, strict=True):
+            found.setdefault(name, {}).setdefault(part, {})[metric] = difference
     return found
 
 

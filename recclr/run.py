@@ -25,7 +25,7 @@ from recclr.data.split import Split
 from recclr.errors import ConfigError
 from recclr.evaluate import Evaluation, EvaluationSet, evaluate
 from recclr.files import write_bytes_atomic, write_json_atomic
-from recclr.judge import collect_results, evaluate_as_configured, judged_by
+from recclr.judge import collect_results, judged_by
 from recclr.load import fresh_model, load_model, pick_device, ranker_of
 from recclr.ranking import Ranker
 from recclr.run_folder import (
@@ -206,7 +206,7 @@ def _judge(context: Context, split: Split, selected: Stage, final: Stage) -> dic
 
 def _evaluated(context: Context, ranker: Ranker, examples: EvaluationSet) -> Evaluation:
     context.on_event({"kind": "judging", "name": ranker.name})
-    return evaluate_as_configured(ranker, examples, context.config)
+    return evaluate(ranker, examples, ks=context.config.evaluate.ks)
 
 
 def _fit(
