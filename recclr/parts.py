@@ -49,6 +49,9 @@ class Rows:
 class IdPart(nn.Module):
     """The id embedding. Table row 0 is the unknown id, row i + 1 entity i.
 
+    Where training never shows the unknown id (no dropout, no ``first_seen``), an unknown entity
+    gets the mean of the known ones.
+
     Args:
         known: bool [num_rows]: entities with a train interaction.
         first_seen: int64 [num_rows] seconds: with it, an id counts only after that moment.
@@ -68,6 +71,7 @@ class IdPart(nn.Module):
         self.register_buffer("first_seen", first_seen, persistent=False)
         # Without any unknown row to serve the lookup is the bare table (the fast path).
         self.always = bool(known.all()) and dropout == 0.0 and first_seen is None
+        self.trains_unknown = dropout > 0.0 or first_seen is not None
 
     def forward(self, rows: Rows) -> Tensor:
         num_rows = len(self.known) - 1
@@ -80,7 +84,12 @@ class IdPart(nn.Module):
         hidden = rows.dropped(self.dropout)
         if hidden is not None:
             known = known & ~hidden
-        return _vectors(self.table, torch.where(known, idx + 1, 0))
+        vectors = _vectors(self.table, torch.where(known, idx + 1, 0))
+        if self.trains_unknown or rows.generator is not None:
+            return vectors
+        # Row 0 is as random as on the first day; the mean is the id that popularity would have.
+        mean = self.table.weight[1:][self.known[:-1]].mean(0)
+        return torch.where(known[:, None], vectors, mean)
 
 
 class CategoryPart(nn.Module):
