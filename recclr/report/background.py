@@ -1,0 +1,162 @@
+"""What stands behind the figures: training, data, definitions, configuration, machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from html import escape
+from typing import Any
+
+from recclr.report.charts import Line, line_chart
+from recclr.report.markup import Cell, figure, pairs, paragraph, section, table
+
+_STAGES = ("selection", "refit")
+
+
+def training(log: Sequence[Mapping[str, Any]], select: str, steps: int | None) -> str:
+    """Loss, metric over time and temperature, from the lines of log.jsonl."""
+    if not log:
+        return section("Training", paragraph("The run has no log of its training."))
+    steps_of = _by_stage(log, "step")
+    stages = [stage for stage in _STAGES if stage in steps_of]
+    loss = line_chart(
+        [Line(stage, [(e["epoch"], e["loss"]) for e in steps_of[stage]]) for stage in stages],
+        title="Training loss by epoch",
+        x_label="epoch",
+        y_label="loss",
+    )
+    evaluations = _by_stage(log, "evaluation").get("selection", [])
+    points = [
+        (e["epoch"], e["metrics"][select]) for e in evaluations if select in e.get("metrics", {})
+    ]
+    best = max(points, key=lambda point: point[1])[0] if points else None
+    metric = line_chart(
+        [Line(select, points, best)],
+        title=f"{select} on validation by epoch",
+        x_label="epoch",
+        y_label=select,
+    )
+    temperature = line_chart(
+        [
+            Line(stage, [(e["epoch"], e["temperature"]) for e in steps_of[stage]])
+            for stage in stages
+        ],
+        title="Temperature by epoch",
+        x_label="epoch",
+        y_label="temperature",
+    )
+    return section(
+        "Training",
+        figure(metric, f"{select} on validation; the marked point was selected."),
+        figure(loss, "Training loss, mean over positives, as logged every few seconds."),
+        figure(temperature, "Temperature that divides the scores."),
+        pairs(_pace(steps_of, steps)),
+    )
+
+
+def _by_stage(log: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for event in log:
+        if event.get("kind") == kind:
+            found.setdefault(str(event.get("stage")), []).append(event)
+    return found
+
+
+def _pace(
+    steps: Mapping[str, list[Mapping[str, Any]]], selected: int | None
+) -> list[tuple[str, str]]:
+    rows = [] if selected is None else [("selected steps", f"{selected:,}")]
+    for stage, events in steps.items():
+        rates = sorted(e["positives_per_s"] for e in events if e.get("positives_per_s"))
+        if rates:
+            median = rates[len(rates) // 2]
+            rows.append((f"{stage}: positives per second, median", f"{median:,.0f}"))
+    return rows
+
+
+def data(found: Mapping[str, Any]) -> str:
+    """Rows by step, bad rows, split, inputs, from data.json."""
+    if not found:
+        return ""
+    steps = table(
+        ["step", "rows in", "rows out"],
+        [
+            ("", [Cell(s["name"]), Cell(f"{s['rows_in']:,}"), Cell(f"{s['rows_out']:,}")])
+            for s in found.get("steps", [])
+        ],
+        "Rows that each step was given and left",
+    )
+    split = found.get("split", {})
+    keys = ("rows", "users", "items")
+    parts = table(
+        ["part", *keys, "rows of unknown users", "rows of unknown items"],
+        [
+            (
+                "",
+                [
+                    Cell(name),
+                    *(Cell(_count(counts, key)) for key in keys),
+                    Cell(_count(counts, "rows_of_unknown_users")),
+                    Cell(_count(counts, "rows_of_unknown_items")),
+                ],
+            )
+            for name, counts in split.get("counts", {}).items()
+        ],
+        f"Split by {split.get('by', 'nothing')}",
+    )
+    cutoffs = [
+        (f"{name} begins", datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%d %H:%M:%S UTC"))
+        for name, second in split.get("cutoffs", {}).items()
+    ]
+    bad = [(reason, f"{count:,}") for reason, count in found.get("quarantined", {}).items()]
+    inputs = [
+        (name, f"{facts['bytes']:,} bytes, tail sha256 {facts['tail_sha256'][:16]}")
+        for name, facts in found.get("inputs", {}).items()
+    ]
+    return section(
+        "Data",
+        paragraph(found.get("log", "")),
+        steps,
+        pairs(bad, "Bad rows, in quarantine.parquet") if bad else "",
+        parts,
+        pairs(cutoffs) if cutoffs else "",
+        "".join(paragraph(note, "soft") for note in found.get("notes", [])),
+        pairs(inputs, "Inputs") if inputs else "",
+    )
+
+
+def baselines(found: Mapping[str, Any]) -> str:
+    """The settings that validation chose."""
+    rows = []
+    for name, choice in found.items():
+        settings = ", ".join(f"{key} = {value}" for key, value in choice["settings"].items())
+        rows.append((name, f"{settings or 'no settings'} (validation {choice['score']:.4f})"))
+    return section("Settings of the baselines", pairs(rows)) if rows else ""
+
+
+def definitions(found: Mapping[str, str]) -> str:
+    """What every figure means."""
+    return section("Definitions", pairs(found.items())) if found else ""
+
+
+def configuration(text: str) -> str:
+    """The complete configuration, re-runnable."""
+    return section("Configuration", f"<pre>{escape(text)}</pre>\n") if text else ""
+
+
+def environment(found: Mapping[str, Any]) -> str:
+    """Machine and versions."""
+    rows = [
+        (
+            name,
+            ", ".join(f"{k} {v}" for k, v in value.items())
+            if isinstance(value, dict)
+            else str(value),
+        )
+        for name, value in found.items()
+    ]
+    return section("Machine", pairs(rows)) if rows else ""
+
+
+def _count(counts: Mapping[str, Any], key: str) -> str:
+    return f"{counts[key]:,}" if key in counts else ""

@@ -1,0 +1,167 @@
+"""Charts as inline SVG: no script, no font, no network, readable in light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+_WIDTH, _HEIGHT = 760, 260
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 14, 42
+_COLOURS = ("var(--model)", "var(--bad)", "var(--other)")
+_ROW = 24
+_MAX_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart: points (x, y) with rising x, and the x of the one to mark, if any."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    mark: float | None = None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar with its interval, if there is one."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    strong: bool = False
+
+
+def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str) -> str:
+    """Lines over one pair of axes; "" where no line has a finite point."""
+    lines = [_finite(line) for line in lines]
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return ""
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for _, y in line.points]
+    x_axis, y_axis = _Axis(min(xs), max(xs)), _Axis(*_padded(min(ys), max(ys)))
+    inner_x, inner_y = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return _LEFT + x_axis.at(x) * inner_x, _TOP + (1 - y_axis.at(y)) * inner_y
+
+    parts = []
+    for tick in y_axis.ticks():
+        y = place(x_axis.low, tick)[1]
+        parts.append(_rule(_LEFT, y, _WIDTH - _RIGHT, y))
+        parts.append(_text(_LEFT - 8, y + 4, _number(tick), "end"))
+    for tick in x_axis.ticks():
+        parts.append(_text(place(tick, y_axis.low)[0], _HEIGHT - _BOTTOM + 18, _number(tick)))
+    for number, line in enumerate(lines):
+        colour = _COLOURS[number % len(_COLOURS)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line.points))
+        if len(line.points) > 1:
+            parts.append(
+                f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
+            )
+        for x, y in line.points:
+            if x == line.mark or len(line.points) == 1:
+                cx, cy = place(x, y)
+                parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4.5" fill="{colour}"/>')
+        if len(lines) > 1:
+            parts.append(_text(_LEFT + 12 + 150 * number, _TOP + 10, line.name, "start", colour))
+    parts.append(_text(_LEFT + inner_x / 2, _HEIGHT - 6, x_label))
+    parts.append(
+        f'<text x="14" y="{_TOP + inner_y / 2:.0f}" text-anchor="middle" fill="currentColor" '
+        f'transform="rotate(-90 14 {_TOP + inner_y / 2:.0f})">{escape(y_label)}</text>'
+    )
+    return _svg(_WIDTH, _HEIGHT, title, parts)
+
+
+def bar_chart(bars: Sequence[Bar], *, title: str, x_label: str) -> str:
+    """Horizontal bars from 0 with whiskers; "" for no bars."""
+    if not bars:
+        return ""
+    left, height = 170, _TOP + _ROW * len(bars) + 40
+    top = max([b.value for b in bars] + [b.high for b in bars if b.high is not None] + [1e-9])
+    axis = _Axis(0.0, top * 1.02)
+    inner = _WIDTH - left - 70
+    parts = []
+    for tick in axis.ticks():
+        x = left + axis.at(tick) * inner
+        parts.append(_rule(x, _TOP, x, _TOP + _ROW * len(bars)))
+        parts.append(_text(x, _TOP + _ROW * len(bars) + 16, _number(tick)))
+    for number, bar in enumerate(bars):
+        y = _TOP + _ROW * number
+        length = max(axis.at(max(bar.value, 0.0)) * inner, 0.0)
+        colour = "var(--model)" if bar.strong else "var(--other)"
+        parts.append(_text(left - 8, y + 16, bar.name, "end"))
+        parts.append(
+            f'<rect x="{left}" y="{y + 4}" width="{length:.1f}" height="{_ROW - 8}" '
+            f'fill="{colour}"/>'
+        )
+        end = length
+        if bar.low is not None and bar.high is not None:
+            low, end = axis.at(max(bar.low, 0.0)) * inner, axis.at(bar.high) * inner
+            middle = y + _ROW / 2
+            parts.append(
+                f'<path d="M {left + low:.1f} {middle} H {left + end:.1f} M {left + low:.1f} '
+                f'{middle - 4} v 8 M {left + end:.1f} {middle - 4} v 8" stroke="currentColor"/>'
+            )
+        parts.append(_text(left + max(end, length) + 6, y + 16, f"{bar.value:.4f}", "start"))
+    parts.append(_text(left + inner / 2, height - 6, x_label))
+    return _svg(_WIDTH, height, title, parts)
+
+
+class _Axis:
+    """A linear scale with round ticks."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high if high > low else low + 1.0
+
+    def at(self, value: float) -> float:
+        """Place in [0, 1]."""
+        return (value - self.low) / (self.high - self.low)
+
+    def ticks(self) -> list[float]:
+        rough = (self.high - self.low) / 5
+        base = 10.0 ** math.floor(math.log10(rough))
+        step = next(base * m for m in (1, 2, 5, 10) if base * m >= rough)
+        first = math.ceil(self.low / step - 1e-9)
+        last = math.floor(self.high / step + 1e-9)
+        return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def _finite(line: Line) -> Line:
+    """Without points that are not finite, and no denser than can be seen."""
+    points = [p for p in line.points if math.isfinite(p[0]) and math.isfinite(p[1])]
+    stride = max(1, math.ceil(len(points) / _MAX_POINTS))
+    kept = [p for n, p in enumerate(points) if n % stride == 0 or p[0] == line.mark]
+    return Line(line.name, kept, line.mark)
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    room = 0.06 * (high - low) or max(abs(high) * 0.1, 1e-6)
+    return low - room, high + room
+
+
+def _number(value: float) -> str:
+    if value == 0 or 0.001 <= abs(value) < 10_000:
+        return f"{value:.6g}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.1e}"
+
+
+def _rule(x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="var(--line)"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle", fill: str = "currentColor") -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}">{escape(text)}</text>'
+    )
+
+
+def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
+    name = escape(title, quote=True)
+    return (
+        f'<svg role="img" aria-label="{name}" viewBox="0 0 {width} {height}" '
+        f'xmlns="http://www.w3.org/2000/svg"><title>{name}</title>{"".join(parts)}</svg>'
+    )

@@ -1,0 +1,85 @@
+"""Reads a run folder and lays out the page."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from recclr.files import write_bytes_atomic
+from recclr.report import background
+from recclr.report.markup import STYLE, paragraph
+from recclr.report.results import (
+    Results,
+    comparison,
+    difference_table,
+    headline,
+    slices,
+    warnings,
+)
+from recclr.run_folder import CONFIG, DATA, LOG, METRICS, read_config, read_json
+
+REPORT = "report.html"
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report.html from what else is in the run folder; parts that are missing are said.
+
+    Raises:
+        ConfigError: ``run`` is no run folder. CheckpointError: a file of it is no JSON.
+    """
+    config = read_config(run)
+    metrics = _optional(run / METRICS)
+    results = Results(metrics, config.evaluate.select, config.evaluate.ks)
+    data = _optional(run / DATA)
+    steps = metrics.get("selected_steps")
+    body = "".join(
+        [
+            f"<h1>{escape(run.resolve().name)}</h1>\n",
+            paragraph(data.get("log", ""), "soft") if data else "",
+            headline(results),
+            warnings(results),
+            comparison(results, "test"),
+            slices(results),
+            difference_table(results),
+            comparison(results, "valid"),
+            background.training(_log(run / LOG), results.select, steps),
+            background.baselines(metrics.get("baselines", {})),
+            background.data(data),
+            background.definitions(metrics.get("definitions", {})),
+            background.configuration((run / CONFIG).read_text("utf-8")),
+            background.environment(_optional(run / "environment.json")),
+        ]
+    )
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>recclr: {escape(run.resolve().name)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n{body}</body>\n</html>\n"
+    )
+    write_bytes_atomic(run / REPORT, page.encode("utf-8"))
+    return run / REPORT
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    """Lines of log.jsonl in order; a resumed run repeats steps, of which the last count.
+
+    The last line of a killed run may be cut off; it is passed over.
+    """
+    if not path.exists():
+        return []
+    events: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and isinstance(event.get("step"), int):
+            key = (str(event.get("kind")), str(event.get("stage")), event["step"])
+            events[key] = event
+    return sorted(events.values(), key=lambda event: int(event["step"]))
