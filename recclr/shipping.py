@@ -1,21 +1,32 @@
-"""A trained run as embeddings for a store."""
+"""From a fitted model to a store: the bundle of a run, exported, and written down in the run."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict
-from hashlib import sha256
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from recclr import __version__
 from recclr.config import Config, dump_toml
 from recclr.data.prepared import PreparedLog
-from recclr.export import EmbeddingBundle, ExportReport, export_embeddings, parse_target
+from recclr.errors import ShapeError, StoreError
+from recclr.export import (
+    EmbeddingBundle,
+    ExportReport,
+    ModelFacts,
+    build_bundle,
+    export_embeddings,
+    parse_target,
+)
 from recclr.files import write_json_atomic
-from recclr.run_folder import read_json
 from recclr.topk import EmbeddingRanker
 
-__all__ = ["ExportReport", "bundle_of", "ship"]
+__all__ = ["ExportReport", "ship"]
 
-_EXPORTS = "exports.json"
+EXPORTS = "exports.json"
 
 
 def ship(
@@ -27,44 +38,71 @@ def ship(
     config: Config,
     name: str = "catalogue",
 ) -> ExportReport:
-    """Export both towers' embeddings, verified, and note it in the run.
+    """Export both towers' embeddings and verify what the store holds.
 
     Args:
-        target: ``lancedb:DIR`` or ``parquet:DIR``; relative to ``run`` where that is given, else
-            to the working folder.
-        run: the run folder, which then keeps a record in exports.json.
+        prepared: the ids behind the rows of ``ranker``.
+        target: ``KIND:DIR``; a relative DIR is taken from ``run``, or without one from the
+            working folder.
+        run: run folder whose ``exports.json`` gets an entry, one per target, name and version.
 
     Raises:
-        ConfigError: the target or the name. StoreError: the store failed, or holds something else
-        than was sent; what it showed before is untouched.
+        ConfigError: the target or the name. StoreError: the store refused, or holds something
+        else afterwards.
     """
-    parsed = parse_target(target)
-    if run is not None:
-        parsed = type(parsed)(parsed.kind, str(run / parsed.location))
-    report = export_embeddings(bundle_of(prepared, ranker, config, name), str(parsed))
-    if run is not None:
-        path = run / _EXPORTS
-        earlier = read_json(path)["exports"] if path.exists() else []
-        write_json_atomic(path, {"exports": [*earlier, asdict(report)]})
+    place = parse_target(target)
+    bundle = _bundle(prepared, ranker, config, name)
+    if run is None:
+        return export_embeddings(bundle, place)
+    # Read before anything is written: a damaged list is no reason to export and then fail.
+    earlier = _read_exports(run / EXPORTS)
+    report = export_embeddings(bundle, place.under(run))
+    entry = asdict(report) | {"target": str(place), "created": bundle.facts.created}
+    write_json_atomic(run / EXPORTS, [*_others(earlier, entry), entry])
     return report
 
 
-def bundle_of(
+def _bundle(
     prepared: PreparedLog, ranker: EmbeddingRanker, config: Config, name: str
 ) -> EmbeddingBundle:
-    """The ranker's vectors under their raw ids; its last user vector serves unknown users."""
-    return EmbeddingBundle(
-        name=name,
+    expected = (len(prepared.users) + 1, len(prepared.items))
+    found = (len(ranker.user_vectors), len(ranker.item_vectors))
+    if found != expected:
+        raise ShapeError(
+            f"the ranker is not of this data: expected {expected} user and item vectors, found "
+            f"{found}"
+        )
+    return build_bundle(
         item_ids=prepared.items.ids,
-        item_vectors=ranker.item_vectors.float().contiguous(),
+        item_vectors=ranker.item_vectors,
         user_ids=prepared.users.ids,
-        user_vectors=ranker.user_vectors[:-1].float().contiguous(),
-        unknown_user=ranker.user_vectors[-1].float().contiguous(),
+        user_vectors=ranker.user_vectors[:-1],
+        unknown_user_vector=ranker.user_vectors[-1],
         similarity=config.model.similarity,
-        facts={
-            "cutoff": prepared.tensors.cutoff,
-            "seed": config.seed,
-            "config_sha256": sha256(dump_toml(config).encode()).hexdigest(),
-            "train_rows": len(prepared.tensors.train),
-        },
+        name=name,
+        facts=ModelFacts(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            config_sha256=hashlib.sha256(dump_toml(config).encode()).hexdigest(),
+            train_cutoff=prepared.tensors.cutoff,
+            recclr=__version__,
+        ),
     )
+
+
+def _read_exports(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        entries = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {error}; remove it and export again") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise StoreError(f"{path} is no list of exports; remove it and export again")
+    return entries
+
+
+def _others(entries: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """All but those that the new entry repeats, as a resumed run does."""
+    keys = ("target", "name", "version")
+    new = [entry[key] for key in keys]
+    return [old for old in entries if [old.get(key) for key in keys] != new]

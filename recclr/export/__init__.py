@@ -1,19 +1,21 @@
-"""Embeddings to stores: written whole, verified against exact top-k, then pointed to.
+"""Embeddings into stores that serve them: written beside, verified, then shown to readers."""
 
-A store is a class with the methods of ``store.Store``; ``targets`` lists them by name.
-"""
-
-from recclr.export.bundle import EmbeddingBundle
-from recclr.export.publish import ExportReport, export_embeddings
-from recclr.export.query import recommend_from_store
-from recclr.export.targets import Target, open_store, parse_target
-from recclr.export.verify import Verification, verify
+from recclr.export.answers import recommend_from_store
+from recclr.export.bundle import EmbeddingBundle, ModelFacts, build_bundle
+from recclr.export.exporting import ExportReport, export_embeddings, open_store
+from recclr.export.store import Destination, Store
+from recclr.export.targets import Target, parse_target
+from recclr.export.verify import VerificationReport, verify
 
 __all__ = [
+    "Destination",
     "EmbeddingBundle",
     "ExportReport",
+    "ModelFacts",
+    "Store",
     "Target",
-    "Verification",
+    "VerificationReport",
+    "build_bundle",
     "export_embeddings",
     "open_store",
     "parse_target",

@@ -1,158 +1,259 @@
-"""What is exported: both towers' vectors, the ids they belong to, and answers to check them by."""
+"""What leaves the trainer: both towers' embeddings, their ids, and questions with known answers.
+
+Shape letters: V items, U users, D dimension, G golden queries, K cut-off.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
-from recclr.errors import ConfigError, StoreError
+from recclr.data.ids import canonical_ids
+from recclr.data.vocabulary import Vocabulary
+from recclr.errors import ConfigError, DataError, DivergedError, ShapeError
 from recclr.topk import top_k
 
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,62}")
-_NUM_GOLDEN, _GOLDEN_K = 100, 10
+METRIC = "dot"
+SIMILARITIES = ("cosine", "dot")
+GOLDEN_QUERIES = 100
+GOLDEN_K = 20
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _UNIT_TOLERANCE = 1e-3
+_VERSION_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Where the embeddings come from.
+
+    Attributes:
+        created: time of the export, ISO 8601, UTC.
+        config_sha256: digest of the complete configuration.
+        train_cutoff: seconds UTC just after the last train event.
+        recclr: version of the library that made them.
+    """
+
+    created: str
+    config_sha256: str | None = None
+    train_cutoff: int | None = None
+    recclr: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GoldenQueries:
+    """Users with their exact best items over the whole corpus, nothing left out.
+
+    Attributes:
+        user_ids: [G], spread over the vocabulary; the last one is null, an unknown user.
+        item_ids: G lists of K raw ids, best first.
+        scores: float32 [G, K].
+    """
+
+    user_ids: pl.Series
+    item_ids: list[list[int | str]]
+    scores: Tensor
+
+    @property
+    def k(self) -> int:
+        """Items per query: 20, or the size of a smaller corpus."""
+        return self.scores.shape[1]
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingBundle:
-    """Embeddings ready for a store; everything is checked when it is made.
+    """Embeddings ready to be shipped; made by ``build_bundle``, which checks them.
 
-    Scores are dot products, which for ``cosine`` are cosines, since the vectors have length 1.
+    Served by dot product always: under cosine the vectors have unit length, so it is the same.
 
     Attributes:
-        name: table name in the store: a letter, then letters, digits, '_'; at most 63.
-        item_ids: [V] raw ids, in the order of their index. item_vectors: float32 [V, D].
-        user_ids: [U] raw ids. user_vectors: float32 [U, D].
-        unknown_user: float32 [D], the query of a user that is not in the store.
-        similarity: ``cosine`` or ``dot``.
-        facts: JSON values about the model, such as the cut-off of its data.
-
-    Raises:
-        ConfigError: the name. StoreError: shapes, repeated ids, values that are not finite, or
-        under cosine vectors that are not of length 1.
+        name: what the embeddings are called in a store. version: hash of ids and vectors, hex.
+        similarity: of the towers, "cosine" or "dot".
+        item_ids: [V] raw ids in their own type. item_vectors: float32 [V, D].
+        user_ids: [U]; may be empty. user_vectors: float32 [U, D].
+        unknown_user_vector: float32 [D], for everyone else.
+        golden: questions that a store must answer as the trainer does.
+        facts: where they come from; no part of the version.
     """
 
     name: str
+    version: str
+    similarity: str
     item_ids: pl.Series
     item_vectors: Tensor
     user_ids: pl.Series
     user_vectors: Tensor
-    unknown_user: Tensor
-    similarity: str = "cosine"
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        require_name(self.name)
-        sides = (
-            ("item", self.item_ids, self.item_vectors),
-            ("user", self.user_ids, self.user_vectors),
-        )
-        for side, ids, vectors in sides:
-            _check(side, ids, vectors, self.similarity)
-        dim = self.item_vectors.shape[1]
-        if not len(self.item_ids) or self.user_vectors.shape[1] != dim:
-            raise StoreError(
-                f"expected items, and users of the same dimension, found {len(self.item_ids)} "
-                f"items of {dim} and users of {self.user_vectors.shape[1]} dimensions"
-            )
-        if self.unknown_user.shape != (dim,) or not torch.isfinite(self.unknown_user).all():
-            raise StoreError(f"the vector of unknown users must be {dim} finite numbers")
+    unknown_user_vector: Tensor
+    golden: GoldenQueries
+    facts: ModelFacts
 
     @property
     def embedding_dim(self) -> int:
         return self.item_vectors.shape[1]
 
-    @cached_property
-    def version(self) -> str:
-        """16 hex digits that follow from ids and vectors alone."""
-        digest = hashlib.sha256()
-        sides = ((self.item_ids, self.item_vectors), (self.user_ids, self.user_vectors))
-        for ids, vectors in sides:
-            digest.update(f"{ids.dtype} {tuple(vectors.shape)} ".encode())
-            digest.update("\0".join(map(str, ids.to_list())).encode())
-            digest.update(np.ascontiguousarray(vectors.numpy()).tobytes())
-        digest.update(self.unknown_user.numpy().tobytes())
-        return digest.hexdigest()[:16]
+    @property
+    def num_bytes(self) -> int:
+        """Of ids and vectors in memory; a store needs about as much."""
+        vectors = (len(self.item_ids) + len(self.user_ids)) * self.embedding_dim * 4
+        return vectors + int(self.item_ids.estimated_size() + self.user_ids.estimated_size())
 
-    @cached_property
-    def golden(self) -> dict[str, Any]:
-        """Queries spread over the users, with their exact answers: what a store must reproduce.
 
-        Returns:
-            ``queries`` (index of users), ``items`` (index, best first), ``scores``; nothing is
-            left out as seen.
-        """
-        count = min(_NUM_GOLDEN, len(self.user_ids))
-        queries = torch.linspace(0, max(len(self.user_ids) - 1, 0), count).long()
-        found = top_k(
-            self.user_vectors[queries],
-            self.item_vectors,
-            min(_GOLDEN_K, len(self.item_ids)),
-        )
-        return {
-            "queries": queries.tolist(),
-            "items": found.item_idx.tolist(),
-            "scores": found.scores.tolist(),
-        }
+def build_bundle(
+    *,
+    item_ids: pl.Series,
+    item_vectors: Tensor,
+    user_ids: pl.Series,
+    user_vectors: Tensor,
+    unknown_user_vector: Tensor,
+    similarity: str,
+    facts: ModelFacts,
+    name: str = "catalogue",
+) -> EmbeddingBundle:
+    """Check the embeddings, and answer the golden queries exactly.
 
-    def manifest(self) -> dict[str, Any]:
-        """What a reader needs beside the vectors, as JSON values."""
-        return {
-            "format": 1,
-            "name": self.name,
-            "version": self.version,
-            "similarity": self.similarity,
-            "metric": "dot",
-            "embedding_dim": self.embedding_dim,
-            "num_items": len(self.item_ids),
-            "num_users": len(self.user_ids),
-            "unknown_user": self.unknown_user.tolist(),
-            "facts": json.loads(json.dumps(dict(self.facts))),
-            "golden": self.golden,
-        }
+    Args:
+        item_ids, user_ids: integers or strings, distinct, none null.
+        item_vectors, user_vectors, unknown_user_vector: floats [V, D], [U, D], [D] on any device;
+            V is at least 1. A user's vector may be all zeros (nothing is known), an item's not.
+        similarity: "cosine" demands unit length.
+
+    Raises:
+        ConfigError: the name or the similarity. ShapeError: shapes do not fit.
+        DataError: ids are null, repeated, or neither integers nor strings.
+        DivergedError: a vector is not finite, not of unit length, or an item's is zero.
+    """
+    require_name(name)
+    if similarity not in SIMILARITIES:
+        raise ConfigError(f"similarity: expected one of {SIMILARITIES}, found {similarity!r}")
+    ids = {"item": _ids(item_ids, "item"), "user": _ids(user_ids, "user")}
+    vectors = {
+        "item": _on_cpu(item_vectors),
+        "user": _on_cpu(user_vectors),
+        "unknown user": _on_cpu(unknown_user_vector),
+    }
+    _check_shapes(ids, vectors)
+    everyone = torch.cat([vectors["user"], vectors["unknown user"][None]])
+    _check_vectors(vectors["item"], ids["item"], "item", similarity, zeros=False)
+    # A null id, so that a message about the last row says that it is the unknown user's.
+    _check_vectors(everyone, ids["user"].extend_constant(None, 1), "user", similarity, zeros=True)
+    return EmbeddingBundle(
+        name=name,
+        version=content_version(ids, vectors),
+        similarity=similarity,
+        item_ids=ids["item"],
+        item_vectors=vectors["item"],
+        user_ids=ids["user"],
+        user_vectors=vectors["user"],
+        unknown_user_vector=vectors["unknown user"],
+        golden=_golden(ids["user"], everyone, ids["item"], vectors["item"]),
+        facts=facts,
+    )
 
 
 def require_name(name: str) -> None:
-    """Refuse what is no plain table name.
+    """Refuse a name that is not a plain one; it becomes part of table names and paths.
 
     Raises:
-        ConfigError: see ``EmbeddingBundle.name``.
+        ConfigError: anything but letters, digits, '_', '.', '-', or more than 64 of them.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"--name {name!r}: expected a letter, then letters, digits or '_', at most 63 in all"
+            f"name {name!r}: expected at most 64 letters, digits, '_', '.' and '-', "
+            "the first a letter or digit"
         )
 
 
-def _check(side: str, ids: pl.Series, vectors: Tensor, similarity: str) -> None:
-    if vectors.ndim != 2 or len(vectors) != len(ids) or vectors.dtype != torch.float32:
-        raise StoreError(
-            f"expected float32 vectors [{len(ids)}, D] for the {side}s, found {vectors.dtype} "
-            f"{tuple(vectors.shape)}"
+def content_version(ids: dict[str, pl.Series], vectors: dict[str, Tensor]) -> str:
+    """16 hex digits that depend on ids, their types and order, and every bit of the vectors."""
+    digest = hashlib.sha256()
+    for side, values in ids.items():
+        digest.update(f"{side} {values.dtype} {len(values)};".encode())
+        if values.dtype == pl.String:
+            # Lengths first: ["ab", "c"] is not ["a", "bc"].
+            digest.update(values.str.len_bytes().to_numpy().astype("<u4").tobytes())
+            digest.update("".join(values.to_list()).encode())
+        else:
+            digest.update(np.ascontiguousarray(values.to_numpy()).tobytes())
+    for side, tensor in vectors.items():
+        digest.update(f"{side} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:_VERSION_DIGITS]
+
+
+def _ids(ids: pl.Series, side: str) -> pl.Series:
+    where = f"the {side} ids to export"
+    canonical = canonical_ids(ids, where=where).rename(f"{side}_id")
+    if canonical.null_count():
+        raise DataError(f"{where}: expected no nulls, found {canonical.null_count():,}")
+    repeated = canonical.filter(canonical.is_duplicated())
+    if len(repeated):
+        raise DataError(
+            f"{where}: expected distinct ids, found {repeated.n_unique():,} repeated, for example "
+            f"{repeated[0]!r}; keep one row per {side}"
         )
-    if ids.null_count() or ids.n_unique() < len(ids):
-        raise StoreError(f"the {side} ids must be distinct and not null")
-    broken = ~torch.isfinite(vectors).all(1)
-    if broken.any():
-        row = int(broken.nonzero()[0])
-        raise StoreError(
-            f"{int(broken.sum()):,} {side} vectors are not finite, the first is that of "
-            f"{ids[row]!r}; nothing was written"
-        )
-    if similarity == "cosine" and len(vectors):
-        lengths = torch.linalg.vector_norm(vectors, dim=1)
-        worst = float((lengths - 1).abs().max())
-        if worst > _UNIT_TOLERANCE:
-            raise StoreError(
-                f"under cosine the {side} vectors must have length 1, found one off by {worst:.3g}"
+    return canonical
+
+
+def _on_cpu(vectors: Tensor) -> Tensor:
+    return vectors.detach().to("cpu", torch.float32).contiguous()
+
+
+def _check_shapes(ids: dict[str, pl.Series], vectors: dict[str, Tensor]) -> None:
+    unknown = vectors["unknown user"]
+    if unknown.ndim != 1 or not len(unknown):
+        raise ShapeError(f"expected an unknown user vector [D], found {tuple(unknown.shape)}")
+    for side, values in ids.items():
+        expected, found = (len(values), len(unknown)), tuple(vectors[side].shape)
+        if found != expected:
+            raise ShapeError(
+                f"{side} vectors: expected {expected} ({side} ids, dimension of the unknown "
+                f"user), found {found}"
             )
+    if not len(ids["item"]):
+        raise ShapeError("there is no item to export; a store needs at least one")
+
+
+def _check_vectors(
+    vectors: Tensor, ids: pl.Series, side: str, similarity: str, *, zeros: bool
+) -> None:
+    norms = vectors.norm(dim=1)
+    # A finite vector may still have an infinite norm, and with it infinite scores.
+    _refuse(~norms.isfinite(), ids, side, "not finite: the training has diverged")
+    if not zeros:
+        _refuse(norms == 0, ids, side, "all zeros, which no query can tell apart")
+    if similarity == "cosine":
+        wrong = ((norms - 1).abs() > _UNIT_TOLERANCE) & (norms > 0)
+        _refuse(wrong, ids, side, "not of unit length, which similarity 'cosine' promises")
+
+
+def _refuse(wrong: Tensor, ids: pl.Series, side: str, what: str) -> None:
+    rows = wrong.nonzero().squeeze(1)
+    if len(rows):
+        example = ids[int(rows[0])]
+        raise DivergedError(
+            f"{len(rows):,} of {len(wrong):,} {side} vectors are {what} (for example "
+            f"{'that of unknown users' if example is None else f'{side} {example!r}'}); "
+            "nothing was exported"
+        )
+
+
+def _golden(
+    user_ids: pl.Series, everyone: Tensor, item_ids: pl.Series, item_vectors: Tensor
+) -> GoldenQueries:
+    """Users at equal distances over the vocabulary, and the unknown one."""
+    num_users = len(user_ids)
+    chosen = np.unique(np.linspace(0, num_users - 1, min(num_users, GOLDEN_QUERIES)).astype(int))
+    rows = torch.cat([torch.from_numpy(chosen), torch.tensor([num_users])])
+    found = top_k(everyone[rows], item_vectors, min(GOLDEN_K, len(item_ids)))
+    decoded = Vocabulary(item_ids).decode(found.item_idx.flatten().numpy()).to_list()
+    k = found.item_idx.shape[1]
+    return GoldenQueries(
+        user_ids=user_ids.gather(chosen).extend_constant(None, 1),
+        item_ids=[decoded[start : start + k] for start in range(0, len(decoded), k)],
+        scores=found.scores,
+    )

@@ -1,186 +1,276 @@
-"""LanceDB, the embedded default: a table NAME of items, NAME_users, and NAME.json beside them.
+"""LanceDB, embedded: tables ``NAME`` (id, vector) and ``NAME_users``, and which versions to read.
 
-Lance keeps every version of a table. NAME.json names the pair of versions that belong together,
-and is replaced in one rename: readers that go through it never see items of one model and users of
-another. A reader that opens the table directly sees the newest one.
+Lance keeps every version of a table. An export overwrites both tables, tags the new versions with
+the version of the bundle, verifies them at the tag, and only then points
+``DIR/recclr/NAME/CURRENT`` at the manifest of that name beside it: one rename moves both tables.
+Readers that open a table without recclr see its latest version, or check the tag out.
+
+Search is flat: no index, every item compared. Lance's distance is 1 - dot in float32, too coarse
+for small scores, so a few more items than needed are fetched and scored again.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import polars as pl
-import pyarrow as pa
 import torch
 from torch import Tensor
 
+from recclr.data.log import Csr
 from recclr.errors import ConfigError, RecclrError, StoreError, require
+from recclr.export.arrow import ids_of, to_table, vectors_of
 from recclr.export.bundle import EmbeddingBundle, require_name
-from recclr.export.vectors import from_arrow, to_arrow
-from recclr.files import fault_point, require_space, require_writable, write_json_atomic
+from recclr.export.lance_search import nearest
+from recclr.export.manifest import Manifest, read_manifest
+from recclr.export.store import Side, Store
+from recclr.files import (
+    clear_errors,
+    fault_point,
+    read_pointer,
+    require_space,
+    require_writable,
+    write_json_atomic,
+    write_pointer,
+)
+from recclr.ranking import TopK
 
-_IDS_PER_QUERY = 500
+CURRENT, ID, VECTOR = "CURRENT", "id", "vector"
+_OURS = "recclr"
+_OWNER = b"recclr.name"
 
 
-class LanceStore:
-    """See ``store.Store``. Search is exact: no index is built, every vector is compared."""
+class LanceStore(Store):
+    """Both tables at one tag."""
 
-    def __init__(self, root: Path, name: str, manifest: dict[str, Any] | None) -> None:
-        self.root, self.name, self._manifest = root, name, manifest
-        # It warns of every table that is not there yet, which is what a first export makes.
-        os.environ.setdefault("LANCE_LOG", "error")
-        library: Any = require("lancedb", "lancedb")
-        with _as_store_error(root):
-            self.database = library.connect(str(root))
+    def __init__(self, location: Path, manifest: Manifest) -> None:
+        self.location, self.manifest = location, manifest
+        self.home = _manifests(location, manifest.name)
+        self.where = f"{location}, table {manifest.name!r}"
+        database = _connect(location)
+        self._tables: dict[Side, Any] = {}
+        for side in ("item", "user"):
+            with _explained(self.where):
+                table = database.open_table(_table_name(manifest.name, side))
+                table.checkout(_tag(manifest.version))
+                self._tables[side] = table
 
-    @classmethod
-    def create(cls, location: str, name: str) -> Self:
-        require_name(name)
-        root = Path(location)
-        if root.exists() and not root.is_dir():
-            raise ConfigError(f"{root} is a file; expected a folder")
-        require_writable(root)
-        store = cls(root, name, None)
-        if not _manifest_path(root, name).exists() and store._exists(name):
-            raise ConfigError(
-                f"{root} has a table {name!r} that recclr did not write; choose another --name"
+    def read_ids(self, side: Side) -> pl.Series:
+        dtype = self.manifest.item_id_type if side == "item" else self.manifest.user_id_type
+        with _explained(self.where):
+            table = self._tables[side].search().select([ID]).to_arrow()
+        return ids_of(table, ID, dtype, self.where)
+
+    def read_vectors(self, side: Side, rows: Tensor | None = None) -> Tensor:
+        dim = self.manifest.embedding_dim
+        if rows is None:
+            with _explained(self.where):
+                table = self._tables[side].search().select([VECTOR]).to_arrow()
+            return vectors_of(table, VECTOR, dim, self.where)
+        # Lance answers in an order of its own, and each row once.
+        offsets, place = torch.unique(rows, return_inverse=True)
+        with _explained(self.where):
+            taken = self._tables[side].take_offsets(offsets.tolist()).to_arrow()
+        vocabulary = self.items if side == "item" else self.users
+        found = torch.from_numpy(vocabulary.encode(ids_of(taken, ID, vocabulary.ids.dtype, "")))
+        order = found.argsort()
+        if not torch.equal(found[order].long(), offsets):
+            raise StoreError(f"{self.where}: the rows of {side}s are not those that were asked for")
+        return vectors_of(taken, VECTOR, dim, self.where)[order][place]
+
+    def nearest(self, queries: Tensor, k: int, *, seen: Csr | None = None) -> TopK:
+        return nearest(self._fetch, self.manifest, queries, k, seen)
+
+    def num_bytes(self) -> int:
+        folders = (_table_folder(self.location, self.manifest.name, side) for side in self._tables)
+        return sum(path.stat().st_size for folder in folders for path in folder.rglob("*"))
+
+    def _fetch(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``lance_search.Fetch``."""
+        with _explained(self.where):
+            found = (
+                self._tables["item"]
+                .search(list(queries.numpy()), vector_column_name=VECTOR)
+                .distance_type("dot")
+                .bypass_vector_index()
+                .limit(count)
+                .select([ID, VECTOR, "_distance"])
+                .to_arrow()
             )
-        return store
+        ids = ids_of(found, ID, self.manifest.item_id_type, self.where)
+        item_rows = torch.from_numpy(self.items.encode(ids)).long()
+        query_rows = torch.zeros(len(ids), dtype=torch.int64)
+        if "query_index" in found.column_names:
+            query_rows = torch.tensor(found["query_index"].to_numpy()).long()
+        vectors = vectors_of(found, VECTOR, self.manifest.embedding_dim, self.where)
+        return query_rows, item_rows, vectors
+
+
+class LanceDatabase:
+    """A folder of LanceDB tables, ours among others."""
+
+    def __init__(self, location: Path) -> None:
+        self.location = location
+
+    def live(self, name: str) -> LanceStore | None:
+        require_name(name)
+        folder = _manifests(self.location, name)
+        version = read_pointer(folder / CURRENT)
+        if version is None:
+            return None
+        return LanceStore(self.location, read_manifest(folder / f"{version}.json"))
+
+    @contextmanager
+    def staged(self, bundle: EmbeddingBundle) -> Iterator[LanceStore]:
+        self._require_place()
+        require_writable(self.location)
+        require_space(self.location, 2 * bundle.num_bytes)
+        names: dict[Side, str] = {side: _table_name(bundle.name, side) for side in ("item", "user")}
+        database = _connect(self.location)
+        before = {name: _Before.of(database, name, bundle) for name in names.values()}
+        folder = _manifests(self.location, bundle.name)
+        try:
+            # Users first: who reads the latest version of the items sees them change last.
+            for side in ("user", "item"):
+                self._write(database, side, bundle)
+                fault_point(f"export.{side}s")
+            parts = {name: {"tag": _tag(bundle.version)} for name in names.values()}
+            manifest = Manifest.of(bundle, parts)
+            yield LanceStore(self.location, manifest)
+            for side in names:
+                _flush(_table_folder(self.location, bundle.name, side))
+            write_json_atomic(folder / f"{bundle.version}.json", manifest.to_json())
+            fault_point("export.point")
+            write_pointer(folder / CURRENT, bundle.version)
+        except BaseException:
+            for earlier in before.values():
+                # The first error is the one to tell; readers follow CURRENT in any case.
+                with suppress(Exception):
+                    earlier.restore(database)
+            raise
+
+    def _write(self, database: Any, side: Side, bundle: EmbeddingBundle) -> None:
+        name = _table_name(bundle.name, side)
+        ids = bundle.item_ids if side == "item" else bundle.user_ids
+        vectors = bundle.item_vectors if side == "item" else bundle.user_vectors
+        note = {_OWNER.decode(): bundle.name, "recclr.version": bundle.version}
+        data = to_table(ids, vectors, id_column=ID, vector_column=VECTOR, note=note)
+        with _explained(f"{self.location}, table {name!r}"):
+            # Only an existing table is overwritten: Lance warns on stderr about a missing one.
+            mode = "create" if _open(database, name) is None else "overwrite"
+            table = database.create_table(name, data, mode=mode)
+            _set_tag(table, _tag(bundle.version), table.version)
+
+    def _require_place(self) -> None:
+        """A folder that is new, empty, or a database already."""
+        with clear_errors(self.location):
+            if not self.location.exists():
+                return
+            if not self.location.is_dir():
+                raise ConfigError(f"{self.location} is a file; expected a folder for LanceDB")
+            names = [path.name for path in self.location.iterdir() if path.name[0] != "."]
+        if names and not any(name == _OURS or name.endswith(".lance") for name in names):
+            raise ConfigError(
+                f"{self.location} is not empty and holds no LanceDB tables (found {names[0]!r}); "
+                "choose an empty or new folder"
+            )
+
+
+class _Before:
+    """How a table stood before an export, to put it back."""
+
+    def __init__(self, name: str, tag: str, latest: int | None, tagged: int | None) -> None:
+        self.name, self.tag, self.latest, self.tagged = name, tag, latest, tagged
 
     @classmethod
-    def open(cls, location: str, name: str) -> Self:
-        require_name(name)
-        path = _manifest_path(Path(location), name)
-        try:
-            manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise StoreError(
-                f"{location} holds no embeddings named {name!r}: {path.name} cannot be read "
-                f"({error})"
-            ) from error
-        return cls(Path(location), name, manifest)
+    def of(cls, database: Any, name: str, bundle: EmbeddingBundle) -> _Before:
+        """Raises ConfigError where a table of that name is not ours to overwrite."""
+        tag = _tag(bundle.version)
+        table = _open(database, name)
+        if table is None:
+            return cls(name, tag, None, None)
+        owner = (table.schema.metadata or {}).get(_OWNER)
+        if owner != bundle.name.encode():
+            raise ConfigError(
+                f"the LanceDB table {name!r} exists and is not an export named {bundle.name!r}; "
+                "it is left as it is: choose another --name"
+            )
+        with _explained(f"table {name!r}"):
+            return cls(name, tag, table.version, table.tags.list().get(tag, {}).get("version"))
 
-    @property
-    def manifest(self) -> dict[str, Any]:
-        assert self._manifest is not None, "nothing was staged or opened"
-        return self._manifest
-
-    def stage(self, bundle: EmbeddingBundle) -> None:
-        manifest = bundle.manifest()
-        tables = {
-            self.name: to_arrow(bundle.item_ids, bundle.item_vectors),
-            f"{self.name}_users": to_arrow(bundle.user_ids, bundle.user_vectors),
-        }
-        require_space(self.root, sum(table.nbytes for table in tables.values()))
-        versions: dict[str, int] = {}
-        # Filled as the tables are written, so that half a stage can be discarded as well.
-        self._manifest = manifest | {"tables": versions}
-        with _as_store_error(self.root):
-            for name, table in tables.items():
-                labelled = table.replace_schema_metadata({"recclr_version": manifest["version"]})
-                written = self.database.create_table(name, labelled, mode="overwrite")
-                versions[name] = written.version
-                fault_point("export.table")
-
-    def flip(self) -> None:
-        fault_point("export.flip")
-        write_json_atomic(_manifest_path(self.root, self.name), self.manifest)
-
-    def discard(self) -> None:
-        path = _manifest_path(self.root, self.name)
-        shown = json.loads(path.read_text("utf-8"))["tables"] if path.exists() else {}
-        with _as_store_error(self.root):
-            for name in self.manifest["tables"]:
-                if name in shown:
-                    table = self.database.open_table(name)
-                    table.checkout(shown[name])
-                    table.restore()
-                else:
-                    self.database.drop_table(name)
-
-    def items(self) -> tuple[pl.Series, Tensor]:
-        with _as_store_error(self.root):
-            return self._decoded(self._table(self.name).to_arrow())
-
-    def users(self, ids: pl.Series | None = None) -> tuple[pl.Series, Tensor]:
-        with _as_store_error(self.root):
-            table = self._table(f"{self.name}_users")
-            if ids is None:
-                return self._decoded(table.to_arrow())
-            wanted = ids.unique(maintain_order=True).drop_nulls()
-            parts = []
-            for start in range(0, len(wanted), _IDS_PER_QUERY):
-                chunk = wanted.slice(start, _IDS_PER_QUERY)
-                parts.append(table.search().where(_one_of(chunk)).limit(len(chunk)).to_arrow())
-            found = pa.concat_tables(parts) if parts else table.to_arrow().slice(0, 0)
-            return self._decoded(found)
-
-    def search(self, queries: Tensor, k: int) -> list[tuple[pl.Series, Tensor]]:
-        with _as_store_error(self.root):
-            table = self._table(self.name)
-            return [self._answer(table, query, k) for query in queries]
-
-    def size_bytes(self) -> int:
-        folders = [self.root / f"{name}.lance" for name in self.manifest["tables"]]
-        files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
-        return sum(path.stat().st_size for path in files)
-
-    def _answer(self, table: Any, query: Tensor, k: int) -> tuple[pl.Series, Tensor]:
-        found = (
-            table.search(query.numpy())
-            .distance_type("dot")
-            .bypass_vector_index()
-            .limit(k)
-            .to_arrow()
-        )
-        # Lance gives 1 - dot, rounded; the vectors it returns give the score in full precision.
-        ids = pl.Series("id", found["id"])
-        dim = int(self.manifest["embedding_dim"])
-        values = found["vector"].combine_chunks().values.to_numpy(zero_copy_only=False)
-        scores = torch.from_numpy(values.reshape(-1, dim).copy()) @ query
-        idx = torch.from_numpy(found["idx"].to_numpy().copy())
-        order = idx.argsort(stable=True)
-        order = order[scores[order].argsort(descending=True, stable=True)]
-        return ids.gather(order.numpy()), scores[order]
-
-    def _table(self, name: str) -> Any:
-        table = self.database.open_table(name)
-        table.checkout(int(self.manifest["tables"][name]))
-        return table
-
-    def _decoded(self, table: pa.Table) -> tuple[pl.Series, Tensor]:
-        return from_arrow(table, int(self.manifest["embedding_dim"]))
-
-    def _exists(self, name: str) -> bool:
-        return (self.root / f"{name}.lance").exists()
+    def restore(self, database: Any) -> None:
+        if self.latest is None:
+            database.drop_table(self.name)
+            return
+        table = database.open_table(self.name)
+        if self.tagged is not None:
+            table.tags.update(self.tag, self.tagged)
+        elif self.tag in table.tags.list():
+            table.tags.delete(self.tag)
+        if table.version != self.latest:
+            table.checkout(self.latest)
+            table.restore()
 
 
-def _manifest_path(root: Path, name: str) -> Path:
-    return root / f"{name}.json"
+def _connect(location: Path) -> Any:
+    lancedb: Any = require("lancedb", "lancedb")
+    with _explained(str(location)):
+        return lancedb.connect(str(location))
 
 
-def _one_of(ids: pl.Series) -> str:
-    """A condition on ``id`` in SQL; a quote within an id is doubled, so no id ends the string."""
-    if ids.dtype.is_integer():
-        return f"id IN ({', '.join(str(int(value)) for value in ids)})"
-    quoted = ("'" + str(value).replace("'", "''") + "'" for value in ids)
-    return f"id IN ({', '.join(quoted)})"
+def _open(database: Any, name: str) -> Any | None:
+    """The table, or None. Its being listed proves nothing: a failed create leaves a bare name."""
+    try:
+        return database.open_table(name)
+    except (ValueError, FileNotFoundError):
+        return None
+
+
+def _set_tag(table: Any, tag: str, version: int) -> None:
+    if tag in table.tags.list():
+        table.tags.update(tag, version)
+    else:
+        table.tags.create(tag, version)
+
+
+def _tag(version: str) -> str:
+    return f"recclr-{version}"
+
+
+def _table_name(name: str, side: Side) -> str:
+    return name if side == "item" else f"{name}_users"
+
+
+def _table_folder(location: Path, name: str, side: Side) -> Path:
+    return location / f"{_table_name(name, side)}.lance"
+
+
+def _manifests(location: Path, name: str) -> Path:
+    return location / _OURS / name
+
+
+def _flush(folder: Path) -> None:
+    """Lance does not sync; without it a power cut could leave a pointer to what is not there."""
+    with clear_errors(folder):
+        for path in [folder, *folder.rglob("*")]:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 @contextmanager
-def _as_store_error(root: Path) -> Iterator[None]:
-    """Whatever Lance raises, as the error of a store."""
+def _explained(where: str) -> Iterator[None]:
+    """LanceDB raises whatever its engine does, mostly RuntimeError with a trace of Rust in it."""
     try:
         yield
     except RecclrError:
         raise
-    except (OSError, RuntimeError, ValueError, pa.ArrowException) as error:
-        room = ""
-        if isinstance(error, OSError) and error.errno is not None:
-            room = f" ({os.strerror(error.errno)})"
-        raise StoreError(f"LanceDB at {root}: {error}{room}; nothing was shown") from error
+    except Exception as error:
+        reason = str(error).split(", /rustc")[0].split("\n")[0]
+        raise StoreError(f"{where}: LanceDB failed: {reason}") from error
