@@ -1,0 +1,64 @@
+"""Objectives against loops and PyTorch's cross-entropy."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from recclr.errors import ShapeError
+from recclr.kernels import masked_logsumexp
+from recclr.losses import contrastive_loss, weighted_mean
+
+
+def test_infonce_is_cross_entropy_over_positive_and_negatives():
+    draws = torch.Generator().manual_seed(0)
+    positive = torch.randn(5, generator=draws)
+    negatives = torch.randn(5, 9, generator=draws)
+    logits = torch.cat([positive[:, None], negatives], 1)
+    expected = cross_entropy(logits, torch.zeros(5, dtype=torch.int64), reduction="none")
+    found = contrastive_loss(positive, torch.logsumexp(negatives, 1))
+    torch.testing.assert_close(found, expected)
+
+
+def test_bsl_raises_the_sum_of_negatives_to_the_second_temperature():
+    positive, negatives = torch.tensor([0.7]), torch.tensor([[0.1, -0.4, 0.9]])
+    total = sum(math.exp(x) for x in negatives[0].tolist())
+    expected = -math.log(math.exp(0.7) / total**1.22)
+    found = contrastive_loss(positive, torch.logsumexp(negatives, 1), second_temperature=1.22)
+    assert float(found) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("second", "expected", "slope"), [(None, 0.0, 0.0), (1.3, -0.7, -1.0)])
+def test_a_row_without_negatives(second, expected, slope):
+    positive = torch.tensor([0.7], requires_grad=True)
+    loss = contrastive_loss(positive, torch.tensor([-math.inf]), second_temperature=second)
+    loss.sum().backward()
+    assert float(loss.detach()) == pytest.approx(expected)
+    assert float(positive.grad) == pytest.approx(slope)
+
+
+def test_gradient_flows_through_the_kernel_without_nan_where_a_row_has_no_negatives():
+    from recclr.kernels import PairMask
+
+    queries = torch.randn(3, 4, requires_grad=True)
+    items = torch.randn(5, 4, requires_grad=True)
+    mask = PairMask(torch.ones(5, dtype=torch.int64), torch.arange(5))
+    for second in (None, 1.2):
+        partition = masked_logsumexp(queries, items, torch.zeros(5), mask)
+        loss = contrastive_loss((queries * items[:3]).sum(1), partition, second_temperature=second)
+        gradients = torch.autograd.grad(loss.mean(), (queries, items))
+        assert all(g.isfinite().all() for g in gradients)
+
+
+def test_weighted_mean():
+    loss = torch.tensor([1.0, 2.0, 6.0])
+    assert float(weighted_mean(loss, None)) == 3.0
+    assert float(weighted_mean(loss, torch.tensor([1.0, 1.0, 2.0]))) == pytest.approx(3.75)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ShapeError, match="one length"):
+        contrastive_loss(torch.zeros(3), torch.zeros(4))
+    with pytest.raises(ShapeError, match="one length"):
+        contrastive_loss(torch.zeros(3, 1), torch.zeros(3, 1))
