@@ -1,0 +1,109 @@
+"""A small generated log and a finished run on it, shared by the tests of whole commands."""
+
+import io
+import os
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SMALL = """
+seed = 3
+
+[data]
+events = "{data}/events.parquet"
+users = "{data}/users.parquet"
+items = "{data}/items.parquet"
+
+[item.features]
+category = {{ kind = "categorical", dropout = 0.2 }}
+recent = {{ kind = "statistics", windows_d = [3.0, 10.0] }}
+
+[user]
+history = {{ length = 10, half_life_d = 10.0, dropout = 0.1 }}
+
+[user.id]
+dropout = 0.2
+
+[model]
+embedding_dim = 8
+
+[negatives]
+uniform = 32
+
+[train]
+batch_size = 64
+epochs = 3
+refit = true
+
+[evaluate]
+ks = [5, 10]
+select = "recall@10"
+num_bootstrap = 50
+
+[baselines]
+names = ["popularity", "recent_popularity", "item_knn"]
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did: exit code and both streams."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_command(*arguments: object) -> Outcome:
+    """The command line in this process, as ``recclr ARGUMENTS`` would run it."""
+    from recclr.cli import main
+
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["recclr", *map(str, arguments)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        sys.argv = before
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def recclr():
+    return run_command
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory) -> Path:
+    """Folder with events, users and items as Parquet: about a thousand rows."""
+    from recclr.data.synthetic import generate_log
+
+    folder = tmp_path_factory.mktemp("data")
+    log = generate_log(num_users=60, num_items=70, num_events=1200, num_days=30, seed=4)
+    log.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_config(small_data, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "small.toml"
+    path.write_text(SMALL.format(data=small_data), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_run(small_config, tmp_path_factory) -> Path:
+    """A finished run folder; tests read it and never write into it."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    # The disk's patience is no part of these tests.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        done = run_command("train", "--config", small_config, "--out", out, "--device", "cpu")
+    assert done.code == 0, done.err
+    return out

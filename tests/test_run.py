@@ -1,0 +1,140 @@
+"""A whole run on a small log, and every command that starts from its folder."""
+
+import json
+
+import polars as pl
+import pytest
+
+from recclr.config import load_config
+
+
+def test_the_run_folder_is_that_of_the_contract(small_run):
+    for name in (
+        "config.toml",
+        "environment.json",
+        "data.json",
+        "vocabulary/users.parquet",
+        "vocabulary/items.parquet",
+        "checkpoints/LAST",
+        "log.jsonl",
+        "metrics.json",
+        "report.html",
+    ):
+        assert (small_run / name).is_file(), name
+    last = small_run / "checkpoints" / (small_run / "checkpoints/LAST").read_text().strip()
+    assert (last / "tensors.safetensors").is_file()
+    assert not list(small_run.rglob(".*tmp*"))
+    assert not (small_run / ".lock").exists()
+
+
+def test_metrics_hold_model_and_baselines_with_definitions_and_counts(small_run):
+    metrics = json.loads((small_run / "metrics.json").read_text())
+    assert 0 <= metrics["test"]["model"]["all"]["recall@10"] <= 1
+    assert set(metrics["test"]) == {"model", "popularity", "recent_popularity", "item_knn"}
+    assert set(metrics["valid"]) == set(metrics["test"])
+    assert metrics["definitions"]["recall@k"].startswith("hits")
+    assert metrics["counts"]["test"]["all"]["candidates"] == 70
+    low, high = metrics["intervals"]["test"]["model"]["all"]["recall@10"]
+    assert low <= metrics["test"]["model"]["all"]["recall@10"] <= high
+    assert "popularity" in metrics["differences"]["test"]
+
+
+def test_the_stored_configuration_is_complete_and_equal(small_run, small_config):
+    assert load_config(small_run / "config.toml") == load_config(small_config)
+
+
+def test_vocabulary_counts_train_and_validation_after_a_refit(small_run):
+    data = json.loads((small_run / "data.json").read_text())
+    counts = data["split"]["counts"]
+    items = pl.read_parquet(small_run / "vocabulary" / "items.parquet")
+    count = next(name for name in items.columns if "count" in name)
+    assert items[count].sum() == counts["train"]["rows"] + counts["valid"]["rows"]
+
+
+def test_log_has_steps_and_evaluations_of_both_stages(small_run):
+    events = [json.loads(line) for line in (small_run / "log.jsonl").read_text().splitlines()]
+    kinds = {(event["stage"], event["kind"]) for event in events}
+    assert {("selection", "step"), ("selection", "evaluation"), ("refit", "step")} <= kinds
+    assert ("refit", "evaluation") not in kinds
+
+
+def test_evaluate_repeats_the_run(recclr, small_run):
+    done = recclr("evaluate", small_run, "--json")
+    found = json.loads(done.out)["metrics"]
+    assert found == json.loads((small_run / "metrics.json").read_text())["test"]["model"]
+    shown = recclr("evaluate", small_run, "--ks", "3,7")
+    assert (done.code, shown.code) == (0, 0)
+    assert "recall@7" in shown.out
+
+
+def test_a_refitted_model_is_not_judged_on_validation(recclr, small_run):
+    done = recclr("evaluate", small_run, "--split", "valid")
+    assert done.code == 2
+    assert "refitted" in done.err
+
+
+def test_recommend_leaves_out_what_users_have_and_says_who_is_unknown(
+    recclr, small_run, small_data, tmp_path
+):
+    out = tmp_path / "best.parquet"
+    assert recclr("recommend", small_run, "-k", "4", "--out", out).code == 0
+    table = pl.read_parquet(out)
+    assert table.columns == ["user_id", "item_id", "rank", "score"]
+    cutoff = json.loads((small_run / "data.json").read_text())["split"]["cutoffs"]["test"]
+    had = pl.read_parquet(small_data / "events.parquet").filter(pl.col("timestamp") < cutoff)
+    assert not len(table.join(had, on=["user_id", "item_id"]))
+    some = recclr("recommend", small_run, "--users", "u01,nobody", "-k", "3", "--json")
+    rows = json.loads(some.out)
+    assert [row["user_id"] for row in rows] == ["u01"] * 3 + ["nobody"] * 3
+    assert "1 of 2 users are unknown" in some.err
+
+
+def test_similar_never_names_the_item_itself(recclr, small_run):
+    done = recclr("similar", small_run, "-k", "3", "--items", "sku-01,sku-02", "--json")
+    rows = json.loads(done.out)
+    assert [row["item_id"] for row in rows] == ["sku-01"] * 3 + ["sku-02"] * 3
+    assert all(row["item_id"] != row["similar_id"] for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "lancedb"])
+def test_export_answers_as_recommend_does(recclr, small_run, tmp_path, kind):
+    from recclr.export import recommend_from_store
+
+    done = recclr("export", small_run, "--to", f"{kind}:{tmp_path / kind}")
+    assert done.code == 0, done.err
+    assert "verified" in done.out
+    asked = recclr("recommend", small_run, "--keep-seen", "-k", "10", "--json")
+    expected = pl.DataFrame(json.loads(asked.out))
+    users = expected["user_id"].unique(maintain_order=True)
+    found = recommend_from_store(f"{kind}:{tmp_path / kind}", users, k=10)
+    assert found["item_id"].to_list() == expected["item_id"].to_list()
+    assert found["score"].to_list() == pytest.approx(expected["score"].to_list(), abs=1e-5)
+
+
+def test_check_tells_steps_and_split(recclr, small_config):
+    done = recclr("check", "--config", small_config, "--json")
+    found = json.loads(done.out)
+    assert found["split"]["by"] == "time"
+    assert found["split"]["counts"]["train"]["rows"] > 0
+    assert recclr("check", "--config", small_config).code == 0
+
+
+def test_resuming_a_finished_run_changes_nothing(recclr, small_run, small_config):
+    before = {p: p.read_bytes() for p in small_run.rglob("*") if p.is_file()}
+    done = recclr("train", "--config", small_config, "--out", small_run, "--resume")
+    assert done.code == 0
+    assert {p: p.read_bytes() for p in small_run.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_without_validation_test_or_baselines(recclr, small_config, tmp_path):
+    done = recclr(
+        *("train", "--config", small_config, "--out", tmp_path / "run"),
+        *("--set", "split.valid=0", "--set", "split.test=0", "--set", "train.refit=false"),
+        *("--set", "baselines.names=[]", "--set", "train.epochs=1"),
+    )
+    assert done.code == 0, done.err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert "test" not in metrics
+    assert "valid" not in metrics
+    assert "Nothing was held out" in (tmp_path / "run" / "report.html").read_text()
+    assert recclr("recommend", tmp_path / "run", "-k", "2").code == 0

@@ -1,0 +1,119 @@
+"""The floors of the package, and what must start without the optional libraries."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "recclr"
+# DESIGN, "Layout": a module imports only from its own floor or from floors below.
+FLOORS = {
+    0: {"errors", "settings", "config", "files", "order"},
+    1: {"data", "metrics", "bootstrap"},
+    2: {"statistics", "optim", "parts", "towers", "losses", "negatives", "known_positives"}
+    | {"kernels", "batches", "objective", "optimizers", "ranking"},
+    3: {"topk", "checkpoint"},
+    4: {"train", "evaluate", "baselines", "export", "recommend"},
+    5: {"api", "checking", "cli", "console", "demo", "ids_input", "judge", "load", "report"}
+    | {"run", "run_folder", "shipping", "__main__", "__init__"},
+}
+FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
+BARE = ("train", "objective", "towers", "evaluate", "topk", "checkpoint", "statistics", "bootstrap")
+
+
+def sources():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def top_of(path):
+    relative = path.relative_to(PACKAGE).with_suffix("")
+    return relative.parts[0]
+
+
+def imports(path, *, everywhere=False):
+    """Names of imported modules at module level (or anywhere), those for type checking left out."""
+    tree = ast.parse(path.read_text("utf-8"))
+    nodes = ast.walk(tree) if everywhere else tree.body
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def test_every_module_has_a_floor():
+    assert {top_of(path) for path in sources()} == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    own = top_of(path)
+    for name in imports(path):
+        if name.startswith("recclr."):
+            other = name.split(".")[1]
+            assert FLOOR_OF[other] <= FLOOR_OF[own], f"{own} imports {name}"
+
+
+def test_there_are_no_cycles():
+    graph = {}
+    for path in sources():
+        module = ".".join(["recclr", *path.relative_to(PACKAGE).with_suffix("").parts])
+        module = module.removesuffix(".__init__")
+        graph[module] = {name for name in imports(path) if name.startswith("recclr")}
+    done, on_path = set(), []
+
+    def visit(module):
+        assert module not in on_path, " -> ".join([*on_path, module])
+        if module in done or module not in graph:
+            return
+        on_path.append(module)
+        for other in graph[module]:
+            # A package's own __init__ names its modules for others.
+            if other != module.rpartition(".")[0]:
+                visit(other)
+        on_path.pop()
+        done.add(module)
+
+    for module in graph:
+        visit(module)
+
+
+def test_siblings_of_floor_4_do_not_know_each_other():
+    for path in sources():
+        if FLOOR_OF[top_of(path)] == 4:
+            others = {name.split(".")[1] for name in imports(path) if name.startswith("recclr.")}
+            assert not (others & FLOORS[4]) - {top_of(path)}, path
+
+
+def test_nothing_is_pickled():
+    for path in sources():
+        names = set(imports(path, everywhere=True))
+        assert not names & {"pickle", "cloudpickle", "dill", "joblib", "shelve"}, path
+        assert "torch.load" not in path.read_text("utf-8"), path
+
+
+def test_files_stay_short():
+    for path in sources():
+        assert len(path.read_text("utf-8").splitlines()) <= 420, path
+
+
+def test_training_starts_in_a_bare_container():
+    blocked = ["polars", "pydantic", "pyarrow", "sklearn", "implicit", "lancedb", "scipy", "pandas"]
+    program = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+import recclr
+for name in {BARE!r}:
+    __import__("recclr." + name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
