@@ -12,6 +12,7 @@ import os
 import sys
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,14 @@ class PrepareError(Exception):
 
 @dataclass(frozen=True)
 class Expected:
-    """What a table must be: number of rows and ``digest`` of the named columns."""
+    """What a table must be: its number of rows, its columns, and the ``digest`` of these.
+
+    Without a digest (features, which editions spell differently) rows and columns are all.
+    """
 
     rows: int
     columns: tuple[str, ...]
-    digest: str
+    digest: str | None = None
 
 
 def digest(frame: pl.DataFrame) -> str:
@@ -45,10 +49,15 @@ def require(frame: pl.DataFrame, expected: Expected, name: str) -> None:
     """Refuse a table that is not the published one.
 
     Raises:
-        PrepareError: another number of rows, or other rows.
+        PrepareError: another number of rows, a column missing, or other rows.
     """
     if frame.height != expected.rows:
         raise PrepareError(f"{name}: expected {expected.rows:,} rows, found {frame.height:,}")
+    lacking = [column for column in expected.columns if column not in frame.columns]
+    if lacking:
+        raise PrepareError(f"{name}: expected columns {lacking}, found {frame.columns}")
+    if expected.digest is None:
+        return
     found = digest(frame.select(expected.columns))
     if found != expected.digest:
         raise PrepareError(
@@ -61,12 +70,12 @@ def fetch(url: str, max_bytes: int = MAX_BYTES) -> bytes:
     """The body behind an https address.
 
     Raises:
-        PrepareError: no network, no such page, or more than ``max_bytes``.
+        PrepareError: no network, no such page, not https all the way, or more than ``max_bytes``.
     """
-    if not url.startswith("https://"):
-        raise PrepareError(f"refusing {url}: only https is fetched")
+    _require_https(url)
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+            _require_https(response.url)
             body: bytes = response.read(max_bytes + 1)
     except (urllib.error.URLError, TimeoutError, OSError) as error:
         raise PrepareError(
@@ -75,6 +84,11 @@ def fetch(url: str, max_bytes: int = MAX_BYTES) -> bytes:
     if len(body) > max_bytes:
         raise PrepareError(f"{url} is larger than {max_bytes:,} bytes; refused")
     return body
+
+
+def _require_https(url: str) -> None:
+    if not url.startswith("https://"):
+        raise PrepareError(f"refusing {url}: only https is fetched")
 
 
 def raw_file(raw: Path | None, url: str) -> bytes:
@@ -109,24 +123,39 @@ def main(
 
     Args:
         name: folder of the set. build: raw folder or None -> tables by name.
-        expected: of the tables that are checked.
+        expected: of every table that ``build`` gives.
     """
     parser = argparse.ArgumentParser(description=f"Prepare {name}.")
     parser.add_argument("--out", type=Path, default=data_folder(name), help="folder to write")
     parser.add_argument("--raw", type=Path, help="folder with the source files, for no network")
     arguments = parser.parse_args()
     try:
-        if all((arguments.out / f"{table}.parquet").is_file() for table in expected):
-            for table, wanted in expected.items():
-                require(pl.read_parquet(arguments.out / f"{table}.parquet"), wanted, table)
-            print(f"{arguments.out} is there, and verified")
-            return
-        tables = build(arguments.raw)
-        for table, wanted in expected.items():
-            require(tables[table], wanted, table)
-        for table, frame in tables.items():
-            write_table(frame, arguments.out / f"{table}.parquet")
-            print(f"{arguments.out / table}.parquet: {frame.height:,} rows")
+        _prepare(arguments.out, arguments.raw, build, expected)
     except (PrepareError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(3)
+    except (ValueError, KeyError, zipfile.BadZipFile, pl.exceptions.PolarsError) as error:
+        # Whatever a parser trips over: a page of a proxy, half an archive, another format.
+        reason = f"{type(error).__name__}: {error}"
+        print(f"error: these are not the files of {name}: {reason}", file=sys.stderr)
+        sys.exit(3)
+
+
+def _prepare(
+    out: Path,
+    raw: Path | None,
+    build: Callable[[Path | None], dict[str, pl.DataFrame]],
+    expected: dict[str, Expected],
+) -> None:
+    paths = {table: out / f"{table}.parquet" for table in expected}
+    if all(path.is_file() for path in paths.values()):
+        for table, wanted in expected.items():
+            require(pl.read_parquet(paths[table]), wanted, table)
+        print(f"{out} is there, and verified")
+        return
+    tables = build(raw)
+    for table, wanted in expected.items():
+        require(tables[table], wanted, table)
+    for table, path in paths.items():
+        write_table(tables[table], path)
+        print(f"{path}: {tables[table].height:,} rows")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +20,7 @@ from recclr.load import fresh_model, load_run, pick_device, ranker_of
 from recclr.recommend import recommend, similar
 from recclr.shipping import ExportReport, ship
 from recclr.topk import EmbeddingRanker
+from recclr.towers import TwoTower as Model
 from recclr.train import fit
 
 __all__ = ["TwoTower", "read"]
@@ -32,7 +33,8 @@ class TwoTower:
     Attributes:
         config: everything it was trained with. prepared: the data it knows.
         ranker: its embeddings, frozen at the end of train.
-        valid: rows that selected the checkpoint; their items count as had when test is judged.
+        valid: rows that selected the checkpoint and that nothing was fitted on; their items count
+            as had when test is judged. None after a refit, and after ``load``.
     """
 
     config: Config
@@ -54,8 +56,10 @@ class TwoTower:
 
         Args:
             config: sections as in the TOML file, for example ``{"train": {"epochs": 5}}``;
-                ``data``, ``split`` and ``export`` have no place here. Without ``item.features``
-                or ``user.features``, the columns of the log's tables become features by type.
+                ``data``, ``split`` and ``export`` have no place here. With ``train.refit`` the
+                model is trained afresh on ``train`` and ``valid`` in the end. Without
+                ``item.features`` or ``user.features``, the columns of the log's tables become
+                features by type.
             device: ``auto`` is the first GPU where there is one.
             progress: show a bar on stderr.
 
@@ -66,44 +70,25 @@ class TwoTower:
         from recclr.console import RunProgress
 
         settings = _settings(train, config or {})
-        prepared = prepare(
-            train,
-            valid,
-            user=settings.user,
-            item=settings.item,
-            extra_ids=[] if valid is None else [valid],
-        )
-        model = fresh_model(settings, prepared.tensors)
-        examples = None
-        if valid is not None:
-            examples = EvaluationSet.from_prepared(
-                prepared.tensors, keep_seen=settings.evaluate.keep_seen
-            )
-
-        def judge(candidate: Any) -> dict[str, float]:
-            assert examples is not None
-            ranker = ranker_of(candidate, prepared.tensors.cutoff)
-            found = evaluate(ranker, examples, ks=settings.evaluate.ks, slices=("all",))
-            return found.metrics["all"]
-
+        if settings.train.refit and valid is None:
+            raise ConfigError("train.refit: there is no validation to select on; give valid=")
+        kept = valid
+        device = pick_device(device)
         with RunProgress(settings.evaluate.select, quiet=not progress) as shown:
-            fit(
-                model,
-                prepared.tensors.train,
-                loss=settings.loss,
-                negatives=settings.negatives,
-                train=settings.train,
-                seed=settings.seed,
-                evaluate=None if examples is None else judge,
-                select=settings.evaluate.select,
-                device=pick_device(device),
-                on_event=shown,
-            )
-        return cls(settings, prepared, ranker_of(model, prepared.tensors.cutoff), valid)
+            extra = [] if valid is None or settings.train.refit else [valid]
+            prepared = _prepared(settings, train, valid, extra)
+            model, steps = _trained(settings, prepared, device, shown)
+            if valid is not None and settings.train.refit:
+                prepared, kept = _prepared(settings, train.concat(valid), None, []), None
+                model, _ = _trained(settings, prepared, device, shown, num_steps=steps)
+        return cls(settings, prepared, ranker_of(model, prepared.tensors.cutoff), kept)
 
     @classmethod
     def load(cls, run: Path | str) -> Self:
         """The model of a run folder.
+
+        A run without a refit leaves out what users had in validation when it judges test;
+        ``evaluate`` cannot, since the rows are not in the folder. ``recclr evaluate RUN`` does.
 
         Raises:
             ConfigError: no run folder. CheckpointError: no model in it, or a damaged one.
@@ -117,14 +102,20 @@ class TwoTower:
         return f"TwoTower({users:,} users, {items:,} items, {dim} dimensions)"
 
     def evaluate(
-        self, test: Log, *, ks: tuple[int, ...] = (10, 20), num_bootstrap: int = 1000
+        self, test: Log | None, *, ks: tuple[int, ...] = (10, 20), num_bootstrap: int = 1000
     ) -> Evaluation:
         """Exact metrics on held-out rows, by slice; printing it gives a table.
 
         Args:
             test: rows later than, or apart from, those of train.
             num_bootstrap: resamples of users behind ``.intervals``; 0 for none.
+
+        Raises:
+            ConfigError: ``test`` is None, as a split without test gives it, or nothing of it can
+            be judged.
         """
+        if test is None:
+            raise ConfigError("there are no test rows: the split has no test part")
         _, examples = judged_by(self.prepared, test, self.config, also=self.valid)
         return evaluate(
             self.ranker, examples, ks=ks, num_bootstrap=num_bootstrap, seed=self.config.seed
@@ -165,6 +156,49 @@ class TwoTower:
             StoreError: the store refused the write, or holds something else afterwards.
         """
         return ship(self.prepared, self.ranker, target, run=None, config=self.config, name=name)
+
+
+def _prepared(settings: Config, train: Log, valid: Log | None, extra: Sequence[Log]) -> PreparedLog:
+    return prepare(train, valid, user=settings.user, item=settings.item, extra_ids=extra)
+
+
+def _trained(
+    settings: Config,
+    prepared: PreparedLog,
+    device: str,
+    shown: Callable[[dict[str, Any]], None],
+    *,
+    num_steps: int | None = None,
+) -> tuple[Model, int]:
+    """The model, and its best step by the held-out rows of ``prepared``, if there are any."""
+    model = fresh_model(settings, prepared.tensors)
+    examples = None
+    if prepared.tensors.held_out is not None:
+        examples = EvaluationSet.from_prepared(
+            prepared.tensors, keep_seen=settings.evaluate.keep_seen
+        )
+
+    def judge(candidate: Model) -> dict[str, float]:
+        assert examples is not None
+        ranker = ranker_of(candidate, prepared.tensors.cutoff)
+        found = evaluate(ranker, examples, ks=settings.evaluate.ks, slices=("all",))
+        return found.metrics["all"]
+
+    shown({"kind": "stage", "name": "training" if num_steps is None else "refit"})
+    result = fit(
+        model,
+        prepared.tensors.train,
+        loss=settings.loss,
+        negatives=settings.negatives,
+        train=settings.train,
+        seed=settings.seed,
+        evaluate=None if examples is None else judge,
+        select=settings.evaluate.select,
+        num_steps=num_steps,
+        device=device,
+        on_event=shown,
+    )
+    return model, result.best_step
 
 
 def _settings(train: Log, given: Mapping[str, Any]) -> Config:

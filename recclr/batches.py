@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recclr.data.log import EncodedLog
-from recclr.errors import ConfigError
+from recclr.errors import ConfigError, DataError
 from recclr.order import generator, mix, permuted
 from recclr.settings import TrainSettings
 from recclr.statistics import DAY_S
@@ -57,6 +57,9 @@ class BatchSource:
         log: train rows, on the training device; sorted by time for time cells.
         settings: batch size, staleness.
         time_cells: see above.
+
+    Raises:
+        ConfigError: time cells of a log without time. DataError: a log without rows.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class BatchSource:
                 "statistics and 'as_of' ids train on time cells, which need timestamps; "
                 "the log has none"
             )
+        if not len(log):
+            raise DataError("the train log has no rows to make batches of")
         self.log, self.seed, self.time_cells = log, seed, time_cells
         self.batch_size = min(settings.batch_size, len(log))
         self.staleness_s = settings.staleness_d * DAY_S

@@ -77,7 +77,7 @@ def paired_differences(
         signs = torch.randint(2, (count, num_users), generator=draws, dtype=torch.int8)
         flipped = (signs.double() * 2 - 1) @ differences / num_users
         extreme += (flipped.abs() >= means.abs() - 1e-15).sum(0)
-    p_values = (extreme + 1) / (num_resamples + 1)
+    p_values = (extreme + 1).double() / (num_resamples + 1)
     columns = (means.tolist(), low.tolist(), high.tolist(), p_values.tolist())
     names = ("difference", "low", "high", "p_value")
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]

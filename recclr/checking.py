@@ -1,16 +1,82 @@
-"""What ``recclr check`` tells: everything a run would find in the data, before it trains."""
+"""Data as a run takes them, read and accepted before anything is written; ``recclr check``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recclr.config import Config, load_config, parse_config
-from recclr.data.interactions import read_log
-from recclr.data.prepare import prepare
+from recclr.config import Config, apply_override, load_config, parse_config
+from recclr.data.interactions import Log, read_log
+from recclr.data.prepare import PreparedLog, prepare
+from recclr.data.split import Split
 from recclr.errors import ConfigError
+from recclr.evaluate import EvaluationSet
+from recclr.judge import judged_by
+
+
+@dataclass(frozen=True)
+class Data:
+    """What was read and accepted.
+
+    Attributes:
+        prepared: encoded for the stage of selection. examples: validation, if there is any.
+        notes: what nobody refused, one sentence each.
+        inputs: fingerprints of the files.
+    """
+
+    log: Log
+    split: Split
+    prepared: PreparedLog
+    examples: EvaluationSet | None
+    notes: tuple[str, ...]
+    inputs: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Contents of data.json."""
+        split = self.split
+        return {
+            "inputs": dict(self.inputs),
+            "log": repr(self.log),
+            "steps": [asdict(step) for step in self.log.steps],
+            "quarantined": self.log.bad_rows,
+            "notes": list(self.notes),
+            "split": {"by": split.by, "cutoffs": split.cutoffs, "counts": split.counts},
+        }
+
+
+def read_data(config: Config, inputs: Mapping[str, Any]) -> Data:
+    """Read, split and encode, and refuse what cannot be trained on or judged.
+
+    Args:
+        inputs: fingerprints of the files, taken before.
+
+    Raises:
+        ConfigError: settings that the data do not allow. DataError: the data are refused.
+    """
+    log = read_log(config.data)
+    split = log.split(config.split)
+    # Without a refit the test users seen in validation must be known by their index.
+    extra = [] if refits(config, split) or split.valid is None else [split.valid]
+    prepared = prepare(
+        split.train, split.valid, user=config.user, item=config.item, extra_ids=extra
+    )
+    examples = None
+    if split.valid is not None:
+        examples = EvaluationSet.from_prepared(
+            prepared.tensors, keep_seen=config.evaluate.keep_seen
+        )
+    if split.test is not None:
+        # Hours of training are a high price for a test that turns out to be empty.
+        judged_by(prepared, split.test, config, also=split.valid)
+    notes = (*log.notes, *_long_rankings(config, len(prepared.items)))
+    return Data(log, split, prepared, examples, notes, inputs)
+
+
+def refits(config: Config, split: Split) -> bool:
+    """Whether the model that is shipped is trained afresh on train + validation."""
+    return config.train.refit and split.valid is not None
 
 
 def check_data(
@@ -29,19 +95,20 @@ def check_data(
     Raises:
         ConfigError: neither or both of ``events`` and ``config``. DataError: the data are refused.
     """
-    settings = _config(events, users, items, config, overrides)
-    log = read_log(settings.data)
-    split = log.split(settings.split)
-    judged = split.valid if split.valid is not None else split.test
-    prepared = prepare(split.train, judged, user=settings.user, item=settings.item)
-    return {
-        "log": repr(log),
-        "steps": [asdict(step) for step in log.steps],
-        "quarantined": log.bad_rows,
-        "notes": list(log.notes),
-        "split": {"by": split.by, "cutoffs": split.cutoffs, "counts": split.counts},
-        "encoded": prepared.counts,
-    }
+    data = read_data(_config(events, users, items, config, overrides), inputs={})
+    found = data.to_json()
+    del found["inputs"]
+    return found | {"encoded": data.prepared.counts}
+
+
+def _long_rankings(config: Config, num_items: int) -> list[str]:
+    longest = max(config.evaluate.ks)
+    if longest <= num_items:
+        return []
+    return [
+        f"evaluate.ks has {longest:,}, but the catalogue has {num_items:,} items: every ranking "
+        "ends there"
+    ]
 
 
 def _config(
@@ -57,8 +124,6 @@ def _config(
         if users is not None or items is not None:
             raise ConfigError("--users and --items go with EVENTS; a --config names its own tables")
         return load_config(config, overrides)
-    from recclr.config import apply_override
-
     tables = {"events": events, "users": users, "items": items}
     values: dict[str, Any] = {"data": {name: path for name, path in tables.items() if path}}
     for override in overrides:

@@ -8,12 +8,13 @@ is durable.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -67,30 +68,24 @@ def save_checkpoint(
 
     Args:
         tensors: any device; written as they are, contiguous.
+        state: JSON values, floats finite; "step" among them.
         best: also point BEST at it.
         keep: newest folders to keep besides those pointed at.
     """
     folder = root / f"step-{state['step']}"
-    if folder.exists():
-        # Left by a run that was killed between the rename and the pointer; same step, same bytes.
-        shutil.rmtree(folder)
-    with new_folder(folder) as temporary:
-        flat = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        write_bytes_atomic(temporary / _TENSORS, save_tensors(flat))
-        fault_point("checkpoint.tensors")
-        write_json_atomic(temporary / _STATE, dict(state))
-        files = {
-            name: {
-                "bytes": (temporary / name).stat().st_size,
-                "sha256": sha256_of(temporary / name),
-            }
-            for name in (_TENSORS, _STATE)
-        }
-        write_json_atomic(temporary / _MANIFEST, {"format": FORMAT_VERSION, "files": files})
-        fault_point("checkpoint.manifest")
+    flat = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    data = save_tensors(flat)
+    # A run that was killed between the rename and the pointer leaves a folder that BEST may name
+    # already; a resumed run arrives at the same bytes, so it stands.
+    if not _holds(folder, data, state):
+        if folder.exists():
+            shutil.rmtree(folder)
+        _write(folder, data, state)
     fault_point("checkpoint.renamed")
+    # BEST first: a run resumed from LAST has decided already which was the best until then.
     if best:
         write_pointer(root / "BEST", folder.name)
+    fault_point("checkpoint.best")
     write_pointer(root / "LAST", folder.name)
     _prune(root, keep)
     return folder
@@ -104,36 +99,35 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
-        version, files = int(manifest["format"]), dict(manifest["files"])
+        version = int(manifest["format"])
+        hashes = {name: str(manifest["files"][name]["sha256"]) for name in (_TENSORS, _STATE)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} is no checkpoint: {_MANIFEST} cannot be read") from error
-    if version > FORMAT_VERSION:
+    if not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has checkpoint format {version}; this recclr reads up to {FORMAT_VERSION}"
+            f"{folder} has checkpoint format {version}; this recclr reads 1 to {FORMAT_VERSION}"
         )
-    for name in (_TENSORS, _STATE):
-        path = folder / name
-        if name not in files or not path.is_file() or sha256_of(path) != files[name]["sha256"]:
-            raise CheckpointError(
-                f"{path} is missing or damaged (its SHA-256 is not the manifest's)"
-            )
+    read = {name: _verified(folder / name, sha256) for name, sha256 in hashes.items()}
     try:
-        tensors = load_tensors((folder / _TENSORS).read_bytes())
-        state = json.loads((folder / _STATE).read_text("utf-8"))
+        return Checkpoint(folder, load_tensors(read[_TENSORS]), json.loads(read[_STATE]))
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    return Checkpoint(folder, tensors, state)
 
 
-def find_checkpoint(root: Path, pointer: str = "LAST") -> Checkpoint | None:
-    """The checkpoint that ``pointer`` names, or the newest good one if that is damaged.
+def find_checkpoint(root: Path, pointer: Literal["LAST", "BEST"] = "LAST") -> Checkpoint | None:
+    """The checkpoint that ``pointer`` names.
+
+    If LAST is damaged, the newest good one takes its place: training goes on from there to the
+    same end. Nothing takes the place of BEST, since a model that is not the best would be served.
 
     Returns:
-        None where there is no checkpoint at all.
+        None where there is no checkpoint at all, or no BEST.
 
     Raises:
-        CheckpointError: there are checkpoints, and none of them is good; each is named with why.
+        CheckpointError: BEST is damaged, or no checkpoint is good; each is named with why.
     """
+    if pointer == "BEST":
+        return _best(root)
     named = read_pointer(root / pointer)
     folders = sorted(root.glob("step-*"), key=_step_of, reverse=True)
     order = [root / named] if named else []
@@ -144,7 +138,7 @@ def find_checkpoint(root: Path, pointer: str = "LAST") -> Checkpoint | None:
             return load_checkpoint(folder)
         except CheckpointError as error:
             reasons.append(str(error))
-    if reasons and named:
+    if reasons:
         raise CheckpointError("no good checkpoint is left:\n" + "\n".join(reasons))
     return None
 
@@ -169,6 +163,49 @@ def require_match(own: Mapping[str, Tensor], found: Mapping[str, Tensor], what: 
     ]
     if problems:
         raise CheckpointError(f"{what} does not fit: " + "; ".join(problems))
+
+
+def _write(folder: Path, data: bytes, state: Mapping[str, Any]) -> None:
+    with new_folder(folder) as temporary:
+        write_bytes_atomic(temporary / _TENSORS, data)
+        fault_point("checkpoint.tensors")
+        write_json_atomic(temporary / _STATE, dict(state))
+        files = {
+            name: {
+                "bytes": (temporary / name).stat().st_size,
+                "sha256": sha256_of(temporary / name),
+            }
+            for name in (_TENSORS, _STATE)
+        }
+        write_json_atomic(temporary / _MANIFEST, {"format": FORMAT_VERSION, "files": files})
+        fault_point("checkpoint.manifest")
+
+
+def _holds(folder: Path, data: bytes, state: Mapping[str, Any]) -> bool:
+    try:
+        found = load_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return found.state == state and (folder / _TENSORS).read_bytes() == data
+
+
+def _best(root: Path) -> Checkpoint | None:
+    named = read_pointer(root / "BEST")
+    if named is not None:
+        return load_checkpoint(root / named)
+    if (root / "BEST").exists():
+        raise CheckpointError(f"{root / 'BEST'} is damaged: it should name one of the folders")
+    return None
+
+
+def _verified(path: Path, sha256: str) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} is missing or cannot be read: {error.strerror}") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CheckpointError(f"{path} is damaged (its SHA-256 is not the manifest's)")
+    return data
 
 
 def _step_of(folder: Path) -> int:

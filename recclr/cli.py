@@ -20,6 +20,7 @@ from recclr.console import (
     print_results,
     print_table,
     say,
+    working,
 )
 from recclr.errors import ConfigError, RecclrError
 
@@ -83,7 +84,8 @@ def check(
     """Read the data and say what a run would find: rows per step, bad rows, split, features."""
     from recclr.checking import check_data
 
-    found = check_data(events, users=users, items=items, config=config, overrides=overrides)
+    with working("reading"):
+        found = check_data(events, users=users, items=items, config=config, overrides=overrides)
     if as_json:
         print_json(found)
         return
@@ -142,10 +144,16 @@ def evaluate(
     """Judge the model of a run on held-out events, exactly, over the whole catalogue."""
     from recclr.judge import evaluate_run
     from recclr.load import load_run, ranker_of
+    from recclr.run_folder import fingerprints, require_same_inputs
 
-    config, prepared, model = load_run(run)
-    ranker = ranker_of(model, prepared.tensors.cutoff)
-    found = evaluate_run(config, prepared, ranker, split=split, events=events, ks=_ks(ks))
+    cutoffs = _ks(ks)
+    with working("judging"):
+        config, prepared, model = load_run(run)
+        if events is None:
+            # Other rows would be split elsewhere, and train rows judged as test.
+            require_same_inputs(run, fingerprints(config))
+        ranker = ranker_of(model, prepared.tensors.cutoff)
+        found = evaluate_run(config, prepared, ranker, split=split, events=events, ks=cutoffs)
     if as_json:
         print_json(found.to_json())
     else:
@@ -168,21 +176,24 @@ def recommend(
     as_json: Json = False,
 ) -> None:
     """The best items of users, what they already have left out."""
-    from recclr.ids_input import read_ids, write_rows
+    from recclr.ids_input import read_ids, require_ending, write_rows
     from recclr.load import load_run, ranker_of
     from recclr.recommend import recommend as rank
 
-    config, prepared, model = load_run(run)
-    wanted = read_ids(users, users_from, prepared.users, config.data.columns.user)
-    subset = read_ids(None, items_from, prepared.items, config.data.columns.item)
-    found = rank(
-        prepared,
-        ranker_of(model, prepared.tensors.cutoff),
-        wanted,
-        k=k,
-        items=subset,
-        keep_seen=keep_seen,
-    )
+    require_ending(out)
+    with working("ranking"):
+        config, prepared, model = load_run(run)
+        wanted = read_ids(users, users_from, prepared.users, config.data.columns.user)
+        subset = read_ids(None, items_from, prepared.items, config.data.columns.item)
+        found = rank(
+            prepared,
+            ranker_of(model, prepared.tensors.cutoff),
+            wanted,
+            k=k,
+            items=subset,
+            keep_seen=keep_seen,
+        )
+    _say_if_short(k, len(prepared.items) if subset is None else subset.n_unique())
     if wanted is not None:
         unknown = int((prepared.users.encode(wanted) < 0).sum())
         if unknown:
@@ -202,13 +213,16 @@ def similar(
     as_json: Json = False,
 ) -> None:
     """The items that are most like given items."""
-    from recclr.ids_input import read_ids, write_rows
+    from recclr.ids_input import read_ids, require_ending, write_rows
     from recclr.load import load_run, ranker_of
     from recclr.recommend import similar as rank
 
-    config, prepared, model = load_run(run)
-    wanted = read_ids(items, items_from, prepared.items, config.data.columns.item)
-    found = rank(prepared, ranker_of(model, prepared.tensors.cutoff), wanted, k=k)
+    require_ending(out)
+    with working("ranking"):
+        config, prepared, model = load_run(run)
+        wanted = read_ids(items, items_from, prepared.items, config.data.columns.item)
+        found = rank(prepared, ranker_of(model, prepared.tensors.cutoff), wanted, k=k)
+    _say_if_short(k, len(prepared.items) - 1)
     write_rows(found, out, show=print_json if as_json else print_frame, as_json=as_json)
 
 
@@ -222,12 +236,15 @@ def export(
     """Write both towers' embeddings to a store, and verify what it holds."""
     from dataclasses import asdict
 
+    from recclr.export import parse_target
     from recclr.load import load_run, ranker_of
     from recclr.shipping import ship
 
-    config, prepared, model = load_run(run)
-    ranker = ranker_of(model, prepared.tensors.cutoff)
-    report = ship(prepared, ranker, to, run=None, config=config, name=name)
+    parse_target(to)
+    with working("exporting"):
+        config, prepared, model = load_run(run)
+        ranker = ranker_of(model, prepared.tensors.cutoff)
+        report = ship(prepared, ranker, to, run=None, config=config, name=name)
     if as_json:
         print_json(asdict(report))
     else:
@@ -269,3 +286,8 @@ def _ks(text: str | None) -> tuple[int, ...] | None:
     if not ks or min(ks) < 1:
         raise ConfigError(f"--ks {text!r}: expected cut-offs such as 10,20")
     return ks
+
+
+def _say_if_short(k: int, num_choices: int) -> None:
+    if k > num_choices:
+        say(f"note: {k:,} were asked for, but there are {num_choices:,} items to choose from")

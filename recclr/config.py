@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -27,6 +27,8 @@ from recclr.settings import (
     TowerSettings,
     TrainSettings,
 )
+
+_EXPECTED = "expected "
 
 
 class Config(BaseModel):
@@ -60,11 +62,14 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"cannot read the configuration {path}: {reason}; expected a TOML file in UTF-8"
+        ) from error
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is no valid TOML: {error}") from error
+        raise ConfigError(f"{path} is no valid TOML: {error}; mend it there") from error
     for override in overrides:
         apply_override(values, override)
     return parse_config(values, source=str(path))
@@ -80,8 +85,9 @@ def parse_config(values: Mapping[str, Any], *, source: str = "configuration") ->
         # Through JSON, whose strict mode takes an array for a tuple and a whole number for a float.
         config = Config.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        lines = [_explain(problem, values) for problem in error.errors()]
-        raise ConfigError("\n".join(f"{source}: {line}" for line in dict.fromkeys(lines))) from None
+        raise ConfigError(
+            "\n".join(f"{source}: {line}" for line in _explain_all(error, values))
+        ) from None
     _cross_check(config, source)
     return config
 
@@ -115,6 +121,9 @@ def dump_toml(config: Config) -> str:
     """
     lines: list[str] = []
     plain = {name: _plain(getattr(config, name)) for name in type(config).model_fields}
+    # The one key that is set where it is absent; "" is how TOML takes it away.
+    columns = plain["data"]["columns"]
+    columns["timestamp"] = columns["timestamp"] or ""
     _dump_section(plain, (), lines)
     return "\n".join(lines).strip() + "\n"
 
@@ -150,27 +159,42 @@ def _toml_value(value: Any) -> str:
     return repr(value)
 
 
-def _explain(problem: Any, values: Mapping[str, Any]) -> str:
-    """One pydantic error as "key: what was expected, what was found"."""
-    # Tags of unions ("float", "literal[…]") are not keys of the file.
+def _explain_all(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
+    """One line per key of the file; the branches of a union that failed share theirs."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for problem in error.errors():
+        key, message = _explain(problem, values)
+        found = f", found {problem['input']!r}" if message.startswith(_EXPECTED) else ""
+        lines.setdefault((key, found), []).append(message.removeprefix(_EXPECTED))
+    return [
+        f"{key}: {_EXPECTED * bool(found)}{' or '.join(dict.fromkeys(messages))}{found}"
+        for (key, found), messages in lines.items()
+    ]
+
+
+def _explain(problem: Any, values: Mapping[str, Any]) -> tuple[str, str]:
+    """The key of one pydantic error, and what is wrong with it."""
     location = [str(part) for part in problem["loc"]]
     path = _known_path(location, values)
     key = ".".join(path) or "configuration"
     kind, message = problem["type"], str(problem["msg"])
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        hint = difflib.get_close_matches(path[-1], _siblings(path[:-1]), n=1, cutoff=0.5)
-        known = ", ".join(sorted(_siblings(path[:-1])))
-        tail = f"did you mean {hint[0]!r}?" if hint else f"known here: {known}"
-        return f"{key}: unknown key; {tail}"
-    if kind == "missing" or (kind == "missing_argument"):
-        return f"{'.'.join(location)}: this key is required"
+        known = _siblings(path[:-1])
+        hint = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        tail = f"did you mean {hint[0]!r}?" if hint else f"known here: {', '.join(sorted(known))}"
+        return key, f"unknown key; {tail}"
+    if kind in ("missing", "missing_argument"):
+        return ".".join(location), "this key is required"
     if kind == "value_error":
-        return f"{key}: {message.removeprefix('Value error, ')}"
-    return f"{key}: {message}, found {problem['input']!r}"
+        return key, message.removeprefix("Value error, ")
+    return key, message.replace("Input should be ", _EXPECTED, 1)
 
 
 def _known_path(location: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-    """The part of an error's location that follows the file's own keys."""
+    """The part of an error's location that follows the file's own keys.
+
+    What comes after it are tags of unions ("float", "literal[…]") and positions in arrays.
+    """
     path: list[str] = []
     here: Any = values
     for part in location:
@@ -185,43 +209,59 @@ def _siblings(path: Sequence[str]) -> list[str]:
     """Names of the keys that a section may hold."""
     here: Any = Config
     for key in path:
-        hints = get_type_hints(here) if is_dataclass(here) or here is Config else {}
-        here = hints.get(key)
-        candidates = [here, *get_args(here)]
-        here = next((c for c in candidates if isinstance(c, type) and is_dataclass(c)), here)
+        if here is Config or is_dataclass(here):
+            here = _section_type(get_type_hints(here).get(key))
+        else:  # a table of named entries, such as item.features
+            here = _section_type(get_args(here)[-1]) if get_args(here) else None
     if here is Config:
         return list(Config.model_fields)
     return [f.name for f in fields(here)] if is_dataclass(here) else []
 
 
+def _section_type(hint: Any) -> Any:
+    """The dataclass in ``X | None``; other hints as they are."""
+    if get_origin(hint) is dict:
+        return hint
+    found = (h for h in (hint, *get_args(hint)) if isinstance(h, type) and is_dataclass(h))
+    return next(found, hint)
+
+
 def _cross_check(config: Config, source: str) -> None:
     """Refuse settings that contradict each other, before any data are read."""
     problems = []
-    timed = config.data.columns.timestamp is not None and config.split.by != "random"
-    needing = [
-        f"{side}.features.{name}"
-        for side, tower in (("user", config.user), ("item", config.item))
-        for name, feature in tower.features.items()
-        if feature.kind == "statistics"
-    ]
-    needing += [
-        f"{side}.id.as_of"
-        for side, tower in (("user", config.user), ("item", config.item))
-        if tower.id.as_of
-    ]
-    if needing and not timed and config.data.columns.timestamp is None:
-        problems.append(f"{needing[0]}: needs timestamps, but data.columns.timestamp is not set")
+    needing = {side: _needs_time(side, getattr(config, side)) for side in ("item", "user")}
+    split = config.split
+    for names in needing.values():
+        if names and config.data.columns.timestamp is None:
+            problems.append(f"{names[0]}: needs timestamps, but data.columns.timestamp is not set")
     if config.item.history is not None:
         problems.append("item.history: only users have a history")
-    if config.train.time_cells is False and needing:
-        problems.append(f"train.time_cells: {needing[0]} needs time cells; leave the key out")
-    if config.loss.kind == "full_softmax" and config.loss.temperature == 0:
-        problems.append("loss.temperature: must be above 0")
+    if config.train.time_cells is False and needing["item"]:
+        problems.append(
+            f"train.time_cells: {needing['item'][0]} needs time cells; leave the key out"
+        )
     if config.data.event_weights and config.data.columns.event is None:
-        problems.append("data.event_weights: name the column of the event type in columns.event")
-    if config.split.by == "leave_last" and config.split.valid % 1 + config.split.test % 1:
-        problems.append("split: leave_last counts rows per user, so valid and test are whole")
-    if config.split.valid == 0 and config.split.valid_events is None and config.train.refit:
+        problems.append(
+            "data.event_weights: name the column of the event type in data.columns.event"
+        )
+    if split.by == "leave_last" and split.valid % 1 + split.test % 1:
+        problems.append(
+            "split: leave_last counts rows per user, so valid and test must be whole numbers; "
+            f"found {split.valid:g} and {split.test:g}"
+        )
+    if split.by != "given":
+        problems += [
+            f"split.{name}: is read with split.by = 'given' only, found {split.by!r}"
+            for name in ("valid_events", "test_events")
+            if getattr(split, name) is not None
+        ]
+    if split.valid == 0 and split.valid_events is None and config.train.refit:
         problems.append("train.refit: there is no validation to select on; set split.valid")
     if problems:
         raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
+
+
+def _needs_time(side: str, tower: TowerSettings) -> list[str]:
+    """Keys of a tower that make sense with timestamps only."""
+    names = [f"{side}.features.{n}" for n, f in tower.features.items() if f.kind == "statistics"]
+    return names + ([f"{side}.id.as_of"] if tower.id.as_of else [])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import polars as pl
@@ -32,7 +33,8 @@ class RunProgress:
 
     def __init__(self, select: str = "recall@20", *, quiet: bool = False) -> None:
         self.select = select
-        self.console = Console(stderr=True, highlight=False, quiet=quiet)
+        # No wrapping: lines with paths in them end up in the logs of nightly jobs.
+        self.console = Console(stderr=True, highlight=False, quiet=quiet, soft_wrap=True)
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -79,11 +81,21 @@ class RunProgress:
         shown = "" if value is None else f"{self.select} {value:.4f}"
         self.console.print(f"  epoch {event['epoch']:.1f}  {shown}")
 
+    def _note(self, event: dict[str, Any]) -> None:
+        self.console.print(f"  note: {escape(event['text'])}")
+
     def _baseline(self, event: dict[str, Any]) -> None:
         self._waiting(f"{event['name']} {event['value']:.4f}")
 
     def _judging(self, event: dict[str, Any]) -> None:
-        self._waiting(f"judging {event['name']}")
+        """``done`` of ``total`` queries of a ranker; without them, that its turn has come."""
+        if "done" in event:
+            text = f"judging {event['name']}: {event['done']:,} of {event['total']:,} users"
+            self._waiting(text)
+            return
+        self._waiting(f"fitting {event['name']}")
+        if not self.console.is_terminal:
+            self.console.print(f"  {escape(event['name'])}")
 
     def _waiting(self, text: str) -> None:
         if self.task is None:
@@ -94,6 +106,17 @@ class RunProgress:
         if self.task is not None:
             self.bar.remove_task(self.task)
             self.task = None
+
+
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """Show at a terminal that something is being done; elsewhere nothing."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(escape(text)):
+        yield
 
 
 def say(text: str) -> None:

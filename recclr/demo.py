@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from recclr.config import parse_config
-from recclr.data.synthetic import generate_log
+from recclr.data.synthetic import SyntheticLog, generate_log
 from recclr.errors import ConfigError
 from recclr.export import recommend_from_store
 from recclr.run import train_run
@@ -56,7 +56,8 @@ class DemoResult:
     """Where everything is.
 
     Attributes:
-        metrics: contents of metrics.json. answer: what the store recommends to a few users.
+        metrics: contents of metrics.json.
+        answer: what the store recommends to a few users, what they had left out.
     """
 
     metrics: dict[str, Any]
@@ -66,12 +67,18 @@ class DemoResult:
 
 
 def run_demo(
-    out: Path, *, device: str = "auto", on_event: Callable[[dict[str, Any]], None] | None = None
+    out: Path,
+    *,
+    log: SyntheticLog | None = None,
+    device: str = "auto",
+    on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> DemoResult:
     """Generate, train, judge, export, and ask the store.
 
     Args:
         out: new or empty folder; gets ``data`` and ``run``.
+        log: to run on instead of a generated one of some 94,000 rows.
+        on_event: gets the events of the run; see ``run.train_run``.
 
     Raises:
         ConfigError: ``out`` holds something already.
@@ -80,7 +87,7 @@ def run_demo(
         raise ConfigError(f"{out} is not an empty folder; choose another with --out")
     emit = on_event or (lambda event: None)
     emit({"kind": "stage", "name": "generate a log"})
-    log = generate_log(seed=1)
+    log = log or generate_log(seed=1)
     log.write(out / "data")
     tables = {name: str(out / "data" / f"{name}.parquet") for name in ("events", "users", "items")}
     run = train_run(
@@ -90,5 +97,6 @@ def run_demo(
         on_event=on_event,
     )
     store = run / _STORE
-    answer = recommend_from_store(f"lancedb:{store}", log.users["user_id"].head(3), k=5)
+    asked = log.users["user_id"].head(3)
+    answer = recommend_from_store(f"lancedb:{store}", asked, k=5, seen=log.events)
     return DemoResult(read_json(run / METRICS), answer, run / "report.html", store)

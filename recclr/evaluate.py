@@ -138,8 +138,10 @@ class Evaluation:
     Attributes:
         metrics: {slice: {metric: mean}}. intervals: {slice: {metric: (low, high)}}.
         per_user: {slice: {metric: float64 [users of the slice]}}, in the order of ``user_idx``.
-        counts: {slice: {"users", "relevant", "candidates", "chance_recall…"}}; of all users also
-            ``dropped_users``, who had all their held-out items before, and ``repeated_rows``.
+        counts: {slice: {"users", "relevant", "candidates"}}; of all users also ``dropped_users``,
+            who had all their held-out items before, and ``repeated_rows``; of cold items among
+            cold also ``chance_recall@k``, the expected recall of a random order of the cold items
+            that each user does not have.
     """
 
     name: str
@@ -221,10 +223,13 @@ def evaluate(
         cold = bands["cold_items"].nonzero().squeeze(1)
         if len(queries):
             users = examples.user_idx[queries]
-            ranked = _ranked(ranker, examples, users, None, max(ks), cold, None)
+            # Nobody has a cold item from train, but some from the rows between (``also_seen``).
+            seen = None if examples.seen is None else examples.seen.take(queries)
+            ranked = _ranked(ranker, examples, users, seen, max(ks), cold, None)
             add("cold_items_among_cold", queries, relevant, ranked, len(cold))
+            choices = len(cold) - _num_seen(seen, bands["cold_items"], len(queries))
             for k in ks:
-                chance = min(1.0, k / len(cold))
+                chance = float((k / choices).clamp(max=1).mean())
                 counts["cold_items_among_cold"][f"chance_recall@{k}"] = chance
     result = Evaluation(
         name=ranker.name,
@@ -292,6 +297,15 @@ def _hits(ranked_QK: Tensor, relevant: Csr, num_items: int) -> Tensor:
     wanted = torch.arange(len(ranked_QK))[:, None] * width + ranked_QK + 1
     place = torch.searchsorted(keys, wanted).clamp(max=max(len(keys) - 1, 0))
     return torch.logical_and(keys[place] == wanted, ranked_QK >= 0)
+
+
+def _num_seen(seen: Csr | None, among: Tensor, num_queries: int) -> Tensor:
+    """float64 [Q]: distinct seen items of each query that are in ``among`` (bool [V])."""
+    if seen is None:
+        return torch.zeros(num_queries, dtype=torch.float64)
+    keys = torch.unique(seen.row_numbers() * len(among) + seen.values.long())
+    rows = (keys // len(among))[among[keys % len(among)]]
+    return torch.bincount(rows, minlength=num_queries).double()
 
 
 def _distinct_pairs(log: EncodedLog) -> Tensor:

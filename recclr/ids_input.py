@@ -14,6 +14,13 @@ from recclr.data.vocabulary import Vocabulary
 from recclr.errors import ConfigError, DataError
 from recclr.files import write_bytes_atomic
 
+_WRITERS: dict[str, Callable[[pl.DataFrame, io.BytesIO], Any]] = {
+    ".parquet": pl.DataFrame.write_parquet,
+    ".csv": pl.DataFrame.write_csv,
+    ".jsonl": pl.DataFrame.write_ndjson,
+    ".ndjson": pl.DataFrame.write_ndjson,
+}
+
 
 def read_ids(
     listed: str | None, source: str | None, vocabulary: Vocabulary, column: str
@@ -25,7 +32,7 @@ def read_ids(
         column: their column in it; a table of one column may name it as it likes.
 
     Raises:
-        ConfigError: both were given, or a listed id is no number where ids are numbers.
+        ConfigError: both were given, or an id is no number where ids are numbers.
         DataError: the table has no such column.
     """
     if listed is not None and source is not None:
@@ -45,26 +52,30 @@ def read_ids(
     return _typed(ids, vocabulary)
 
 
+def require_ending(out: Path | None) -> None:
+    """Refuse a name that ``write_rows`` cannot write, before the work.
+
+    Raises:
+        ConfigError: an ending that is not known.
+    """
+    if out is not None and out.suffix not in _WRITERS:
+        raise ConfigError(f"--out {out}: expected a name that ends in {', '.join(_WRITERS)}")
+
+
 def write_rows(
     frame: pl.DataFrame, out: Path | None, *, show: Callable[[Any], None], as_json: bool
 ) -> None:
     """Write a result to a file by its ending, or show it.
 
     Raises:
-        ConfigError: an ending that is not known. StoreError: no space or no permission.
+        ConfigError: an ending that is not known, or no permission. StoreError: no space.
     """
+    require_ending(out)
     if out is None:
         show(frame.to_dicts() if as_json else frame)
         return
     buffer = io.BytesIO()
-    if out.suffix == ".parquet":
-        frame.write_parquet(buffer)
-    elif out.suffix == ".csv":
-        frame.write_csv(buffer)
-    elif out.suffix in (".jsonl", ".ndjson"):
-        frame.write_ndjson(buffer)
-    else:
-        raise ConfigError(f"--out {out}: expected a name that ends in .parquet, .csv or .jsonl")
+    _WRITERS[out.suffix](frame, buffer)
     write_bytes_atomic(out, buffer.getvalue())
 
 
@@ -73,6 +84,6 @@ def _typed(ids: pl.Series, vocabulary: Vocabulary) -> pl.Series:
         numbers = ids.cast(vocabulary.ids.dtype, strict=False)
         if numbers.null_count() > ids.null_count():
             wrong = ids.filter(numbers.is_null())[0]
-            raise ConfigError(f"expected ids of type {vocabulary.ids.dtype}, found {wrong!r}")
+            raise ConfigError(f"the ids of this run are integers, found {wrong!r}")
         return numbers
     return ids

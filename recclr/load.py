@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -68,8 +69,13 @@ def pick_device(device: str) -> str:
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch finds no GPU here; use --device cpu or auto")
-    if not device.startswith(("cuda", "cpu")):
-        raise ConfigError(f"--device {device!r}: expected auto, cpu or cuda")
+    if not re.fullmatch(r"(cpu|cuda)(:\d{1,3})?", device):
+        raise ConfigError(f"--device {device!r}: expected auto, cpu, cuda or cuda:N")
+    if device.startswith("cuda"):
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(device.partition(":")[2] or 0) >= found:
+            what = f"only {found} GPUs" if found else "no GPU"
+            raise ConfigError(
+                f"--device {device}: PyTorch finds {what} here; use --device cpu or auto"
+            )
     return device

@@ -60,10 +60,12 @@ class CandidateSampler:
         counts = log.item_counts()
         self.counts = counts.float()
         if settings.popularity is not None:
-            power = counts.double().pow(settings.popularity.alpha)
-            power[counts == 0] = 0.0
+            # Only items of train: one that is never expected must not be drawn by a rounding error.
+            self.drawable = counts.nonzero().squeeze(1)
+            power = counts[self.drawable].double().pow(settings.popularity.alpha)
             self.cumulative = power.cumsum(0) / power.sum()
-            self.share = (power / power.sum()).float()
+            self.share = torch.zeros(log.num_items, device=counts.device)
+            self.share[self.drawable] = (power / power.sum()).float()
 
     def draw(
         self,
@@ -110,9 +112,9 @@ class CandidateSampler:
         if self.settings.popularity is not None:
             size = (self.settings.popularity.count,)
             points = torch.rand(size, generator=generator, device=device, dtype=torch.float64)
-            # A point above the last sum (rounding) would name a row past the end.
-            rows = torch.searchsorted(self.cumulative, points, right=True)
-            parts.append(rows.clamp(max=self.num_items - 1))
+            # A point above the last sum (rounding) would name a place past the end.
+            places = torch.searchsorted(self.cumulative, points, right=True)
+            parts.append(self.drawable[places.clamp(max=len(self.drawable) - 1)])
         if not parts:
             return torch.empty(0, dtype=torch.int64, device=device)
         return torch.cat(parts)
@@ -141,14 +143,29 @@ class CandidateSampler:
         return expected.clamp_min(1e-12)
 
 
-def require_negatives(settings: NegativesSettings, log: EncodedLog) -> None:
-    """Refuse a configuration that leaves a row without any negative.
+def require_negatives(
+    settings: NegativesSettings, log: EncodedLog, *, batch_size: int | None = None
+) -> None:
+    """Refuse a configuration that leaves every row without any negative.
+
+    Args:
+        settings, log: as the sampler gets them.
+        batch_size: rows of a step, where it is known.
 
     Raises:
-        ConfigError: only in-batch negatives, and one item or one row.
+        ConfigError: only in-batch negatives and one row, or no source that reaches a second item.
     """
     only_in_batch = settings.uniform == 0 and settings.popularity is None
-    if only_in_batch and (len(log) < 2 or int((log.item_counts() > 0).sum()) < 2):
+    num_rows = min(len(log), batch_size or len(log))
+    if only_in_batch and num_rows < 2:
         raise ConfigError(
-            "in-batch negatives need at least 2 rows on 2 items; add negatives.uniform or more data"
+            f"in-batch negatives need batches of at least 2 rows, found {num_rows}; raise "
+            "train.batch_size, or add negatives.uniform or more data"
+        )
+    reached = log.num_items if settings.uniform else int((log.item_counts() > 0).sum())
+    if reached < 2:
+        raise ConfigError(
+            f"negatives need at least 2 items to choose from, found {reached} (in-batch negatives "
+            "and popularity reach items with train rows, uniform reaches the catalogue); add "
+            "negatives.uniform or more data"
         )

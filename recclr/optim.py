@@ -1,12 +1,13 @@
 """Embedding tables and their optimisers: only touched rows move, duplicates are summed first.
 
 A dense optimiser reads and writes the whole table in every step (32 bytes per row and dimension);
-these cost what the batch touches. Every update is deterministic: gradients of one row are summed
-in the order of the lookups.
+these cost what the batch touches. On a CPU every update is deterministic: gradients of one row are
+summed in the order of the lookups.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -65,7 +66,9 @@ class TableOptimizer:
     """Row-wise optimiser of several tables.
 
     * ``adam``: Adam (Kingma and Ba 2015) on touched rows; moments and the bias correction count a
-      row's own updates, so a rare row's first step has the size of any first step.
+      row's own updates, so a rare row's first step has the size of any first step. Epsilon joins
+      the uncorrected root of the second moment (the paper's ε̂), which damps first steps on
+      gradients below 1e-6.
     * ``rowwise_adam``: as above with one second moment per row (mean square over the row).
     * ``rowwise_adagrad``: one accumulator per row, the default of large recommenders (DLRM).
     * ``sgd``: none.
@@ -80,14 +83,14 @@ class TableOptimizer:
         self.state = {name: self._fresh(table.weight) for name, table in self.tables.items()}
 
     def _fresh(self, weight: Tensor) -> dict[str, Tensor]:
-        rows = weight.shape[0]
-        full, row = torch.zeros_like(weight), weight.new_zeros((rows, 1))
-        return {
-            "adam": {"first": full, "second": torch.zeros_like(weight), "count": row},
-            "rowwise_adam": {"first": full, "second": row, "count": weight.new_zeros((rows, 1))},
+        full, row = weight.shape, (weight.shape[0], 1)
+        shapes: dict[TableOptimizerKind, dict[str, tuple[int, ...]]] = {
+            "adam": {"first": full, "second": full, "count": row},
+            "rowwise_adam": {"first": full, "second": row, "count": row},
             "rowwise_adagrad": {"second": row},
             "sgd": {},
-        }[self.kind]
+        }
+        return {name: weight.new_zeros(shape) for name, shape in shapes[self.kind].items()}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -117,7 +120,7 @@ class TableOptimizer:
         state["count"].index_copy_(0, rows, count)
         state["first"].index_copy_(0, rows, first)
         state["second"].index_copy_(0, rows, second)
-        scale = (1 - _BETA_2**count).sqrt_().div_(1 - _BETA_1**count)
+        scale = _left(_BETA_2, count).sqrt_().div_(_left(_BETA_1, count))
         update = first.mul_(scale).div_(second.sqrt_().add_(_EPSILON))
         weight.index_add_(0, rows, update, alpha=-lr)
 
@@ -153,6 +156,11 @@ class TableOptimizer:
                     f"{tuple(value.shape)}"
                 )
             own[name].copy_(value)
+
+
+def _left(beta: float, count: Tensor) -> Tensor:
+    """1 - beta ** count, without the cancellation that costs float32 its last digits."""
+    return torch.expm1(count * math.log(beta)).neg_()
 
 
 def _summed(table: Table) -> tuple[Tensor | None, Tensor | None]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from recclr.errors import CheckpointError
 from recclr.optim import TableOptimizer
 from recclr.settings import TrainSettings
 from recclr.towers import TwoTower
@@ -16,7 +18,7 @@ class Optimizers:
     """Row-wise updates for tables, AdamW for the rest, one schedule over both."""
 
     def __init__(self, model: TwoTower, settings: TrainSettings, total_steps: int) -> None:
-        self.settings, self.total_steps = settings, total_steps
+        self.model, self.settings, self.total_steps = model, settings, total_steps
         self.tables = TableOptimizer(model.tables(), settings.table_optimizer)
         self.dense = model.dense_parameters()
         self.adamw = None
@@ -54,6 +56,13 @@ class Optimizers:
                 group["lr"] = self.settings.dense_lr * rate
             self.adamw.step()
             self.adamw.zero_grad(set_to_none=True)
+            self.model.clamp_temperature()
+
+    def forget(self) -> None:
+        """Drop what a step that was not finished left: lookups and gradients."""
+        self.tables.forget()
+        if self.adamw is not None:
+            self.adamw.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors: tables, and AdamW's moments by parameter name."""
@@ -64,22 +73,41 @@ class Optimizers:
                     state[f"dense/{name}/{key}"] = torch.as_tensor(value)
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what ``state_dict`` gave.
+
+        Raises:
+            CheckpointError: the state is of another optimiser or of another model.
+        """
         prefix = "tables/"
+        dense = self._moments({k: v for k, v in state.items() if not k.startswith(prefix)})
         self.tables.load_state_dict(
             {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         )
         if self.adamw is None:
             return
         for name, parameter in self.dense.items():
-            own = {
-                key: state[f"dense/{name}/{key}"]
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"dense/{name}/{key}" in state
-            }
-            if own:
+            self.adamw.state.pop(parameter, None)
+            if name in dense:
                 # "step" stays on the CPU, where AdamW counts.
                 self.adamw.state[parameter] = {
                     key: value.clone() if key == "step" else value.to(parameter.device).clone()
-                    for key, value in own.items()
+                    for key, value in dense[name].items()
                 }
+
+    def _moments(self, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """AdamW's state by parameter name; a parameter that never had a gradient has none."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for full_name, value in state.items():
+            name, _, key = full_name.removeprefix("dense/").rpartition("/")
+            found.setdefault(name, {})[key] = value
+        for name, moments in found.items():
+            shape = self.dense[name].shape if name in self.dense else None
+            wanted = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
+            shapes = {key: value.shape for key, value in moments.items()}
+            if shape is None or shapes != wanted:
+                raise CheckpointError(
+                    f"optimiser state dense/{name}: expected "
+                    f"{'none' if shape is None else wanted}, found {shapes}; was the model changed?"
+                )
+        return found

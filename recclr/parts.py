@@ -182,9 +182,9 @@ class StatisticsPart(nn.Module):
 class HistoryPart(nn.Module):
     """The user's items before the moment asked for, pooled with recency weights.
 
-    Pooled as Σ w·v / sqrt(Σ w²), so that the length of the pooled vector does not depend on how
-    many items there are. Point in time: only events strictly before ``at`` count. Without time,
-    all the user's items but the target count.
+    Pooled as Σ w·v / sqrt(Σ w²), so that the length of the pooled vector depends neither on how
+    many items there are nor on how long ago the newest one was. Point in time: only events strictly
+    before ``at`` count. Without time, all the user's items but the target count.
 
     Args:
         items: item parts whose sum represents an item: its id, its features, or both.
@@ -223,8 +223,9 @@ class HistoryPart(nn.Module):
         start = torch.maximum(start, stop - self.length)
         positions = _ranges(start, stop)
         items = self.items[positions.values]
-        weights = self._weights(positions, rows)
-        if rows.without is not None and self.index is None:
+        weights = self._weights(positions)
+        timeless = self.index is None or rows.at is None
+        if rows.without is not None and timeless:
             owner = positions.row_numbers()
             weights = weights * (items != rows.without[owner])
         return self._pooled(Csr(positions.offsets, items), weights, rows)
@@ -245,12 +246,15 @@ class HistoryPart(nn.Module):
         pooled = pooled / squares.sqrt().clamp_min(1e-12)[:, None]
         return torch.where(absent[:, None], self.missing, pooled)
 
-    def _weights(self, positions: Csr, rows: Rows) -> Tensor:
-        if self.half_life_d is None or self.index is None or rows.at is None:
-            return torch.ones(len(positions.values), device=rows.idx.device)
-        times = self.index.keys[positions.values] % self.index.span + self.index.origin
-        at = rows.at if rows.at.ndim == 0 else rows.at[positions.row_numbers()]
-        age_d = (at - times).float() / DAY_S
+    def _weights(self, positions: Csr) -> Tensor:
+        num_items = len(positions.values)
+        if self.half_life_d is None or self.index is None or not num_items:
+            return torch.ones(num_items, device=positions.values.device)
+        times = self.index.keys[positions.values] % self.index.span
+        # Pooling cancels a common factor, so age counts from the newest item: counted from the
+        # moment asked for, all weights of a user who stayed away for long would underflow.
+        newest = times[(positions.offsets[1:] - 1).clamp(min=0)]
+        age_d = (newest[positions.row_numbers()] - times).float() / DAY_S
         return torch.exp2(-age_d / self.half_life_d)
 
 

@@ -37,8 +37,8 @@ def recommend(
         keep_seen: also recommend items the user has in train.
 
     Returns:
-        user_id, item_id (types as read), rank (from 1), score; by user, then rank. No rows for no
-        users.
+        user_id (as given, else as read), item_id (as read), rank (Int32 from 1), score (Float32,
+        larger is better); by user, then rank. No rows for no users.
 
     Raises:
         ConfigError: k below 1. DataError: an id of ``items`` is not known, or ids of another type.
@@ -50,15 +50,20 @@ def recommend(
         ids = prepared.users.decode(idx.numpy())
     else:
         ids = users.unique(maintain_order=True).drop_nulls()
+        if ids.dtype == pl.Null:
+            # An empty list has no type of its own.
+            ids = ids.cast(prepared.users.ids.dtype)
         idx = torch.from_numpy(prepared.users.encode(ids)).long()
         idx = torch.where(idx < 0, len(prepared.users), idx)
     histories = None if keep_seen else _histories(prepared)
+    # Nobody gets more than the catalogue, whose size bounds the memory.
+    width = min(k, len(prepared.items))
     parts = []
     for rows in torch.split(torch.arange(len(idx)), _USERS):
         seen = None if histories is None else histories.take(idx[rows])
-        found = ranker.top_k(idx[rows], k, seen=seen, items=subset)
+        found = ranker.top_k(idx[rows], width, seen=seen, items=subset)
         parts.append(_table(found, ids.gather(rows.numpy()).rename("user_id"), prepared.items))
-    return pl.concat(parts) if parts else _empty(ids.rename("user_id"), prepared.items)
+    return pl.concat(parts)
 
 
 def similar(
@@ -71,10 +76,12 @@ def similar(
     """The items whose embeddings point the same way (cosine), the item itself left out.
 
     Args:
-        items: raw ids to look up; None for the whole corpus.
+        items: raw ids to look up, each answered once; None for the whole corpus.
+        k: items per item; fewer rows where the corpus is smaller.
 
     Returns:
-        item_id, similar_id, rank (from 1), score in [-1, 1].
+        item_id, similar_id (as read), rank (Int32 from 1), score (Float32 in [-1, 1]); by item,
+        then rank. No rows for no items.
 
     Raises:
         ConfigError: k below 1. DataError: an id is not known, or ids of another type.
@@ -87,7 +94,7 @@ def similar(
         idx = _known(prepared.items, items.unique(maintain_order=True), "item")
     ids = prepared.items.decode(idx.numpy()).rename("item_id")
     itself = Csr(torch.arange(len(idx) + 1), idx.to(torch.int32))
-    found = top_k(vectors[idx], vectors, k, seen=itself)
+    found = top_k(vectors[idx], vectors, min(k, len(vectors)), seen=itself)
     table = _table(found, ids.rename("user_id"), prepared.items)
     return table.rename({"item_id": "similar_id"}).rename({"user_id": "item_id"})
 
@@ -119,11 +126,6 @@ def _table(found: TopK, ids: pl.Series, items: Vocabulary) -> pl.DataFrame:
             "score": found.scores[rows, ranks].numpy(),
         }
     )
-
-
-def _empty(ids: pl.Series, items: Vocabulary) -> pl.DataFrame:
-    nothing = TopK(torch.empty((0, 1), dtype=torch.int64), torch.empty((0, 1)))
-    return _table(nothing, ids.clear(), items)
 
 
 def _require_positive(k: int) -> None:

@@ -11,20 +11,21 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from recclr.baselines import BaselineChoice, build_baselines, refit_baseline
+from recclr.checking import Data, read_data, refits
 from recclr.config import Config
-from recclr.data.interactions import Log, read_log
 from recclr.data.log import Prepared
 from recclr.data.prepare import PreparedLog, prepare
 from recclr.data.split import Split
-from recclr.errors import ConfigError
-from recclr.evaluate import Evaluation, EvaluationSet, evaluate
-from recclr.files import write_bytes_atomic, write_json_atomic
+from recclr.errors import InterruptedTraining
+from recclr.evaluate import SLICES, Evaluation, EvaluationSet, evaluate
+from recclr.files import clear_errors, write_bytes_atomic, write_json_atomic
 from recclr.judge import collect_results, judged_by
 from recclr.load import fresh_model, load_model, pick_device, ranker_of
 from recclr.ranking import Ranker
@@ -32,18 +33,19 @@ from recclr.run_folder import (
     DATA,
     LOG,
     METRICS,
-    environment,
+    begin_run,
     fingerprints,
     locked,
     open_run,
     read_json,
+    require_same_inputs,
 )
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
 from recclr.train import fit
 
 OnEvent = Callable[[dict[str, Any]], None]
-_SELECTION = "selection"
+_SELECTION, _REPORT = "selection", "report.html"
 
 
 @dataclass
@@ -64,9 +66,23 @@ class Context:
 
     def log(self, event: dict[str, Any]) -> None:
         """One line of log.jsonl, and the progress display."""
-        with (self.out / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
+        line = json.dumps({"time": round(time.time(), 3), **event}) + "\n"
+        with clear_errors(self.out / LOG), (self.out / LOG).open("a", encoding="utf-8") as file:
+            file.write(line)
         self.on_event(event)
+
+    def enter(self, stage: str) -> None:
+        """Announce a stage, unless a signal asked to end before it."""
+        self.end_if_asked()
+        self.on_event({"kind": "stage", "name": stage})
+
+    def end_if_asked(self) -> None:
+        """End here if a signal asked for it: what is done so far is in the folder."""
+        if self.stop():
+            raise InterruptedTraining(
+                "stopped by a signal between two steps of the work; the same command with "
+                "--resume goes on from there"
+            )
 
 
 def train_run(
@@ -79,28 +95,41 @@ def train_run(
 ) -> Path:
     """Run a configuration into a folder, and return the folder.
 
+    Data that are refused leave the folder as it was.
+
     Args:
         resume: go on with a run that was stopped; a finished one is left as it is.
         device: ``auto`` is the first GPU where there is one.
-        on_event: gets every event of log.jsonl and {"kind": "stage", "name": …}.
+        on_event: gets every event of log.jsonl, {"kind": "stage", "name": …}, and what else
+            ``console.RunProgress`` shows.
 
     Raises:
         RecclrError: its class says what went wrong (see ``errors``); the folder resumes.
     """
     device = pick_device(device)
+    _require_targets(config)
+    existed = out.exists()
+    emit = on_event or (lambda event: None)
     if not open_run(out, config, resume=resume):
+        if not (out / _REPORT).exists():
+            _write_report(out, emit)
         return out
-    with locked(out), _signals() as stop:
-        context = Context(config, out, device, on_event or (lambda event: None), resume, stop)
-        write_json_atomic(out / "environment.json", environment(device))
-        split = _read(context)
-        selected = _select(context, split)
-        final = _final_stage(context, split, selected)
-        results = _judge(context, split, selected, final)
-        _export(context, final)
-        # Last of all: its presence is what makes a run a finished one.
-        write_json_atomic(out / METRICS, results)
-        _write_report(context)
+    try:
+        with locked(out), _signals() as stop:
+            context = Context(config, out, device, emit, resume, stop)
+            data = _read(context)
+            _begin(context, data)
+            selected = _select(context, data)
+            final = _final_stage(context, data.split, selected)
+            results = _judge(context, data.split, selected, final)
+            _export(context, final)
+            # Last of all: its presence is what makes a run a finished one.
+            write_json_atomic(out / METRICS, results)
+            _write_report(out, emit)
+    finally:
+        if not existed:
+            with suppress(OSError):  # no longer empty
+                out.rmdir()
     return out
 
 
@@ -116,69 +145,55 @@ class Stage:
     valid: list[Evaluation] = field(default_factory=list)
 
 
-def _read(context: Context) -> Split:
-    """Read and split the data; data.json, quarantine.parquet."""
-    context.on_event({"kind": "stage", "name": "read"})
-    config = context.config
-    prints = fingerprints(config)
-    path = context.out / DATA
-    if context.resume and path.exists() and read_json(path)["inputs"] != prints:
-        raise ConfigError(
-            "the input files have changed since the run began; start a new run, or restore them"
-        )
-    log = read_log(config.data)
-    split = log.split(config.split)
-    if log.quarantine.height and not (context.out / "quarantine.parquet").exists():
-        from io import BytesIO
+def _read(context: Context) -> Data:
+    """Read, split and encode, and refuse what cannot be trained on or judged; writes nothing."""
+    context.enter("read")
+    inputs = fingerprints(context.config)
+    if (context.out / DATA).exists():
+        require_same_inputs(context.out, inputs)
+    return read_data(context.config, inputs)
 
+
+def _begin(context: Context, data: Data) -> None:
+    """Make the folder that of this run; data.json, quarantine.parquet."""
+    begin_run(context.out, context.config, data.to_json(), context.device)
+    quarantine = data.log.quarantine
+    if quarantine.height:
         buffer = BytesIO()
-        log.quarantine.write_parquet(buffer)
+        quarantine.write_parquet(buffer)
         write_bytes_atomic(context.out / "quarantine.parquet", buffer.getvalue())
-    write_json_atomic(
-        path,
-        {
-            "inputs": prints,
-            "log": repr(log),
-            "steps": [asdict(step) for step in log.steps],
-            "quarantined": log.bad_rows,
-            "notes": list(log.notes),
-            "split": {"by": split.by, "cutoffs": split.cutoffs, "counts": split.counts},
-        },
-    )
-    context.on_event({"kind": "data", "log": repr(log), "split": split.by})
-    return split
+    context.on_event({"kind": "data", "log": repr(data.log), "split": data.split.by})
+    for note in data.notes:
+        context.on_event({"kind": "note", "text": note})
 
 
-def _select(context: Context, split: Split) -> Stage:
+def _select(context: Context, data: Data) -> Stage:
     """Train on train, choose the number of steps and the baselines' settings on validation."""
-    config = context.config
-    folder = context.out / _SELECTION if _refits(config, split) else context.out
-    # Without a refit the test users seen in validation must be known by their index.
-    extra = [] if _refits(config, split) or split.valid is None else [split.valid]
-    prepared = _prepared(context, folder, split.train, split.valid, extra)
-    examples = None
-    if split.valid is not None:
-        examples = EvaluationSet.from_prepared(
-            prepared.tensors, keep_seen=config.evaluate.keep_seen
-        )
+    refitted = refits(context.config, data.split)
+    folder = context.out / _SELECTION if refitted else context.out
+    prepared, examples = data.prepared, data.examples
+    _save(context, prepared, folder)
     model, steps = _fit(context, "selection", folder, prepared, examples, None)
     ranker = ranker_of(model, prepared.tensors.cutoff)
     stage = Stage(prepared, ranker, steps)
     stage.choices, stage.skipped = _choose_baselines(context, prepared.tensors, examples)
     if examples is not None:
-        rankers: list[Ranker] = [ranker]
-        rankers += [refit_baseline(c, prepared.tensors, config.seed) for c in stage.choices]
-        stage.valid = [_evaluated(context, r, examples) for r in rankers]
+        stage.valid = [
+            _evaluated(context, each, examples)
+            for each in _rankers(context, ranker, stage.choices, prepared.tensors)
+        ]
     return stage
 
 
 def _final_stage(context: Context, split: Split, selected: Stage) -> Stage:
     """The model to ship: refitted on train + validation, or the selected one."""
-    if not _refits(context.config, split):
+    if not refits(context.config, split):
         return selected
     assert split.valid is not None
+    config = context.config
     train = split.train.concat(split.valid)
-    prepared = _prepared(context, context.out, train, split.test)
+    prepared = prepare(train, split.test, user=config.user, item=config.item, extra_ids=())
+    _save(context, prepared, context.out)
     model, steps = _fit(context, "refit", context.out, prepared, None, selected.steps)
     ranker = ranker_of(model, prepared.tensors.cutoff)
     return Stage(prepared, ranker, steps, selected.choices, selected.skipped)
@@ -189,14 +204,15 @@ def _judge(context: Context, split: Split, selected: Stage, final: Stage) -> dic
     config = context.config
     tables = {"valid": selected.valid}
     if split.test is not None:
-        context.on_event({"kind": "stage", "name": "test"})
+        context.enter("test")
         refitted = final is not selected
         prepared, examples = judged_by(
             final.prepared, split.test, config, also=None if refitted else split.valid
         )
-        rankers: list[Ranker] = [final.ranker]
-        rankers += [refit_baseline(c, prepared, config.seed) for c in final.choices]
-        tables["test"] = [_evaluated(context, ranker, examples) for ranker in rankers]
+        tables["test"] = [
+            _evaluated(context, ranker, examples)
+            for ranker in _rankers(context, final.ranker, final.choices, prepared)
+        ]
     results = collect_results(tables, config)
     results["baselines"] = {c.name: asdict(c) for c in final.choices}
     results["skipped_baselines"] = final.skipped
@@ -204,9 +220,32 @@ def _judge(context: Context, split: Split, selected: Stage, final: Stage) -> dic
     return results
 
 
-def _evaluated(context: Context, ranker: Ranker, examples: EvaluationSet) -> Evaluation:
-    context.on_event({"kind": "judging", "name": ranker.name})
-    return evaluate(ranker, examples, ks=context.config.evaluate.ks)
+def _rankers(
+    context: Context, model: Ranker, choices: Sequence[BaselineChoice], prepared: Prepared
+) -> Iterator[Ranker]:
+    """The model, then the baselines, each fitted when its turn comes."""
+    yield model
+    for choice in choices:
+        context.end_if_asked()
+        context.on_event({"kind": "judging", "name": choice.name})
+        yield refit_baseline(choice, prepared, context.config.seed)
+
+
+def _evaluated(
+    context: Context,
+    ranker: Ranker,
+    examples: EvaluationSet,
+    slices: Sequence[str] = SLICES,
+) -> Evaluation:
+    context.end_if_asked()
+
+    def progress(done: int, total: int) -> None:
+        event = {"kind": "judging", "name": ranker.name, "done": done, "total": total}
+        context.on_event(event)
+
+    progress(0, len(examples.user_idx))
+    ks = context.config.evaluate.ks
+    return evaluate(ranker, examples, ks=ks, slices=slices, progress=progress)
 
 
 def _fit(
@@ -222,13 +261,13 @@ def _fit(
     if done.exists():
         model = load_model(config, prepared.tensors, folder / "checkpoints")
         return model, int(read_json(done)["best_step"])
-    context.on_event({"kind": "stage", "name": stage})
+    context.enter(stage)
     model = fresh_model(config, prepared.tensors)
 
     def judge(candidate: TwoTower) -> dict[str, float]:
         assert examples is not None
         ranker = ranker_of(candidate, prepared.tensors.cutoff)
-        return evaluate(ranker, examples, ks=config.evaluate.ks, slices=("all",)).metrics["all"]
+        return _evaluated(context, ranker, examples, ("all",)).metrics["all"]
 
     result = fit(
         model,
@@ -258,13 +297,13 @@ def _choose_baselines(
     if path.exists():
         stored = read_json(path)
         return [BaselineChoice(**choice) for choice in stored["choices"]], stored["skipped"]
-    context.on_event({"kind": "stage", "name": "baselines"})
+    context.enter("baselines")
 
     def judge(ranker: Ranker) -> float:
         if examples is None:
             return 0.0
-        metrics = evaluate(ranker, examples, ks=config.evaluate.ks, slices=("all",)).metrics
-        value = metrics["all"][config.evaluate.select]
+        metrics = _evaluated(context, ranker, examples, ("all",)).metrics["all"]
+        value = metrics[config.evaluate.select]
         context.on_event({"kind": "baseline", "name": ranker.name, "value": value})
         return value
 
@@ -280,19 +319,19 @@ def _choose_baselines(
     return choices, skipped
 
 
-def _prepared(
-    context: Context, folder: Path, train: Log, held_out: Log | None, extra: Sequence[Log] = ()
-) -> PreparedLog:
-    prepared = prepare(
-        train, held_out, user=context.config.user, item=context.config.item, extra_ids=extra
-    )
+def _save(context: Context, prepared: PreparedLog, folder: Path) -> None:
+    """Once per run: a resumed one prepares the same again."""
     if not (context.resume and (folder / "prepared.json").exists()):
         prepared.save(folder)
-    return prepared
 
 
-def _refits(config: Config, split: Split) -> bool:
-    return config.train.refit and split.valid is not None
+def _require_targets(config: Config) -> None:
+    """Refuse a store that does not exist before hours of training, not after them."""
+    if config.export:
+        from recclr.export import parse_target
+
+        for target in config.export:
+            parse_target(target)
 
 
 def _export(context: Context, final: Stage) -> None:
@@ -300,15 +339,15 @@ def _export(context: Context, final: Stage) -> None:
         from recclr.shipping import ship
 
         for target in context.config.export:
-            context.on_event({"kind": "stage", "name": f"export to {target}"})
+            context.enter(f"export to {target}")
             ship(final.prepared, final.ranker, target, run=context.out, config=context.config)
 
 
-def _write_report(context: Context) -> None:
+def _write_report(out: Path, emit: OnEvent) -> None:
     from recclr.report import write_report
 
-    context.on_event({"kind": "stage", "name": "report"})
-    write_report(context.out)
+    emit({"kind": "stage", "name": "report"})
+    write_report(out)
 
 
 @contextmanager

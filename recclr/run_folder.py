@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from recclr.config import Config, dump_toml, load_config
 from recclr.data.files import resolve_files
-from recclr.errors import CheckpointError, ConfigError
-from recclr.files import require_space, require_writable, write_bytes_atomic
+from recclr.errors import CheckpointError, ConfigError, DataError
+from recclr.files import (
+    clear_errors,
+    require_space,
+    require_writable,
+    write_bytes_atomic,
+    write_json_atomic,
+)
 
 METRICS, CONFIG, DATA, LOG = "metrics.json", "config.toml", "data.json", "log.jsonl"
 _LOCK = ".lock"
+_TEMPORARY = ".tmp-"
+"""In the name of every file that ``files`` has not renamed yet."""
 _LIBRARIES = ("recclr", "torch", "numpy", "polars", "pyarrow", "scikit-learn", "implicit")
 _FOOTER_BYTES = 1 << 16
 # Checkpoints, prepared tensors and exports of a small run; larger ones are told when they fail.
@@ -29,58 +41,97 @@ _MIN_BYTES = 200 << 20
 
 
 def open_run(out: Path, config: Config, *, resume: bool) -> bool:
-    """Claim ``out`` for a run; false if the run there is finished and there is nothing to do.
+    """Whether ``out`` can take the run; false if the run there is finished and nothing is to do.
+
+    Makes the folder; writes nothing into it.
 
     Raises:
         ConfigError: the folder holds a finished run, or a run without ``resume``, or other files,
             or another configuration; or it cannot be written. Nothing in it is touched.
     """
-    if (out / METRICS).exists():
-        if resume:
-            return False
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; expected a folder")
+    finished = (out / METRICS).exists()
+    if finished and not resume:
         raise ConfigError(
             f"{out} holds a finished run; choose another --out (finished runs are never "
             "overwritten)"
         )
     stored = out / CONFIG
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; expected a folder")
     if stored.exists():
         if not resume:
             raise ConfigError(f"{out} holds an unfinished run; add --resume to go on with it")
         _refuse_changes(stored, config)
-    elif out.exists() and any(path.name != _LOCK for path in out.iterdir()):
+    elif out.exists() and not all(_passing(path.name) for path in out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no run; choose an empty or new folder")
+    if finished:
+        return False
     require_writable(out)
     require_space(out, _MIN_BYTES)
-    if not stored.exists():
-        write_bytes_atomic(stored, dump_toml(config).encode("utf-8"))
     return True
+
+
+def begin_run(out: Path, config: Config, data: dict[str, Any], device: str) -> None:
+    """Make ``out``, which ``locked`` holds, the folder of this run: its first files.
+
+    Args:
+        data: contents of data.json.
+
+    Raises:
+        ConfigError: another run began here in the meantime. StoreError: no space.
+    """
+    stored = out / CONFIG
+    if stored.exists():
+        _refuse_changes(stored, config)
+    else:
+        # First of all: it is what makes a folder that of a run.
+        write_bytes_atomic(stored, dump_toml(config).encode("utf-8"))
+    _remove_leftovers(out)
+    write_json_atomic(out / "environment.json", environment(device))
+    write_json_atomic(out / DATA, data)
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the run folder for this process.
+    """Hold the run folder; the kernel lets go of it when this process ends, however it ends.
 
     Raises:
-        ConfigError: a living process on this host holds it, or one on another host does.
+        ConfigError: another process, or another run of this one, holds it.
     """
     path = out / _LOCK
-    host = socket.gethostname()
-    me = {"pid": os.getpid(), "host": host}
-    _remove_stale(path, host)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            json.dump(me, file)
-    except FileExistsError:
-        raise ConfigError(
-            f"{out} is in use by process {path.read_text('utf-8')}; wait for it, or delete "
-            f"{path} if it is gone"
-        ) from None
+    with clear_errors(path):
+        file = _acquire(path)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
+        file.close()
+
+
+def _acquire(path: Path) -> BinaryIO:
+    while True:
+        file = path.open("a+b", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().decode("utf-8", "replace") or "it is starting"
+            file.close()
+            raise ConfigError(
+                f"{path.parent} is in use by another run ({holder}); wait for it, or choose "
+                "another --out"
+            ) from None
+        except OSError as error:
+            # A file system without locks is no reason to refuse the work.
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                file.close()
+                raise
+        # The one who held it may have removed the file between the two calls.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return file
+        file.close()
 
 
 def read_config(run: Path) -> Config:
@@ -101,14 +152,20 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing or no JSON.
     """
     try:
-        value: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: expected a JSON object")
     return value
 
 
 def fingerprints(config: Config) -> dict[str, dict[str, Any]]:
-    """Size and a hash of the last 64 kB of every input file; Parquet's footer lies there."""
+    """Size and a hash of the last 64 kB of every input file; Parquet's footer lies there.
+
+    Raises:
+        DataError: a file is missing or cannot be read.
+    """
     sources = {
         "events": config.data.events,
         "users": config.data.users,
@@ -116,15 +173,40 @@ def fingerprints(config: Config) -> dict[str, dict[str, Any]]:
         "valid_events": config.split.valid_events,
         "test_events": config.split.test_events,
     }
-    found = {}
-    for name, source in sources.items():
-        for path in resolve_files(source, name=name) if source else []:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                file.seek(max(0, size - _FOOTER_BYTES))
-                digest = hashlib.sha256(file.read()).hexdigest()
-            found[f"{name}: {path}"] = {"bytes": size, "tail_sha256": digest}
-    return found
+    return {
+        f"{name}: {path}": _fingerprint(path)
+        for name, source in sources.items()
+        if source
+        for path in resolve_files(source, name=name)
+    }
+
+
+def require_same_inputs(run: Path, prints: dict[str, dict[str, Any]]) -> None:
+    """Refuse input files that are not those a run was made from.
+
+    Raises:
+        ConfigError: names the files.
+    """
+    before = read_json(run / DATA).get("inputs", {})
+    changed = sorted(n for n in before.keys() | prints.keys() if before.get(n) != prints.get(n))
+    if changed:
+        raise ConfigError(
+            f"the input files have changed since {run} began: {', '.join(changed)}; restore them, "
+            "or start a new run"
+        )
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(max(0, size - _FOOTER_BYTES))
+            digest = hashlib.sha256(file.read()).hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}; mend its mode or path"
+        ) from error
+    return {"bytes": size, "tail_sha256": digest}
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -166,28 +248,44 @@ def _git_revision() -> str | None:
 
 def _refuse_changes(stored: Path, config: Config) -> None:
     """A resumed run must be the run that was begun."""
-    old = stored.read_text("utf-8").splitlines()
-    new = dump_toml(config).splitlines()
-    if old != new:
-        changed = [f"- {line}" for line in old if line not in new]
-        changed += [f"+ {line}" for line in new if line not in old]
+    before = _flat(dump_toml(load_config(stored)))
+    now = _flat(dump_toml(config))
+    changed = [
+        f"{key} = {before.get(key, 'nothing')} there, {now.get(key, 'nothing')} here"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
         raise ConfigError(
-            f"the configuration differs from the one {stored} began with; resume with that one, "
-            "or start in another folder:\n" + "\n".join(changed)
+            f"the configuration differs from the one in {stored}; resume with that one, or start "
+            "in another folder:\n" + "\n".join(changed)
         )
 
 
-def _remove_stale(path: Path, host: str) -> None:
-    """Drop the lock of a process of this host that is gone."""
-    try:
-        holder = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return
-    if holder.get("host") != host or not isinstance(holder.get("pid"), int):
-        return
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        path.unlink(missing_ok=True)
-    except PermissionError:
-        return
+def _flat(toml: str) -> dict[str, str]:
+    """Dotted key -> value, as text."""
+    found: dict[str, str] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, dict) and value:
+            for key, part in value.items():
+                walk(part, f"{path}.{key}" if path else key)
+        else:
+            found[path] = repr(value)
+
+    walk(tomllib.loads(toml), "")
+    return found
+
+
+def _remove_leftovers(out: Path) -> None:
+    """What a killed process of this run was about to rename; the caller holds the lock."""
+    for path in list(out.rglob(f".*{_TEMPORARY}*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _passing(name: str) -> bool:
+    """Whether a name in a run folder is a lock or a leftover, which makes it no less empty."""
+    return name == _LOCK or (name.startswith(".") and _TEMPORARY in name)

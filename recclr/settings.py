@@ -23,7 +23,7 @@ def _check(settings: Any, **ranges: tuple[float, float]) -> None:
         if value is None or isinstance(value, (str, bool)):
             continue
         if not (math.isfinite(value) and low <= value <= high):
-            raise ValueError(f"{name} must be between {low:g} and {high:g}, found {value!r}")
+            raise ValueError(f"{name} must be between {low} and {high}, found {value!r}")
 
 
 def defaults_of(settings: Any) -> dict[str, Any]:
@@ -61,6 +61,8 @@ class FeatureSettings:
             raise ValueError("a text feature needs 'buckets', for example buckets = 20000")
         if any(not (math.isfinite(w) and w > 0) for w in self.windows_d):
             raise ValueError(f"windows_d must be positive days, found {list(self.windows_d)}")
+        if self.kind == "statistics" and not (self.windows_d or self.age):
+            raise ValueError("a statistics feature needs windows_d, or age = true")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,10 +268,12 @@ class EvaluateSettings:
 
     def __post_init__(self) -> None:
         _check(self, num_bootstrap=(0, 1_000_000))
+        if self.num_bootstrap == 1:
+            raise ValueError("num_bootstrap = 1 gives no interval: 0 for none, or 2 and more")
         if not self.ks or any(not 1 <= k <= 100_000 for k in self.ks):
             raise ValueError(f"ks must be cut-offs between 1 and 100000, found {list(self.ks)}")
         name, _, cutoff = self.select.partition("@")
-        if not cutoff.isdigit() or int(cutoff) not in self.ks:
+        if cutoff not in map(str, self.ks):
             raise ValueError(f"select = {self.select!r} must name one of ks = {list(self.ks)}")
         if name not in METRIC_NAMES:
             raise ValueError(f"select = {self.select!r}: choose one of {', '.join(METRIC_NAMES)}")
@@ -284,11 +288,15 @@ class ColumnSettings:
     user: str = "user_id"
     item: str = "item_id"
     timestamp: str | None = "timestamp"
-    """None, or absent in the data: a log without time."""
+    """None (in TOML ""), or absent in the data: a log without time."""
     event: str | None = None
     """Column of the event type, needed for ``event_weights``."""
     weight: str | None = None
     """Column of a positive weight per row."""
+
+    def __post_init__(self) -> None:
+        if self.timestamp == "":
+            object.__setattr__(self, "timestamp", None)
 
 
 @dataclass(frozen=True, kw_only=True)

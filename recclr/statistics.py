@@ -91,6 +91,8 @@ class TimeIndex(nn.Module):
 
     def last_seen(self, idx: Tensor, at: Tensor) -> Tensor:
         """Time of the last event strictly before ``at``, int64 [M]; very early where none."""
+        if not len(self.keys):
+            return torch.full_like(idx, _NEVER)
         stop = self.rank(idx, at)
         some = stop > self.starts[idx]
         times = self.keys[(stop - 1).clamp(min=0)] % self.span + self.origin
@@ -117,7 +119,8 @@ def statistics_at(
         at: int64 seconds, scalar or [M].
 
     Returns:
-        float32 [M, statistics_width], each within about [-2, 10].
+        float32 [M, statistics_width], none negative, at most log(1 + number of entities) for
+        a window and log(1 + days in the log) for an age.
     """
     num_entities = len(index.first_seen)
     known = idx < num_entities

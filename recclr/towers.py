@@ -130,6 +130,12 @@ class TwoTower(nn.Module):
         """Scalar that divides scores, clamped when it is learned."""
         return self.log_temperature.clamp(*self.bounds).exp()
 
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """Bring a learned temperature back to its bounds; beyond them it has no gradient."""
+        if self.log_temperature.requires_grad:
+            self.log_temperature.clamp_(*self.bounds)
+
     def embed_users(self, rows: Rows) -> Tensor:
         """float32 [M, D]; unit length under cosine."""
         return self._finish(self.user_tower(rows))
@@ -145,9 +151,11 @@ class TwoTower(nn.Module):
         """Every embedding table once, by its first name in the module tree."""
         return {name: part for name, part in self.named_modules() if isinstance(part, Table)}
 
-    def weights(self) -> dict[str, nn.Parameter]:
-        """Everything that is saved, each parameter once, however many parts share it."""
-        return dict(self.named_parameters())
+    def weights(self) -> dict[str, Tensor]:
+        """Everything that is saved: each parameter and persistent buffer once, however shared."""
+        saved = self.state_dict(keep_vars=True).keys()
+        buffers = {name: value for name, value in self.named_buffers() if name in saved}
+        return {**dict(self.named_parameters()), **buffers}
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Everything trained that is no table."""

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from recclr.batches import BatchSource
-from recclr.checkpoint import find_checkpoint, require_match, save_checkpoint
+from recclr.checkpoint import find_checkpoint, load_checkpoint, require_match, save_checkpoint
 from recclr.data.log import EncodedLog
-from recclr.errors import CheckpointError, DivergedError, InterruptedTraining
+from recclr.errors import CheckpointError, ConfigError, DivergedError, InterruptedTraining
 from recclr.files import fault_point
 from recclr.negatives import require_negatives
 from recclr.objective import Objective, StepStats
@@ -98,11 +98,13 @@ def fit(
     Raises:
         DivergedError: the loss is not finite. InterruptedTraining: ``stop`` said so.
         CheckpointError: ``resume`` found checkpoints that are damaged or of another run.
+        ConfigError: without ``resume``, ``checkpoints`` holds some; or the settings do not fit
+        the log or the model.
     """
     began = time.perf_counter()
     model, log = model.to(device), log.to(device)
     require_negatives(negatives, log)
-    cells = needs_time_cells(model) if train.time_cells is None else train.time_cells
+    cells = _time_cells(model, train)
     source = BatchSource(log, train, seed=seed, time_cells=cells)
     per_epoch = source.steps_per_epoch
     total = max(1, round(train.epochs * per_epoch))
@@ -111,38 +113,47 @@ def fit(
     bfloat16 = _use_bfloat16(train, torch.device(device))
     objective = Objective(log, loss, negatives, seed=seed, bfloat16=bfloat16)
     keeper = _Keeper(model, optimizers, checkpoints)
-    progress = keeper.resumed() if resume else Progress()
+    progress = keeper.begun(resume=resume)
     meter = _Meter(on_event or (lambda event: None), per_epoch, end)
+    # Reading the loss waits for a GPU; elsewhere each one is checked before it reaches a weight.
+    watched = torch.device(device).type == "cpu"
 
     evaluate_every = max(1, round(train.evaluate_every * per_epoch))
     checkpoint_every = max(1, round(train.checkpoint_every * per_epoch))
     patience = train.patience or math.inf
+    optimizers.forget()
     model.train()
-    while progress.step < end and progress.bad_evaluations < patience:
-        step = progress.step
-        stats = objective(model, source.batch(step), step)
-        stats.loss.backward()  # type: ignore[no-untyped-call]
-        optimizers.step(step)
-        progress.step = step + 1
-        meter.add(stats, model, progress.step, train.table_lr * optimizers.rate(step))
-        fault_point("train.step")
-        last = progress.step == end
-        improved = False
-        if evaluate is not None and (last or progress.step % evaluate_every == 0):
-            meter.check(stats, model, step)
-            improved = _judge(evaluate(model), select, progress, meter)
-            model.train()
-        interrupted = stop is not None and stop()
-        if improved or last or interrupted or progress.step % checkpoint_every == 0:
-            meter.check(stats, model, step)
-            keeper.keep(progress, best=improved)
-        if interrupted and not last:
-            raise InterruptedTraining(
-                f"stopped by a signal after step {progress.step} of {end}; "
-                "a checkpoint was written, and the same command with --resume goes on from it"
-            )
+    try:
+        while progress.step < end and progress.bad_evaluations < patience:
+            step = progress.step
+            stats = objective(model, source.batch(step), step)
+            if watched:
+                _require_finite(stats.loss, model, step + 1, weights=False)
+            stats.loss.backward()  # type: ignore[no-untyped-call]
+            optimizers.step(step)
+            progress.step = step + 1
+            meter.add(stats, model, progress.step, train.table_lr * optimizers.rate(step))
+            fault_point("train.step")
+            last = progress.step == end
+            improved = False
+            if evaluate is not None and (last or progress.step % evaluate_every == 0):
+                _require_finite(stats.loss, model, progress.step)
+                improved = _judge(evaluate(model), select, progress, meter)
+                optimizers.forget()
+                model.train()
+            interrupted = stop is not None and stop()
+            if improved or last or interrupted or progress.step % checkpoint_every == 0:
+                _require_finite(stats.loss, model, progress.step)
+                keeper.keep(progress, best=improved)
+            if interrupted and not last:
+                raise InterruptedTraining(
+                    f"stopped by a signal after step {progress.step} of {end}; "
+                    "a checkpoint was written, and the same command with --resume goes on from it"
+                )
+    finally:
+        optimizers.forget()
     if progress.best_value is not None:
-        keeper.restore_best()
+        keeper.restore_best(progress.best_step)
     model.eval()
     return FitResult(
         steps=progress.step,
@@ -161,6 +172,17 @@ def needs_time_cells(model: torch.nn.Module) -> bool:
         or (isinstance(part, IdPart) and part.first_seen is not None)
         for part in model.modules()
     )
+
+
+def _time_cells(model: TwoTower, train: TrainSettings) -> bool:
+    if train.time_cells is None:
+        return needs_time_cells(model)
+    if not train.time_cells and needs_time_cells(model.item_tower):
+        raise ConfigError(
+            "train.time_cells = false, but the item tower has statistics or an 'as_of' id, which "
+            "are shown as of a moment that all items of a step share; leave the key out"
+        )
+    return train.time_cells
 
 
 def load_weights(model: TwoTower, tensors: dict[str, Tensor]) -> None:
@@ -193,12 +215,19 @@ def _use_bfloat16(train: TrainSettings, device: torch.device) -> bool:
 
 def _judge(metrics: dict[str, float], select: str, progress: Progress, meter: _Meter) -> bool:
     """Record an evaluation; true if it is the best so far."""
-    event = {"step": progress.step, "epoch": progress.step / meter.per_epoch, "metrics": metrics}
-    progress.evaluations.append(event)
+    if select not in metrics:
+        raise ConfigError(
+            f"evaluate.select = {select!r}, but the evaluation gave {', '.join(sorted(metrics))}"
+        )
+    odd = [name for name, found in metrics.items() if not math.isfinite(found)]
+    if odd:
+        raise DivergedError(f"{odd[0]} is {metrics[odd[0]]} at step {progress.step}")
     value = metrics[select]
     improved = progress.best_value is None or value > progress.best_value
     if improved:
         progress.best_value, progress.best_step = value, progress.step
+    event = {"step": progress.step, "epoch": progress.step / meter.per_epoch, "metrics": metrics}
+    progress.evaluations.append(event)
     progress.bad_evaluations = 0 if improved else progress.bad_evaluations + 1
     meter.emit({"kind": "evaluation", **event, "best": improved})
     return improved
@@ -224,9 +253,14 @@ class _Keeper:
     def _weights(self) -> dict[str, Tensor]:
         return {f"model/{name}": value.detach() for name, value in self.model.weights().items()}
 
-    def resumed(self) -> Progress:
+    def begun(self, *, resume: bool) -> Progress:
         """State of the last checkpoint, loaded; a fresh one where there is none."""
-        found = None if self.root is None else find_checkpoint(self.root)
+        if self.root is not None and not resume and any(self.root.glob("step-*")):
+            # Pruning, and the fallback from a damaged LAST, would mix up the two runs.
+            raise ConfigError(
+                f"{self.root} holds checkpoints of an earlier run; resume it, or name a new folder"
+            )
+        found = find_checkpoint(self.root) if self.root is not None and resume else None
         if found is None:
             return Progress()
         load_weights(self.model, found.tensors)
@@ -234,16 +268,16 @@ class _Keeper:
         self.optimizers.load_state_dict(
             {k.removeprefix(prefix): v for k, v in found.tensors.items() if k.startswith(prefix)}
         )
-        return Progress(**found.state)
+        try:
+            return Progress(**found.state)
+        except TypeError as error:
+            raise CheckpointError(f"{found.folder} is of another program: {error}") from error
 
-    def restore_best(self) -> None:
-        if self.root is None:
-            load_weights(self.model, self.best)
-            return
-        found = find_checkpoint(self.root, "BEST")
-        if found is None:
-            raise CheckpointError(f"{self.root}/BEST names no checkpoint")
-        load_weights(self.model, found.tensors)
+    def restore_best(self, step: int) -> None:
+        best = self.best
+        if self.root is not None:
+            best = load_checkpoint(self.root / f"step-{step}").tensors
+        load_weights(self.model, best)
 
 
 class _Meter:
@@ -258,7 +292,8 @@ class _Meter:
         now = time.perf_counter()
         if now - self.since < _LOG_EVERY_S and step != 1:
             return
-        self.check(stats, model, step)  # host sync on a GPU, once per logged step
+        # Waits for a GPU, once per logged step.
+        _require_finite(stats.loss, model, step, weights=False)
         pairs = max(stats.num_rows * stats.num_candidates, 1)
         self.emit(
             {
@@ -276,24 +311,40 @@ class _Meter:
         )
         self.since, self.rows = time.perf_counter(), 0
 
-    def check(self, stats: StepStats, model: TwoTower, step: int) -> None:
-        if not bool(torch.isfinite(stats.loss)):
-            raise DivergedError(
-                f"the loss is {float(stats.loss.detach())} at step {step}: {_cause(model)}; "
-                "the last checkpoint is untouched"
-            )
+
+def _require_finite(loss: Tensor, model: TwoTower, step: int, *, weights: bool = True) -> None:
+    """Look at the loss, and at the weights as well: a gradient may overflow where no loss did."""
+    value = loss.item()
+    fine = math.isfinite(value)
+    broken = _broken(model) if weights or not fine else []
+    if fine and not broken:
+        return
+    what = "the update overflowed" if fine else f"the loss is {value}"
+    raise DivergedError(
+        f"{what} at step {step}: {_cause(model, broken)}; the last checkpoint is untouched"
+    )
 
 
-def _cause(model: TwoTower) -> str:
+def _broken(model: TwoTower) -> list[str]:
+    """Names of weights that are not finite."""
+    return [name for name, p in model.weights().items() if not torch.isfinite(p).all()]
+
+
+def _cause(model: TwoTower, broken: list[str]) -> str:
     """The likeliest reason for a loss that is not finite, in words that name a setting."""
-    broken = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    if "log_temperature" in broken:
-        return "the learned temperature is not finite; set loss.temperature to a number"
     tables = [name for name in broken if name in {f"{t}.weight" for t in model.tables()}]
+    layers = [name for name in broken if name not in tables and name != "log_temperature"]
+    if tables and layers:
+        return (
+            f"embedding table {tables[0]} and layer {layers[0]} are not finite; lower "
+            "train.table_lr and train.dense_lr, or set train.clip_norm"
+        )
     if tables:
         return f"embedding table {tables[0]} is not finite; lower train.table_lr"
+    if layers:
+        return f"layer {layers[0]} is not finite; lower train.dense_lr or set train.clip_norm"
     if broken:
-        return f"layer {broken[0]} is not finite; lower train.dense_lr or set train.clip_norm"
+        return "the learned temperature is not finite; set loss.temperature to a number"
     if float(model.temperature().detach()) < 0.01:
         return f"the temperature is {float(model.temperature().detach()):.2g}; raise it"
     return "all weights are finite, so a feature or a score overflowed; check numeric features"

@@ -104,8 +104,9 @@ def test_nan_is_refused_wherever_it_stands():
 
 
 def test_unknown_users_get_the_last_vector():
-    ranker = EmbeddingRanker("x", torch.tensor([[1.0, 0], [0, 1], [-1, 0]]), torch.eye(2))
-    assert ranker.top_k(torch.tensor([0, 1, 2, 77]), 1).item_idx.squeeze(1).tolist() == [0, 1, 1, 1]
+    ranker = EmbeddingRanker("x", torch.tensor([[1.0, 0], [1, 0], [-1, 0]]), torch.eye(2))
+    users = torch.tensor([0, 1, 2, 3, 4, 77])
+    assert ranker.top_k(users, 1).item_idx.squeeze(1).tolist() == [0, 0, 1, 1, 1, 1]
 
 
 def test_wrong_shapes_are_named():
@@ -113,3 +114,54 @@ def test_wrong_shapes_are_named():
         top_k(torch.ones(2, 3), torch.ones(4, 3), 1, seen=Csr(torch.tensor([0]), torch.tensor([])))
     with pytest.raises(ShapeError, match="queries"):
         top_k(torch.ones(2, 3), torch.ones(4, 2), 1)
+
+
+@pytest.mark.parametrize("columns", [9, 64, 4096])
+def test_a_subset_less_what_was_seen_is_ranked_in_tiles_too(columns, monkeypatch):
+    generator = torch.Generator().manual_seed(6)
+    queries = torch.randint(-3, 4, (29, 4), generator=generator).float()
+    corpus = torch.randint(-3, 4, (1203, 4), generator=generator).float()
+    seen = random_seen(29, 1203, generator)
+    items = (torch.rand(1203, generator=generator) < 0.4).nonzero().squeeze(1)
+    expected = by_stable_sort(queries @ corpus.T, 17, seen, items)
+    monkeypatch.setattr(topk_module, "_MAX_COLUMNS", columns)
+    monkeypatch.setitem(topk_module._TILE_ELEMENTS, "cpu", 8 * columns)
+    calls = []
+    found = top_k(
+        queries, corpus, 17, seen=seen, items=items, progress=lambda *call: calls.append(call)
+    )
+    assert found.item_idx.tolist() == expected.tolist()
+    done = [number for number, _ in calls]
+    assert done == sorted(set(done))
+    assert calls[-1] == (29, 29)
+    ranker = EmbeddingRanker("x", queries, corpus).top_k(
+        torch.arange(29), 17, seen=seen, items=items
+    )
+    assert torch.equal(ranker.item_idx, found.item_idx)
+
+
+def test_vectors_of_different_width_are_refused():
+    with pytest.raises(ShapeError, match="one dimension"):
+        EmbeddingRanker("x", torch.ones(3, 4), torch.ones(5, 2))
+
+
+@pytest.mark.parametrize("call", [top_k, lambda *args: top_k_of_scores(torch.ones(2, 4), 0)])
+def test_k_below_1_is_refused(call):
+    with pytest.raises(ShapeError, match="k "):
+        call(torch.ones(2, 3), torch.ones(4, 3), 0)
+
+
+@pytest.mark.parametrize("columns", [3, 5, 4096])
+@pytest.mark.parametrize("left", [[0, 1, 2], [3, 9], [10]])
+def test_tiles_in_which_everything_was_seen_leave_no_trace(columns, left, monkeypatch):
+    monkeypatch.setattr(topk_module, "_MAX_COLUMNS", columns)
+    seen = torch.tensor([item for item in range(11) if item not in left])
+    found = top_k(
+        torch.ones(1, 1),
+        torch.arange(11.0)[:, None],
+        4,
+        seen=Csr(torch.tensor([0, len(seen)]), seen.int()),
+    )
+    missing = 4 - len(left)
+    assert found.item_idx.tolist() == [left[::-1] + [-1] * missing]
+    assert found.scores.tolist() == [[*map(float, left[::-1])] + [-np.inf] * missing]

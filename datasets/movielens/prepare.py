@@ -22,6 +22,8 @@ EXPECTED = {
         ("user_id", "item_id", "rating", "timestamp"),
         "f7dde5dc55b648d848645090e8e50b34bbf9b56abd8c305bcae44ee5de7a1f06",
     ),
+    "users": Expected(943, ("user_id", "age", "gender", "occupation", "zip_code")),
+    "items": Expected(1_682, ("item_id", "title", "release_date", "year", "genres")),
 }
 
 

@@ -19,6 +19,7 @@ EXPECTED = {
         ("user_id", "item_id", "rating", "timestamp"),
         "04241191da27da19a502488890b6659de58d9d881f2a4ec9460ecee010f19f56",
     ),
+    "items": Expected(12_611, ("item_id", "title", "year", "genres")),
 }
 
 

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from recclr.baselines.content import content
-from recclr.baselines.ease import ease
-from recclr.baselines.factors import als, bpr, spectral
-from recclr.baselines.neighbours import item_knn
+from torch import Tensor
+
 from recclr.baselines.popularity import BackedRanker, PopularityRanker, popularity
 from recclr.data.log import Prepared
-from recclr.errors import ConfigError, MissingExtraError
+from recclr.errors import ConfigError, MissingExtraError, require
 from recclr.ranking import Ranker
 from recclr.settings import BaselineSettings
 
@@ -103,8 +101,8 @@ def build_baselines(
         embedding_dim: size of the factorisations, that of the model they stand beside.
 
     Returns:
-        The choices in the order of ``settings.names`` (recent popularity first, whose half-life
-        the others fall back to), and why the rest was left out.
+        The choices in the order of ``settings.names``, and by name why the rest was left out.
+        Recent popularity is chosen first, since the others fall back to its half-life.
     """
     names = sorted(settings.names, key=lambda name: name != "recent_popularity")
     choices: dict[str, BaselineChoice] = {}
@@ -133,34 +131,42 @@ def refit_baseline(choice: BaselineChoice, prepared: Prepared, seed: int) -> Ran
     Raises:
         MissingExtraError: its library is not installed. ConfigError: no such baseline.
     """
+    if choice.name not in _GRIDS:
+        raise ConfigError(f"unknown baseline {choice.name!r}; known: {', '.join(_GRIDS)}")
+    train = prepared.train
     settings = dict(choice.settings)
     half_life_d = settings.pop(_FALLBACK, None)
-    scores = popularity(prepared.train, prepared.cutoff, half_life_d)
     if choice.name == "popularity":
-        return PopularityRanker("popularity", popularity(prepared.train, None, None))
+        return PopularityRanker("popularity", popularity(train, None, None))
     if choice.name == "recent_popularity":
-        recent = popularity(prepared.train, prepared.cutoff, **settings)
+        recent = popularity(train, prepared.cutoff, **settings)
         return PopularityRanker("recent_popularity", recent)
+    scores = popularity(train, prepared.cutoff, half_life_d)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        ranker: Ranker
-        if choice.name in ("item_knn", "recent_item_knn"):
-            ranker = item_knn(choice.name, prepared, scores, **settings)
-        elif choice.name in _FITS:
-            ranker = _FITS[choice.name](prepared, seed, settings)
-        else:
-            raise ConfigError(f"unknown baseline {choice.name!r}; known: {', '.join(_GRIDS)}")
+        ranker = _fitted(choice.name, prepared, seed, settings, scores)
     fallback = PopularityRanker("recent_popularity", scores)
-    return BackedRanker(ranker, fallback, prepared.train.user_counts() > 0)
+    return BackedRanker(ranker, fallback, train.user_counts() > 0)
 
 
-_FITS: dict[str, Callable[[Prepared, int, dict[str, Any]], Ranker]] = {
-    "als": lambda prepared, seed, settings: als(prepared, seed=seed, **settings),
-    "bpr": lambda prepared, seed, settings: bpr(prepared, seed=seed, **settings),
-    "spectral": lambda prepared, seed, settings: spectral(prepared, seed=seed, **settings),
-    "ease": lambda prepared, seed, settings: ease(prepared, **settings),
-    "content": lambda prepared, seed, settings: content(prepared, **settings),
-}
+def _fitted(
+    name: str, prepared: Prepared, seed: int, settings: dict[str, Any], scores: Tensor
+) -> Ranker:
+    # Imported here: popularity stands beside the model where these libraries are missing.
+    require("scipy.sparse", "baselines")
+    from recclr.baselines.content import content
+    from recclr.baselines.ease import ease
+    from recclr.baselines.factors import als, bpr, spectral
+    from recclr.baselines.neighbours import item_knn
+
+    if name in ("item_knn", "recent_item_knn"):
+        return item_knn(name, prepared, scores, **settings)
+    if name == "ease":
+        return ease(prepared, **settings)
+    if name == "content":
+        return content(prepared, **settings)
+    factorise: dict[str, Callable[..., Ranker]] = {"als": als, "bpr": bpr, "spectral": spectral}
+    return factorise[name](prepared, seed=seed, **settings)
 
 
 def _obstacle(name: str, prepared: Prepared, settings: BaselineSettings) -> str | None:

@@ -20,8 +20,9 @@ from recclr.data.log import CategoricalColumn, DenseColumn, FeatureColumn, Prepa
 def content(prepared: Prepared, *, half_life_d: float | None = None) -> ScoreRanker:
     """Cosine between an item and the mean of the user's items.
 
-    Categories, lists and text count by inverse document frequency; each feature has length 1, so
-    that all of them weigh alike.
+    Categories, lists and text count by inverse document frequency, ln((1 + V) / (1 + items with
+    it)); a number z is the direction (1, z). Each feature has length 1, or 0 where the item lacks
+    it, so that all of them weigh alike.
 
     Args:
         half_life_d: recency of the history in days; None weighs it alike.
@@ -48,7 +49,7 @@ def item_vectors(prepared: Prepared) -> sp.csr_matrix:
 
 def _block(column: FeatureColumn) -> sp.csr_matrix:
     if isinstance(column, DenseColumn):
-        return sp.csr_matrix(column.values.float().numpy())
+        return sp.csr_matrix(_present_values(column).numpy())
     if isinstance(column, CategoricalColumn):
         idx = column.idx.numpy()
         rows = np.flatnonzero(idx > 0)
@@ -61,6 +62,16 @@ def _block(column: FeatureColumn) -> sp.csr_matrix:
     block = sp.csr_matrix((ones, (rows, values)), shape=(num_rows, column.cardinality))
     frequency = np.asarray((block > 0).sum(0)).ravel()
     return block @ sp.diags(np.log((1 + num_rows) / (1 + frequency)).astype(np.float32))
+
+
+def _present_values(column: DenseColumn) -> Tensor:
+    """float32 [V, width]: the vectors without their last coordinate, the flag of a missing value.
+
+    Items are not alike for lacking the same feature.
+    """
+    values, missing = column.values[:, :-1].float(), column.values[:, -1:].float()
+    # A lone number has no direction, and divided by its length only a sign.
+    return torch.cat([1 - missing, values], 1) if values.shape[1] == 1 else values
 
 
 def _unit_rows(matrix: Any) -> sp.csr_matrix:

@@ -27,19 +27,23 @@ def als(
     """Weighted matrix factorisation by alternating least squares (Hu, Koren & Volinsky 2008).
 
     Args:
-        alpha: confidence of an interaction is 1 + alpha · weight.
+        alpha: the confidence of a pair is 1 + alpha · weight, weights of repeated rows added up;
+            of a pair without interaction it is 1.
+        regularization: λ of the squared length of every vector.
     """
     library: Any = require("implicit.als", "baselines")
     model = library.AlternatingLeastSquares(
         factors=dim,
         regularization=regularization,
-        alpha=alpha,
         iterations=iterations,
         random_state=seed,
         use_gpu=False,
     )
-    matrix = interactions(prepared.train, prepared.train.weight)
-    _fit(model, matrix)
+    confidence = interactions(prepared.train, prepared.train.weight)
+    # The library takes confidences; its own alpha multiplies them, without the 1 of eq. 2, and
+    # would trust an interaction of small weight less than none at all.
+    confidence.data = 1 + alpha * confidence.data
+    _fit(model, confidence)
     return _ranker("als", model.user_factors, model.item_factors)
 
 

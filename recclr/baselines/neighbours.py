@@ -32,7 +32,7 @@ def item_knn(
     """Rank by the sum, over the user's items i, of the similarity of i and j.
 
     similarity(i, j) = Σ_u w(u, j) / ((n_i^½ · m_j^norm) + shrink), over the users of both, where
-    w is the recency of u's event with j, n_i counts users and m_j sums w.
+    w is the recency of u's events with j (1 without a half-life), n_i counts users and m_j sums w.
 
     Args:
         fallback: float [V]: orders the items that share no user with the history.

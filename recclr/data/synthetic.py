@@ -8,7 +8,7 @@ repeats. Features are noisy views of the planted taste, so that they carry over 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ def generate_log(
     """Generate a log; the same arguments give the same bytes.
 
     Args:
-        num_events: about so many rows; users who ran out of new items give fewer.
+        num_events: visits; one whose user would take an item again gives no row, so that there
+            are fewer rows, about a fifth fewer at these sizes.
         num_days: from 2025-01-01 on; at least 10.
 
     Raises:
@@ -129,8 +130,7 @@ def generate_log(
             ],
         }
     )
-    fields = {name: getattr(log, name) for name in log.__dataclass_fields__}
-    return SyntheticLog(**(fields | {"events": events}))
+    return replace(log, events=events)
 
 
 def _children(seed: int, count: int) -> list[np.random.SeedSequence]:
@@ -208,14 +208,15 @@ def _visits(
     weight = np.minimum(activity, 30.0) * stay_d
     users = rng.choice(len(joined_s), size=num_events, p=weight / weight.sum())
     days = joined_s[users] // _DAY_S + np.floor(rng.random(num_events) * stay_d[users])
-    # 1970-01-01 was a Thursday; half of the visits on working days move to the Saturday after.
+    last_day = _START_S // _DAY_S + num_days
+    # 1970-01-01 was a Thursday; some of the visits on working days move to the Saturday after.
     weekday = (days + 3) % 7
-    moved = (weekday < 5) & (rng.random(num_events) < 0.15)
-    days = np.where(moved, days + 5 - weekday, days)
-    second = np.clip(rng.normal(18.0, 4.0, num_events), 0.0, 23.99) * 3_600
-    end = _START_S + num_days * _DAY_S - 1
-    times = np.minimum((days * _DAY_S + second).astype(np.int64), end)
-    times = np.maximum(times, joined_s[users])
+    saturday = days + 5 - weekday
+    moved = (weekday < 5) & (saturday < last_day) & (rng.random(num_events) < 0.15)
+    days = np.where(moved, saturday, days)
+    # Evenings that run past midnight come round to the morning of their day.
+    second = rng.normal(18.0, 4.0, num_events) % 24.0 * 3_600
+    times = (days * _DAY_S + second).astype(np.int64)
     order = np.argsort(times, kind="stable")
     return users[order], times[order]
 
@@ -236,11 +237,11 @@ def _choices(
         # Attention as the day began: an item launched during it is found from the next day on.
         attention = log.attention(max(day * _DAY_S, _START_S))
         open_items = np.flatnonzero(attention)
-        utility = _TASTE * (log.user_taste[users[low:high]] @ log.item_taste[open_items].T)
-        utility += np.log(attention[open_items])
-        noise = rng.gumbel(size=utility.shape)
+        liking = np.exp(_TASTE * (log.user_taste[users[low:high]] @ log.item_taste[open_items].T))
+        edges = np.cumsum(liking * attention[open_items], axis=1)
+        draws = rng.random(high - low) * edges[:, -1]
         user_parts.append(users[low:high])
-        item_parts.append(open_items[np.argmax(utility + noise, axis=1)])
+        item_parts.append(open_items[(edges[:, :-1] <= draws[:, None]).sum(1)])
         time_parts.append(times[low:high])
     user_idx, item_idx = np.concatenate(user_parts), np.concatenate(item_parts)
     keys: NDArray[Any] = user_idx * len(log.launch_s) + item_idx

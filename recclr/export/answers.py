@@ -31,7 +31,8 @@ def recommend_from_store(
         seen: user_id and item_id of what to leave out, for example the events of train.
 
     Returns:
-        user_id, item_id (types as exported), rank (from 1), score; by user, then rank.
+        user_id (as asked for), item_id (type as exported), rank (from 1), score; by user, then
+        rank.
 
     Raises:
         ConfigError: k below 1. DataError: ids of another type, or ``seen`` lacks a column.
@@ -40,7 +41,9 @@ def recommend_from_store(
     if k < 1:
         raise ConfigError(f"k must be at least 1, found {k}")
     store = target if isinstance(target, Store) else open_store(target, name)
-    asked = Vocabulary.of(users.cast(store.manifest.user_id_type) if not len(users) else users)
+    known = users.drop_nulls()
+    # Without any id there is no type of the caller's own.
+    asked = Vocabulary.of(known if len(known) else known.cast(store.manifest.user_id_type))
     left_out = None if seen is None else _rows(store, asked, seen)
     found = store.nearest(store.user_vectors(asked.ids), k, seen=left_out)
     rows, ranks = (found.item_idx >= 0).nonzero(as_tuple=True)

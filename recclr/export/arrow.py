@@ -20,10 +20,8 @@ def to_table(
         ids: [n]. vectors: float32 [n, D] on the CPU. note: goes into the schema's metadata.
     """
     dim = vectors.shape[1]
-    raw_ids = ids.to_arrow()
-    if ids.dtype == pl.String:
-        # Polars hands out string views, which other readers of Parquet may not know.
-        raw_ids = raw_ids.cast(pa.large_string())
+    # Newer levels hand out string views, which other readers may not know.
+    raw_ids = ids.to_arrow(compat_level=pl.CompatLevel.oldest())
     element = pa.field("element", pa.float32(), nullable=False)
     schema = pa.schema(
         [
@@ -64,6 +62,8 @@ def vectors_of(table: pa.Table, column: str, dim: int, where: str) -> Tensor:
     ):
         raise StoreError(f"{where}: column {column!r}: expected {dim} float32, found {kind}")
     flat = lists.combine_chunks().flatten()
+    if flat.null_count:
+        raise StoreError(f"{where}: column {column!r} holds {flat.null_count:,} nulls in vectors")
     values = np.array(flat.to_numpy(zero_copy_only=False), dtype=np.float32)
     return torch.from_numpy(values.reshape(len(table), dim))
 

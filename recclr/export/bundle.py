@@ -72,7 +72,8 @@ class EmbeddingBundle:
     Served by dot product always: under cosine the vectors have unit length, so it is the same.
 
     Attributes:
-        name: what the embeddings are called in a store. version: hash of ids and vectors, hex.
+        name: what the embeddings are called in a store.
+        version: hash of similarity, ids and vectors, hex.
         similarity: of the towers, "cosine" or "dot".
         item_ids: [V] raw ids in their own type. item_vectors: float32 [V, D].
         user_ids: [U]; may be empty. user_vectors: float32 [U, D].
@@ -143,7 +144,7 @@ def build_bundle(
     _check_vectors(everyone, ids["user"].extend_constant(None, 1), "user", similarity, zeros=True)
     return EmbeddingBundle(
         name=name,
-        version=content_version(ids, vectors),
+        version=content_version(similarity, ids, vectors),
         similarity=similarity,
         item_ids=ids["item"],
         item_vectors=vectors["item"],
@@ -168,9 +169,9 @@ def require_name(name: str) -> None:
         )
 
 
-def content_version(ids: dict[str, pl.Series], vectors: dict[str, Tensor]) -> str:
+def content_version(similarity: str, ids: dict[str, pl.Series], vectors: dict[str, Tensor]) -> str:
     """16 hex digits that depend on ids, their types and order, and every bit of the vectors."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{similarity};".encode())
     for side, values in ids.items():
         digest.update(f"{side} {values.dtype} {len(values)};".encode())
         if values.dtype == pl.String:
@@ -181,7 +182,7 @@ def content_version(ids: dict[str, pl.Series], vectors: dict[str, Tensor]) -> st
             digest.update(np.ascontiguousarray(values.to_numpy()).tobytes())
     for side, tensor in vectors.items():
         digest.update(f"{side} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.numpy().data)
     return digest.hexdigest()[:_VERSION_DIGITS]
 
 
@@ -222,7 +223,8 @@ def _check_vectors(
     vectors: Tensor, ids: pl.Series, side: str, similarity: str, *, zeros: bool
 ) -> None:
     norms = vectors.norm(dim=1)
-    # A finite vector may still have an infinite norm, and with it infinite scores.
+    # The squares of a finite vector may be infinite, and with them its scores. Where no norm is,
+    # no score is either: it is at most the product of two norms.
     _refuse(~norms.isfinite(), ids, side, "not finite: the training has diverged")
     if not zeros:
         _refuse(norms == 0, ids, side, "all zeros, which no query can tell apart")

@@ -62,7 +62,7 @@ def export_embeddings(bundle: EmbeddingBundle, target: str | Target) -> ExportRe
     live = _readable(destination, bundle.name)
     unchanged = live is not None and live.manifest.version == bundle.version
     if live is not None and unchanged:
-        advice = f"the live version is damaged; remove {live.home} and export again"
+        advice = f"remove {live.home} and export again"
         verification, num_bytes = _verified(live, bundle, advice), live.num_bytes()
     else:
         with destination.staged(bundle) as store:
@@ -112,4 +112,5 @@ def _verified(store: Store, bundle: EmbeddingBundle, advice: str) -> Verificatio
     try:
         return verify(store, bundle)
     except StoreError as error:
-        raise StoreError(f"{error}; {advice}") from error
+        text = str(error)
+        raise StoreError(text if text.endswith(advice) else f"{text}; {advice}") from error

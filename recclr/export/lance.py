@@ -1,9 +1,9 @@
 """LanceDB, embedded: tables ``NAME`` (id, vector) and ``NAME_users``, and which versions to read.
 
-Lance keeps every version of a table. An export overwrites both tables, tags the new versions with
-the version of the bundle, verifies them at the tag, and only then points
-``DIR/recclr/NAME/CURRENT`` at the manifest of that name beside it: one rename moves both tables.
-Readers that open a table without recclr see its latest version, or check the tag out.
+Lance keeps every version of a table, by number. An export overwrites both tables, verifies the new
+versions at their numbers, and only then points ``DIR/recclr/NAME/CURRENT`` at the manifest that
+holds the numbers: one rename moves both tables. Readers that open a table without recclr see its
+latest version, or check out the tag ``recclr-VERSION``; what is tagged, Lance never cleans up.
 
 Search is flat: no index, every item compared. Lance's distance is 1 - dot in float32, too coarse
 for small scores, so a few more items than needed are fetched and scored again.
@@ -12,6 +12,7 @@ for small scores, so a few more items than needed are fetched and scored again.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ from recclr.errors import ConfigError, RecclrError, StoreError, require
 from recclr.export.arrow import ids_of, to_table, vectors_of
 from recclr.export.bundle import EmbeddingBundle, require_name
 from recclr.export.lance_search import nearest
-from recclr.export.manifest import Manifest, read_manifest
+from recclr.export.manifest import Manifest, is_version, read_manifest
 from recclr.export.store import Side, Store
 from recclr.files import (
     clear_errors,
@@ -41,11 +42,19 @@ from recclr.ranking import TopK
 
 CURRENT, ID, VECTOR = "CURRENT", "id", "vector"
 _OURS = "recclr"
-_OWNER = b"recclr.name"
+_OWNER, _VERSION = b"recclr.name", b"recclr.version"
+# Tagging makes empty folders of the percent-encoded name beside any other path (Lance 13, seen with
+# LanceDB 0.40), or fails where it may not.
+_TAGGABLE = re.compile(r"[A-Za-z0-9 /._+=@,:-]+")
+_RUST = re.compile(r", /\S+\.rs:\d+.*", re.DOTALL)
+
+
+# Users first: who reads the latest version of the items sees them change last.
+_SIDES: tuple[Side, Side] = ("user", "item")
 
 
 class LanceStore(Store):
-    """Both tables at one tag."""
+    """Both tables, each at the version that the manifest names."""
 
     def __init__(self, location: Path, manifest: Manifest) -> None:
         self.location, self.manifest = location, manifest
@@ -53,11 +62,18 @@ class LanceStore(Store):
         self.where = f"{location}, table {manifest.name!r}"
         database = _connect(location)
         self._tables: dict[Side, Any] = {}
-        for side in ("item", "user"):
+        for side in _SIDES:
+            name = _table_name(manifest.name, side)
             with _explained(self.where):
-                table = database.open_table(_table_name(manifest.name, side))
-                table.checkout(_tag(manifest.version))
-                self._tables[side] = table
+                table = database.open_table(name)
+                table.checkout(manifest.parts[name]["version"])
+                note = table.schema.metadata or {}
+            # Numbers start again when a table is dropped and made anew.
+            if note.get(_VERSION) != manifest.version.encode():
+                raise StoreError(
+                    f"{location}: the table {name!r} was replaced since the export; export again"
+                )
+            self._tables[side] = table
 
     def read_ids(self, side: Side) -> pl.Series:
         dtype = self.manifest.item_id_type if side == "item" else self.manifest.user_id_type
@@ -76,7 +92,8 @@ class LanceStore(Store):
         with _explained(self.where):
             taken = self._tables[side].take_offsets(offsets.tolist()).to_arrow()
         vocabulary = self.items if side == "item" else self.users
-        found = torch.from_numpy(vocabulary.encode(ids_of(taken, ID, vocabulary.ids.dtype, "")))
+        ids = ids_of(taken, ID, vocabulary.ids.dtype, self.where)
+        found = torch.from_numpy(vocabulary.encode(ids))
         order = found.argsort()
         if not torch.equal(found[order].long(), offsets):
             raise StoreError(f"{self.where}: the rows of {side}s are not those that were asked for")
@@ -87,7 +104,8 @@ class LanceStore(Store):
 
     def num_bytes(self) -> int:
         folders = (_table_folder(self.location, self.manifest.name, side) for side in self._tables)
-        return sum(path.stat().st_size for folder in folders for path in folder.rglob("*"))
+        paths = (path for folder in folders for path in folder.rglob("*"))
+        return sum(path.stat().st_size for path in paths if path.is_file())
 
     def _fetch(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """See ``lance_search.Fetch``."""
@@ -122,48 +140,52 @@ class LanceDatabase:
         version = read_pointer(folder / CURRENT)
         if version is None:
             return None
-        return LanceStore(self.location, read_manifest(folder / f"{version}.json"))
+        return LanceStore(self.location, read_manifest(folder / f"{version}.json", "export again"))
 
     @contextmanager
     def staged(self, bundle: EmbeddingBundle) -> Iterator[LanceStore]:
         self._require_place()
         require_writable(self.location)
         require_space(self.location, 2 * bundle.num_bytes)
-        names: dict[Side, str] = {side: _table_name(bundle.name, side) for side in ("item", "user")}
         database = _connect(self.location)
-        before = {name: _Before.of(database, name, bundle) for name in names.values()}
+        before = [_Before.of(self.location, database, side, bundle) for side in _SIDES]
         folder = _manifests(self.location, bundle.name)
         try:
-            # Users first: who reads the latest version of the items sees them change last.
-            for side in ("user", "item"):
-                self._write(database, side, bundle)
-                fault_point(f"export.{side}s")
-            parts = {name: {"tag": _tag(bundle.version)} for name in names.values()}
-            manifest = Manifest.of(bundle, parts)
-            yield LanceStore(self.location, manifest)
-            for side in names:
-                _flush(_table_folder(self.location, bundle.name, side))
-            write_json_atomic(folder / f"{bundle.version}.json", manifest.to_json())
-            fault_point("export.point")
-            write_pointer(folder / CURRENT, bundle.version)
+            with clear_errors(self.location):
+                parts = {}
+                for side in _SIDES:
+                    number = self._write(database, side, bundle)
+                    parts[_table_name(bundle.name, side)] = {"version": number}
+                    fault_point(f"export.{side}s")
+                manifest = Manifest.of(bundle, parts)
+                yield LanceStore(self.location, manifest)
+                for side in _SIDES:
+                    _flush(_table_folder(self.location, bundle.name, side))
+                write_json_atomic(folder / f"{bundle.version}.json", manifest.to_json())
+                fault_point("export.point")
+                write_pointer(folder / CURRENT, bundle.version)
         except BaseException:
-            for earlier in before.values():
+            for earlier in before:
                 # The first error is the one to tell; readers follow CURRENT in any case.
                 with suppress(Exception):
                     earlier.restore(database)
             raise
 
-    def _write(self, database: Any, side: Side, bundle: EmbeddingBundle) -> None:
+    def _write(self, database: Any, side: Side, bundle: EmbeddingBundle) -> int:
+        """The number of the version written."""
         name = _table_name(bundle.name, side)
         ids = bundle.item_ids if side == "item" else bundle.user_ids
         vectors = bundle.item_vectors if side == "item" else bundle.user_vectors
-        note = {_OWNER.decode(): bundle.name, "recclr.version": bundle.version}
+        note = {_OWNER.decode(): bundle.name, _VERSION.decode(): bundle.version}
         data = to_table(ids, vectors, id_column=ID, vector_column=VECTOR, note=note)
         with _explained(f"{self.location}, table {name!r}"):
             # Only an existing table is overwritten: Lance warns on stderr about a missing one.
             mode = "create" if _open(database, name) is None else "overwrite"
             table = database.create_table(name, data, mode=mode)
-            _set_tag(table, _tag(bundle.version), table.version)
+            number = int(table.version)
+            if _TAGGABLE.fullmatch(str(self.location.absolute())):
+                _set_tag(table, _tag(bundle.version), number)
+        return number
 
     def _require_place(self) -> None:
         """A folder that is new, empty, or a database already."""
@@ -173,7 +195,8 @@ class LanceDatabase:
             if not self.location.is_dir():
                 raise ConfigError(f"{self.location} is a file; expected a folder for LanceDB")
             names = [path.name for path in self.location.iterdir() if path.name[0] != "."]
-        if names and not any(name == _OURS or name.endswith(".lance") for name in names):
+        tables = any(name.endswith(".lance") for name in names)
+        if names and not tables and not _is_ours(self.location / _OURS):
             raise ConfigError(
                 f"{self.location} is not empty and holds no LanceDB tables (found {names[0]!r}); "
                 "choose an empty or new folder"
@@ -181,25 +204,31 @@ class LanceDatabase:
 
 
 class _Before:
-    """How a table stood before an export, to put it back."""
+    """How a table stood before an export, to put it back.
+
+    Attributes:
+        latest: number of its latest version; None if there was no table.
+        tagged: number that the tag of the bundle's version stood at, None if nowhere.
+    """
 
     def __init__(self, name: str, tag: str, latest: int | None, tagged: int | None) -> None:
         self.name, self.tag, self.latest, self.tagged = name, tag, latest, tagged
 
     @classmethod
-    def of(cls, database: Any, name: str, bundle: EmbeddingBundle) -> _Before:
+    def of(cls, location: Path, database: Any, side: Side, bundle: EmbeddingBundle) -> _Before:
         """Raises ConfigError where a table of that name is not ours to overwrite."""
-        tag = _tag(bundle.version)
-        table = _open(database, name)
+        name, tag = _table_name(bundle.name, side), _tag(bundle.version)
+        with _explained(f"{_table_folder(location, bundle.name, side)} is no whole table"):
+            table = _open(database, name)
         if table is None:
             return cls(name, tag, None, None)
         owner = (table.schema.metadata or {}).get(_OWNER)
         if owner != bundle.name.encode():
             raise ConfigError(
-                f"the LanceDB table {name!r} exists and is not an export named {bundle.name!r}; "
-                "it is left as it is: choose another --name"
+                f"{location}: the table {name!r} exists and is not an export named "
+                f"{bundle.name!r}; it is left as it is: choose another name"
             )
-        with _explained(f"table {name!r}"):
+        with _explained(f"{location}, table {name!r}"):
             return cls(name, tag, table.version, table.tags.list().get(tag, {}).get("version"))
 
     def restore(self, database: Any) -> None:
@@ -253,10 +282,16 @@ def _manifests(location: Path, name: str) -> Path:
     return location / _OURS / name
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether nothing but manifests lies there, maybe of an export that failed."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
+    return folder.is_dir() and all(path.name == CURRENT or is_version(path.stem) for path in files)
+
+
 def _flush(folder: Path) -> None:
     """Lance does not sync; without it a power cut could leave a pointer to what is not there."""
     with clear_errors(folder):
-        for path in [folder, *folder.rglob("*")]:
+        for path in [folder.parent, folder, *folder.rglob("*")]:
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -272,5 +307,5 @@ def _explained(where: str) -> Iterator[None]:
     except RecclrError:
         raise
     except Exception as error:
-        reason = str(error).split(", /rustc")[0].split("\n")[0]
+        reason = _RUST.sub("", str(error)).split("\n")[0]
         raise StoreError(f"{where}: LanceDB failed: {reason}") from error

@@ -27,8 +27,9 @@ def nearest(fetch: Fetch, manifest: Manifest, queries: Tensor, k: int, seen: Csr
     """The ``k`` best items per query by exact scores, ties by item row.
 
     More than k are fetched and scored again in float64. When even the worst of them lies below the
-    k-th by more than the engine can err, nothing that was not fetched can belong to the answer;
-    otherwise four times as many are fetched, up to all.
+    k-th by more than the engine can err (by a float32 sum, and by the rounding of 1 - dot), nothing
+    that was not fetched can belong to the answer; otherwise four times as many are fetched, up to
+    all.
 
     Args:
         queries: float32 [Q, D]. seen: Q rows of item rows to leave out.
@@ -42,7 +43,7 @@ def nearest(fetch: Fetch, manifest: Manifest, queries: Tensor, k: int, seen: Csr
     if not len(queries):
         return TopK(item_rows, scores)
     lengths = torch.zeros(len(queries), dtype=torch.int64) if seen is None else seen.lengths()
-    error = 2 * manifest.score_tolerance(queries)
+    error = 2 * (manifest.score_tolerance(queries) + torch.finfo(torch.float32).eps)
     # By length, since a batch fetches as many items as its longest list of seen ones demands.
     order = lengths.argsort(descending=True, stable=True)
     pending = [(rows, k + int(lengths[rows[0]]) + _SLACK) for rows in torch.split(order, 256)]
@@ -55,7 +56,7 @@ def nearest(fetch: Fetch, manifest: Manifest, queries: Tensor, k: int, seen: Csr
         part = None if seen is None else seen.take(rows)
         found, worst = _rank(fetch(queries[rows], count), queries[rows], k, part, num_items)
         item_rows[rows], scores[rows] = found.item_idx, found.scores
-        unsettled = ~(found.scores[:, -1] > worst + error)
+        unsettled = ~(found.scores[:, -1] > worst + error[rows])
         if count < num_items and unsettled.any():
             pending.append((rows[unsettled], 4 * count))
     return TopK(item_rows, scores)

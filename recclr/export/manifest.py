@@ -1,7 +1,11 @@
-"""The manifest: everything about exported embeddings but the embeddings, as JSON."""
+"""The manifest: everything about exported embeddings but the embeddings, as JSON.
+
+It ends with the SHA-256 of itself, so that a damaged or edited one is refused.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -18,7 +22,7 @@ from recclr.export.bundle import METRIC, EmbeddingBundle, GoldenQueries, ModelFa
 
 FORMAT_VERSION = 1
 _KIND = "recclr embeddings"
-_VERSION = re.compile(r"[0-9a-f]{8,64}")
+_VERSION = re.compile(r"[0-9a-f]{16}")
 _TOLERANCE = 1e-6
 _ID_TYPES = {
     str(dtype): dtype
@@ -68,21 +72,28 @@ class Manifest:
             num_users=len(bundle.user_ids),
             item_id_type=bundle.item_ids.dtype,
             user_id_type=bundle.user_ids.dtype,
-            max_item_norm=float(bundle.item_vectors.norm(dim=1).max()),
+            max_item_norm=float(_lengths(bundle.item_vectors).max()),
             unknown_user_vector=bundle.unknown_user_vector,
             golden=bundle.golden,
             facts=bundle.facts,
             parts=parts,
         )
 
-    def score_tolerance(self, queries: Tensor) -> float:
-        """Scores of ``queries`` [Q, D] this close are ties: float32 sums differ by their order."""
-        scale = self.max_item_norm * float(queries.norm(dim=1).max()) if len(queries) else 0.0
-        return _TOLERANCE * max(1.0, scale) * max(1.0, math.sqrt(self.embedding_dim) / 32)
+    def score_tolerance(self, queries: Tensor) -> Tensor:
+        """Scores this close are ties, since float32 sums differ by their order.
+
+        Args:
+            queries: float32 [Q, D].
+
+        Returns:
+            float64 [Q], in proportion to the largest score that a query can have.
+        """
+        relative = _TOLERANCE * max(1.0, math.sqrt(self.embedding_dim) / 32)
+        return relative * self.max_item_norm * _lengths(queries)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, from which ``from_json`` makes an equal manifest, bit for bit."""
-        return {
+        value = {
             "kind": _KIND,
             "format": FORMAT_VERSION,
             "name": self.name,
@@ -106,6 +117,7 @@ class Manifest:
                 "scores": self.golden.scores.tolist(),
             },
         }
+        return value | {"sha256": _digest(value)}
 
     @classmethod
     def from_json(cls, value: Any) -> Manifest:
@@ -118,14 +130,24 @@ class Manifest:
                     f"it has format {value['format']}, this recclr reads up to {FORMAT_VERSION}; "
                     "update recclr"
                 )
+            if value["sha256"] != _digest(value):
+                raise ValueError("its SHA-256 is not that of its content")
             return cls._from_checked(value)
-        except (KeyError, TypeError, ValueError, AttributeError, pl.exceptions.PolarsError) as e:
-            raise StoreError(f"this is no manifest of recclr: {e}") from e
+        except KeyError as error:
+            raise StoreError(f"it is no manifest of recclr: it has no {error}") from error
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+            pl.exceptions.PolarsError,
+        ) as error:
+            raise StoreError(f"it is no manifest of recclr, or damaged: {error}") from error
 
     @classmethod
     def _from_checked(cls, value: dict[str, Any]) -> Manifest:
         # The version becomes part of a path and of a tag.
-        if not _VERSION.fullmatch(value["version"]):
+        if not is_version(value["version"]):
             raise ValueError(f"version {value['version']!r} is not one")
         item_type = _ID_TYPES[value["item_id_type"]]()
         user_type = _ID_TYPES[value["user_id_type"]]()
@@ -154,17 +176,34 @@ class Manifest:
         )
 
 
-def read_manifest(path: Path) -> Manifest:
+def is_version(name: str) -> bool:
+    """Whether ``name`` looks like the version of a bundle."""
+    return _VERSION.fullmatch(name) is not None
+
+
+def read_manifest(path: Path, advice: str) -> Manifest:
     """The manifest in a file.
 
     Raises:
-        StoreError: the file is missing, damaged or something else.
+        StoreError: the file is missing, damaged or something else; ends with ``advice``.
     """
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise StoreError(f"{path} cannot be read: {error}; export again") from error
+        raise StoreError(f"{path} cannot be read: {error}; {advice}") from error
     try:
         return Manifest.from_json(value)
     except StoreError as error:
-        raise StoreError(f"{path}: {error}") from error
+        raise StoreError(f"{path}: {error}; {advice}") from error
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    """float64 [n]; squares of small float32 numbers vanish in float32."""
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64)
+    return lengths
+
+
+def _digest(value: dict[str, Any]) -> str:
+    """SHA-256 of everything but itself; Python writes floats so that they come back equal."""
+    rest = {key: entry for key, entry in value.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -22,7 +22,7 @@ from recclr.data.log import Csr
 from recclr.errors import ConfigError, StoreError
 from recclr.export.arrow import ids_of, to_table, vectors_of
 from recclr.export.bundle import EmbeddingBundle
-from recclr.export.manifest import Manifest, read_manifest
+from recclr.export.manifest import Manifest, is_version, read_manifest
 from recclr.export.store import Side, Store
 from recclr.files import (
     clear_errors,
@@ -47,7 +47,8 @@ class ParquetStore(Store):
 
     def __init__(self, folder: Path) -> None:
         self.where, self.home = str(folder), folder
-        self.manifest = read_manifest(folder / MANIFEST)
+        self._advice = f"remove {folder} and export again"
+        self.manifest = read_manifest(folder / MANIFEST, self._advice)
         # Each side is read once per instance; a cache on the method would outlive the instance.
         self._side = cache(self._read)
 
@@ -67,15 +68,14 @@ class ParquetStore(Store):
     def _read(self, side: Side) -> tuple[pl.Series, Tensor]:
         path, manifest = self.home / _FILES[side], self.manifest
         expected = manifest.parts.get(path.name, {}).get("sha256")
-        advice = f"remove {self.home} and export again"
         try:
             if sha256_of(path) != expected:
                 raise StoreError(
-                    f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}; {advice}"
+                    f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}; {self._advice}"
                 )
             table = pq.read_table(path)
         except (OSError, pa.ArrowException) as error:
-            raise StoreError(f"{path} cannot be read: {error}; {advice}") from error
+            raise StoreError(f"{path} cannot be read: {error}; {self._advice}") from error
         dtype = manifest.item_id_type if side == "item" else manifest.user_id_type
         return (
             ids_of(table, f"{side}_id", dtype, str(path)),
@@ -105,16 +105,17 @@ class ParquetFolder:
     def staged(self, bundle: EmbeddingBundle) -> Iterator[ParquetStore]:
         self._require_ours()
         folder = self.location / bundle.version
-        if os.path.lexists(folder):
-            # An earlier version, or an export that was stopped before it was pointed to.
-            yield ParquetStore(folder)
-        else:
-            require_space(folder, 2 * bundle.num_bytes)
-            with new_folder(folder) as temporary:
-                _write(bundle, temporary)
-                yield ParquetStore(temporary)
-        fault_point("export.point")
-        write_pointer(self.location / CURRENT, bundle.version)
+        with clear_errors(self.location):
+            if os.path.lexists(folder):
+                # An earlier version, or an export that was stopped before it was pointed to.
+                yield ParquetStore(folder)
+            else:
+                require_space(folder, 2 * bundle.num_bytes)
+                with new_folder(folder) as temporary:
+                    _write(bundle, temporary)
+                    yield ParquetStore(temporary)
+            fault_point("export.point")
+            write_pointer(self.location / CURRENT, bundle.version)
 
     def _require_ours(self) -> None:
         """A folder that is new, empty, or ours; nothing of anybody else's is mixed with."""
@@ -124,19 +125,17 @@ class ParquetFolder:
             if not self.location.is_dir():
                 raise ConfigError(f"{self.location} is a file; expected a folder for the export")
             entries = [path for path in self.location.iterdir() if path.name[0] != "."]
-        if entries and not any(_is_version(path) for path in entries):
+        # Damaged versions, and a pointer to one that was removed, are ours to mend.
+        pointed = is_version(read_pointer(self.location / CURRENT) or "")
+        if entries and not pointed and not any(_is_ours(path) for path in entries):
             raise ConfigError(
                 f"{self.location} is not empty and holds no export of recclr (found "
                 f"{entries[0].name!r}); choose an empty or new folder"
             )
 
 
-def _is_version(folder: Path) -> bool:
-    try:
-        read_manifest(folder / MANIFEST)
-    except StoreError:
-        return False
-    return True
+def _is_ours(folder: Path) -> bool:
+    return is_version(folder.name) and (folder / MANIFEST).is_file()
 
 
 def _write(bundle: EmbeddingBundle, folder: Path) -> None:

@@ -82,7 +82,7 @@ class Store(ABC):
         Raises:
             DataError: strings are looked up among integers, or integers among strings.
         """
-        series = ids if isinstance(ids, pl.Series) else pl.Series("user_id", list(ids))
+        series = ids if isinstance(ids, pl.Series) else _series("user_id", ids)
         rows = torch.from_numpy(self.users.encode(series)).long()
         vectors = self.manifest.unknown_user_vector.repeat(len(rows), 1)
         known = rows >= 0
@@ -119,23 +119,29 @@ class Store(ABC):
                 f"expected queries [Q, {self.manifest.embedding_dim}] and k >= 1, found "
                 f"{tuple(vectors.shape)} and k = {k}"
             )
+        if vectors.dtype != torch.float32:
+            raise ShapeError(f"expected queries of float32, found {vectors.dtype}")
         if not vectors.isfinite().all():
             raise ShapeError("a query vector is not finite")
 
     def _rows_of(self, exclude: Sequence[Ids], num_queries: int) -> Csr:
         if len(exclude) != num_queries:
             raise ShapeError(f"expected {num_queries} lists to exclude, found {len(exclude)}")
-        flat = [item for items in exclude for item in items]
-        try:
-            ids = pl.Series("exclude", flat, dtype=self.manifest.item_id_type)
-        except (TypeError, OverflowError, pl.exceptions.PolarsError) as error:
-            raise DataError(
-                f"ids to exclude: expected {self.manifest.item_id_type}, found others ({error})"
-            ) from error
+        ids = _series("exclude", [item for items in exclude for item in items])
         lengths = torch.tensor([len(items) for items in exclude], dtype=torch.int64)
         queries = torch.arange(num_queries).repeat_interleave(lengths)
         rows = torch.from_numpy(self.items.encode(ids))
         return Csr.from_pairs(queries[rows >= 0], rows[rows >= 0], num_queries)
+
+
+def _series(name: str, ids: Ids) -> pl.Series:
+    """Integers or strings as they are; only a mixture has no type of its own."""
+    try:
+        return pl.Series(name, list(ids))
+    except (TypeError, OverflowError, pl.exceptions.PolarsError) as error:
+        raise DataError(
+            f"{name}: expected ids of one type, all integers or all strings, found a mixture"
+        ) from error
 
 
 class Destination(Protocol):

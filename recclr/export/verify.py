@@ -139,11 +139,12 @@ def _check_answers(
     rows = torch.from_numpy(Vocabulary(bundle.item_ids).encode(ids)).long()
     vectors = bundle.item_vectors[rows].view(len(found), width, -1)
     true = (vectors.double() * queries.double()[:, None]).sum(2)
-    tolerance = store.manifest.score_tolerance(queries)
+    tolerance = store.manifest.score_tolerance(queries)[:, None]
     for what, values in (("scores", scores), ("true scores of the items", true)):
         off = (values.double() - expected.double()).abs()
-        if not bool((off <= tolerance).all()):
-            row, rank = divmod(int(off.argmax()), width)
+        wrong = ~(off <= tolerance)
+        if wrong.any():
+            row, rank = divmod(int(wrong.flatten().nonzero()[0]), width)
             user = bundle.golden.user_ids[row]
             place = first_rank + rank
             answer = bundle.golden.item_ids[row][place]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from recclr.errors import ShapeError
 from recclr.kernels.reference import PairMask
@@ -38,6 +39,11 @@ def masked_logsumexp(
         raise ShapeError(
             f"expected queries [B, D] and candidates [C, D], found {tuple(queries.shape)} and "
             f"{tuple(candidates.shape)}"
+        )
+    if not queries.dtype == candidates.dtype == log_weights.dtype == torch.float32:
+        raise ShapeError(
+            f"expected float32, found queries {queries.dtype}, candidates {candidates.dtype}, "
+            f"log_weights {log_weights.dtype}"
         )
     if log_weights.shape != candidates.shape[:1]:
         # Checked, not broadcast: a [B, 1] weight would shift rows, which softmax cannot see.
@@ -93,6 +99,7 @@ class _MaskedLogSumExp(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         queries, candidates, log_weights, sums, result = ctx.saved_tensors
         tiles: _Tiles = ctx.tiles
@@ -132,7 +139,8 @@ def _borrow(num_rows: int, num_columns: int, device: torch.device) -> Tensor:
         if buffer.device == device and size <= len(buffer) <= 4 * size:
             return _pool.pop(position)[:size].view(num_rows, num_columns)
     # An eighth more than asked for: the number of distinct candidates differs from step to step.
-    return torch.empty(size + size // 8, device=device)[:size].view(num_rows, num_columns)
+    whole = torch.empty(size + size // 8, dtype=torch.float32, device=device)
+    return whole[:size].view(num_rows, num_columns)
 
 
 def _give_back(buffer: Tensor) -> None:

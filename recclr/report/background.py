@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -11,12 +12,11 @@ from recclr.report.charts import Line, line_chart
 from recclr.report.markup import Cell, figure, pairs, paragraph, section, table
 
 _STAGES = ("selection", "refit")
+_IN_OUT = ("rows_in", "rows_out")
 
 
 def training(log: Sequence[Mapping[str, Any]], select: str, steps: int | None) -> str:
     """Loss, metric over time and temperature, from the lines of log.jsonl."""
-    if not log:
-        return section("Training", paragraph("The run has no log of its training."))
     steps_of = _by_stage(log, "step")
     stages = [stage for stage in _STAGES if stage in steps_of]
     loss = line_chart(
@@ -27,7 +27,9 @@ def training(log: Sequence[Mapping[str, Any]], select: str, steps: int | None) -
     )
     evaluations = _by_stage(log, "evaluation").get("selection", [])
     points = [
-        (e["epoch"], e["metrics"][select]) for e in evaluations if select in e.get("metrics", {})
+        (e["epoch"], e["metrics"][select])
+        for e in evaluations
+        if math.isfinite(e.get("metrics", {}).get(select, math.nan))
     ]
     best = max(points, key=lambda point: point[1])[0] if points else None
     metric = line_chart(
@@ -48,7 +50,7 @@ def training(log: Sequence[Mapping[str, Any]], select: str, steps: int | None) -
     return section(
         "Training",
         figure(metric, f"{select} on validation; the marked point was selected."),
-        figure(loss, "Training loss, mean over positives, as logged every few seconds."),
+        figure(loss, "Training loss, mean over positives of a batch."),
         figure(temperature, "Temperature that divides the scores."),
         pairs(_pace(steps_of, steps)),
     )
@@ -76,13 +78,11 @@ def _pace(
 
 def data(found: Mapping[str, Any]) -> str:
     """Rows by step, bad rows, split, inputs, from data.json."""
-    if not found:
-        return ""
     steps = table(
         ["step", "rows in", "rows out"],
         [
-            ("", [Cell(s["name"]), Cell(f"{s['rows_in']:,}"), Cell(f"{s['rows_out']:,}")])
-            for s in found.get("steps", [])
+            ("", [Cell(_words(step["name"])), *(Cell(_count(step, key)) for key in _IN_OUT)])
+            for step in found.get("steps", [])
         ],
         "Rows that each step was given and left",
     )
@@ -94,7 +94,7 @@ def data(found: Mapping[str, Any]) -> str:
             (
                 "",
                 [
-                    Cell(name),
+                    Cell(_words(name)),
                     *(Cell(_count(counts, key)) for key in keys),
                     Cell(_count(counts, "rows_of_unknown_users")),
                     Cell(_count(counts, "rows_of_unknown_items")),
@@ -115,13 +115,12 @@ def data(found: Mapping[str, Any]) -> str:
     ]
     return section(
         "Data",
-        paragraph(found.get("log", "")),
         steps,
-        pairs(bad, "Bad rows, in quarantine.parquet") if bad else "",
+        pairs(bad, "Bad rows, in quarantine.parquet"),
         parts,
-        pairs(cutoffs) if cutoffs else "",
+        pairs(cutoffs),
         "".join(paragraph(note, "soft") for note in found.get("notes", [])),
-        pairs(inputs, "Inputs") if inputs else "",
+        pairs(inputs, "Inputs"),
     )
 
 
@@ -131,12 +130,12 @@ def baselines(found: Mapping[str, Any]) -> str:
     for name, choice in found.items():
         settings = ", ".join(f"{key} = {value}" for key, value in choice["settings"].items())
         rows.append((name, f"{settings or 'no settings'} (validation {choice['score']:.4f})"))
-    return section("Settings of the baselines", pairs(rows)) if rows else ""
+    return section("Settings of the baselines", pairs(rows))
 
 
 def definitions(found: Mapping[str, str]) -> str:
     """What every figure means."""
-    return section("Definitions", pairs(found.items())) if found else ""
+    return section("Definitions", pairs(found.items()))
 
 
 def configuration(text: str) -> str:
@@ -155,7 +154,11 @@ def environment(found: Mapping[str, Any]) -> str:
         )
         for name, value in found.items()
     ]
-    return section("Machine", pairs(rows)) if rows else ""
+    return section("Machine", pairs(rows))
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _count(counts: Mapping[str, Any], key: str) -> str:

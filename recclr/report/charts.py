@@ -9,9 +9,12 @@ from html import escape
 
 _WIDTH, _HEIGHT = 760, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 14, 42
-_COLOURS = ("var(--model)", "var(--bad)", "var(--other)")
+_COLOURS = ("var(--model)", "var(--second)", "var(--other)")
 _ROW = 24
 _MAX_POINTS = 400
+_LEGEND = 20
+# float32 ends here: what lies beyond is no figure of a run, and would overflow the scale.
+_LARGEST = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,12 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str)
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     x_axis, y_axis = _Axis(min(xs), max(xs)), _Axis(*_padded(min(ys), max(ys)))
-    inner_x, inner_y = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+    # The legend has a row of its own above the plot, where no line can run through it.
+    top = _TOP + (_LEGEND if len(lines) > 1 else 0)
+    inner_x, inner_y = _WIDTH - _LEFT - _RIGHT, _HEIGHT - top - _BOTTOM
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return _LEFT + x_axis.at(x) * inner_x, _TOP + (1 - y_axis.at(y)) * inner_y
+        return _LEFT + x_axis.at(x) * inner_x, top + (1 - y_axis.at(y)) * inner_y
 
     parts = []
     for tick in y_axis.ticks():
@@ -67,21 +72,22 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str)
                 cx, cy = place(x, y)
                 parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4.5" fill="{colour}"/>')
         if len(lines) > 1:
-            parts.append(_text(_LEFT + 12 + 150 * number, _TOP + 10, line.name, "start", colour))
+            parts.append(_text(_LEFT + 150 * number, _TOP + 4, line.name, "start", colour))
     parts.append(_text(_LEFT + inner_x / 2, _HEIGHT - 6, x_label))
     parts.append(
-        f'<text x="14" y="{_TOP + inner_y / 2:.0f}" text-anchor="middle" fill="currentColor" '
-        f'transform="rotate(-90 14 {_TOP + inner_y / 2:.0f})">{escape(y_label)}</text>'
+        f'<text x="14" y="{top + inner_y / 2:.0f}" text-anchor="middle" fill="currentColor" '
+        f'transform="rotate(-90 14 {top + inner_y / 2:.0f})">{escape(y_label)}</text>'
     )
     return _svg(_WIDTH, _HEIGHT, title, parts)
 
 
 def bar_chart(bars: Sequence[Bar], *, title: str, x_label: str) -> str:
-    """Horizontal bars from 0 with whiskers; "" for no bars."""
+    """Horizontal bars from 0 with whiskers; "" for no bars, "n/a" for what is not finite."""
     if not bars:
         return ""
     left, height = 170, _TOP + _ROW * len(bars) + 40
-    top = max([b.value for b in bars] + [b.high for b in bars if b.high is not None] + [1e-9])
+    ends = [end for b in bars for end in (b.value, b.high) if end is not None and _drawable(end)]
+    top = max([*ends, 1e-9])
     axis = _Axis(0.0, top * 1.02)
     inner = _WIDTH - left - 70
     parts = []
@@ -91,16 +97,19 @@ def bar_chart(bars: Sequence[Bar], *, title: str, x_label: str) -> str:
         parts.append(_text(x, _TOP + _ROW * len(bars) + 16, _number(tick)))
     for number, bar in enumerate(bars):
         y = _TOP + _ROW * number
-        length = max(axis.at(max(bar.value, 0.0)) * inner, 0.0)
         colour = "var(--model)" if bar.strong else "var(--other)"
         parts.append(_text(left - 8, y + 16, bar.name, "end"))
+        if not _drawable(bar.value):
+            parts.append(_text(left + 6, y + 16, "n/a", "start"))
+            continue
+        length = axis.at(max(bar.value, 0.0)) * inner
         parts.append(
             f'<rect x="{left}" y="{y + 4}" width="{length:.1f}" height="{_ROW - 8}" '
             f'fill="{colour}"/>'
         )
         end = length
-        if bar.low is not None and bar.high is not None:
-            low, end = axis.at(max(bar.low, 0.0)) * inner, axis.at(bar.high) * inner
+        if bar.low is not None and bar.high is not None and _drawable(bar.low, bar.high):
+            low, end = axis.at(max(bar.low, 0.0)) * inner, axis.at(max(bar.high, 0.0)) * inner
             middle = y + _ROW / 2
             parts.append(
                 f'<path d="M {left + low:.1f} {middle} H {left + end:.1f} M {left + low:.1f} '
@@ -115,7 +124,7 @@ class _Axis:
     """A linear scale with round ticks."""
 
     def __init__(self, low: float, high: float) -> None:
-        self.low, self.high = low, high if high > low else low + 1.0
+        self.low, self.high = low, high if high > low else low + max(1.0, abs(low) * 0.1)
 
     def at(self, value: float) -> float:
         """Place in [0, 1]."""
@@ -124,18 +133,22 @@ class _Axis:
     def ticks(self) -> list[float]:
         rough = (self.high - self.low) / 5
         base = 10.0 ** math.floor(math.log10(rough))
-        step = next(base * m for m in (1, 2, 5, 10) if base * m >= rough)
+        step = next((base * m for m in (1, 2, 5) if base * m >= rough), base * 10)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
-        return [round(number * step, 12) for number in range(first, last + 1)]
+        return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
 
 def _finite(line: Line) -> Line:
     """Without points that are not finite, and no denser than can be seen."""
-    points = [p for p in line.points if math.isfinite(p[0]) and math.isfinite(p[1])]
-    stride = max(1, math.ceil(len(points) / _MAX_POINTS))
-    kept = [p for n, p in enumerate(points) if n % stride == 0 or p[0] == line.mark]
+    points = [p for p in line.points if _drawable(*p)]
+    stride, last = max(1, math.ceil(len(points) / _MAX_POINTS)), len(points) - 1
+    kept = [p for n, p in enumerate(points) if n % stride == 0 or n == last or p[0] == line.mark]
     return Line(line.name, kept, line.mark)
+
+
+def _drawable(*values: float) -> bool:
+    return all(math.isfinite(value) and abs(value) <= _LARGEST for value in values)
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
@@ -145,7 +158,7 @@ def _padded(low: float, high: float) -> tuple[float, float]:
 
 def _number(value: float) -> str:
     if value == 0 or 0.001 <= abs(value) < 10_000:
-        return f"{value:.6g}"
+        return f"{value:.10g}"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.1e}"
 
 

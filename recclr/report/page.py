@@ -21,10 +21,11 @@ from recclr.report.results import (
 from recclr.run_folder import CONFIG, DATA, LOG, METRICS, read_config, read_json
 
 REPORT = "report.html"
+_ENVIRONMENT = "environment.json"
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.html from what else is in the run folder; parts that are missing are said.
+    """Write RUN/report.html from what else is in the run folder; files that are missing are said.
 
     Raises:
         ConfigError: ``run`` is no run folder. CheckpointError: a file of it is no JSON.
@@ -34,11 +35,16 @@ def write_report(run: Path) -> Path:
     results = Results(metrics, config.evaluate.select, config.evaluate.ks)
     data = _optional(run / DATA)
     steps = metrics.get("selected_steps")
+    # A run is often called "run": the folder it stands in tells it from others.
+    title = escape(Path(*run.resolve().parts[-2:]).as_posix())
+    names = (METRICS, DATA, LOG, _ENVIRONMENT)
+    missing = ", ".join(name for name in names if not (run / name).exists())
     body = "".join(
         [
-            f"<h1>{escape(run.resolve().name)}</h1>\n",
-            paragraph(data.get("log", ""), "soft") if data else "",
+            f"<h1>{title}</h1>\n",
+            paragraph(data["log"], "soft") if data.get("log") else "",
             headline(results),
+            paragraph(f"Not in the run folder: {missing}.", "note") if missing else "",
             warnings(results),
             comparison(results, "test"),
             slices(results),
@@ -49,13 +55,13 @@ def write_report(run: Path) -> Path:
             background.data(data),
             background.definitions(metrics.get("definitions", {})),
             background.configuration((run / CONFIG).read_text("utf-8")),
-            background.environment(_optional(run / "environment.json")),
+            background.environment(_optional(run / _ENVIRONMENT)),
         ]
     )
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>recclr: {escape(run.resolve().name)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<title>recclr: {title}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n{body}</body>\n</html>\n"
     )
     write_bytes_atomic(run / REPORT, page.encode("utf-8"))

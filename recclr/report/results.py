@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from recclr.report.charts import Bar, bar_chart
-from recclr.report.markup import Cell, figure, paragraph, section, table
+from recclr.report.markup import Cell, figure, folded, paragraph, section, table
 
 _FEW_USERS = 200
+_SPLIT_NAMES = {"test": "test", "valid": "validation"}
 _SLICE_NAMES = {
     "all": "all users",
     "warm_items": "warm items",
@@ -70,11 +71,13 @@ class Results:
 def headline(results: Results) -> str:
     """The run in one paragraph."""
     split = results.split
+    if split is None and not results.metrics:
+        return paragraph("The run is not finished: it has no metrics.json yet.", "lead")
     if split is None:
         return paragraph("Nothing was held out, so there is nothing to report.", "lead")
     value = results.value(split, "model", "all", results.select)
     counts = results.metrics["counts"][split]["all"]
-    text = f"On {split}, the model's {results.select} is {_figure(value)}"
+    text = f"On {_SPLIT_NAMES[split]}, the model's {results.select} is {_figure(value)}"
     interval = results.interval(split, "model", "all", results.select)
     if interval:
         text += f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})"
@@ -139,8 +142,9 @@ def comparison(results: Results, split: str) -> str:
     rankers = results.rankers(split)
     if not rankers:
         return ""
+    spoken = _SPLIT_NAMES[split]
     bars = [_bar(results, split, name) for name in rankers]
-    chart = bar_chart(bars, title=f"{results.select} by ranker on {split}", x_label=results.select)
+    chart = bar_chart(bars, title=f"{results.select} on {spoken}", x_label=results.select)
     metrics = [f"{kind}@{k}" for kind in ("recall", "ndcg") for k in results.ks]
     best = {
         m: max((results.value(split, r, "all", m) or 0.0 for r in rankers), default=0.0)
@@ -152,21 +156,21 @@ def comparison(results: Results, split: str) -> str:
         for metric in metrics:
             found = results.value(split, name, "all", metric)
             span = results.interval(split, name, "all", metric)
-            small = f"{span[0]:.4f} to {span[1]:.4f}" if span else ""
+            small = f"{span[0]:.4f}\N{EN DASH}{span[1]:.4f}" if span else ""
             cells.append(Cell(_figure(found), small, "best" if found == best[metric] else ""))
         rows.append(("model" if name == "model" else "", cells))
     counts = results.metrics["counts"][split]["all"]
     caption = (
-        f"{split}: mean over {counts['users']:,} users with {counts['relevant']:,} relevant items, "
-        f"ranked among {counts['candidates']:,} candidates; 95 % intervals over users"
+        f"{spoken}: mean over {counts['users']:,} users with {counts['relevant']:,} relevant "
+        f"items, ranked among {counts['candidates']:,} candidates"
     )
+    drawn = results.select
+    if results.metrics.get("intervals", {}).get(split, {}).get("model"):
+        caption += "; small: 95 % intervals over users"
+        drawn += " with 95 % intervals over users"
     return section(
-        f"Against the baselines, on {split}",
-        figure(
-            chart,
-            f"{results.select} with 95 % intervals; settings of the baselines were "
-            "chosen on validation.",
-        ),
+        f"Against the baselines, on {spoken}",
+        figure(chart, f"{drawn}; settings of the baselines were chosen on validation."),
         table(["ranker", *metrics], rows, caption),
     )
 
@@ -178,7 +182,7 @@ def _bar(results: Results, split: str, name: str) -> Bar:
 
 
 def slices(results: Results) -> str:
-    """The metric of selection of every ranker on every slice of the main split."""
+    """The metric of selection of every ranker on every slice of the main split; chance beside."""
     split = results.split
     if split is None:
         return ""
@@ -190,49 +194,60 @@ def slices(results: Results) -> str:
             continue
         values = {r: results.value(split, r, part, results.select) for r in rankers}
         top = max((v for v in values.values() if v is not None), default=0.0) or 1.0
-        cells = [Cell(label), Cell(f"{counts[part]['users']:,}")]
+        chance = counts[part].get(f"chance_{results.select}")
+        small = "" if chance is None else f"by chance {chance:.4f}"
+        cells = [Cell(label, small), Cell(f"{counts[part]['users']:,}")]
         for ranker in rankers:
             value = values[ranker]
             shade = None if value is None else value / top
             cells.append(Cell(_figure(value), shade=shade))
         rows.append(("", cells))
-    caption = f"{results.select} by slice; a row is shaded by its own best"
+    caption = f"{results.select} by slice of {_SPLIT_NAMES[split]}; a row is shaded by its own best"
     return section(
         "Where it is good, and where not", table(["slice", "users", *rankers], rows, caption)
     )
 
 
 def difference_table(results: Results) -> str:
-    """The model minus each baseline, on each slice, with interval and p-value."""
+    """The model minus each baseline, with interval and p-value: over all users, and by slice."""
     split = results.split
     found = results.metrics.get("differences", {}).get(split, {}) if split else {}
-    rows = []
-    for name, parts in found.items():
-        for part in _SLICE_NAMES:
-            difference = parts.get(part, {}).get(results.select)
-            if difference is None:
-                continue
-            verdict = verdict_of(difference)
-            cells = [
-                Cell(name),
-                Cell(_SLICE_NAMES[part]),
-                Cell(f"{difference['difference']:+.4f}", css="" if verdict == "none" else verdict),
-                Cell(f"{difference['low']:+.4f} to {difference['high']:+.4f}"),
-                Cell(f"{difference['p_value']:.3f}"),
-                Cell({"none": "no difference shown"}.get(verdict, verdict)),
-            ]
-            rows.append(("", cells))
-    if not rows:
-        return ""
+    # As in the other tables, best first; chance, which is no ranker, comes last.
+    order = [name for name in (results.rankers(split) if split else []) if name in found]
+    order += [name for name in found if name not in order]
+    rows = {
+        (name, part): _difference_row(name, part, found[name][part][results.select])
+        for name in order
+        for part in _SLICE_NAMES
+        if results.select in found[name].get(part, {})
+    }
     columns = ["baseline", "slice", "model minus baseline", "95 % interval", "p", "the model is"]
+    caption = (
+        f"{results.select} on {_SPLIT_NAMES.get(split or '', '')}; p from random sign flips, not "
+        "corrected for the number of rows"
+    )
+    over_all = [row for (_, part), row in rows.items() if part == "all"]
+    by_slice = [row for (_, part), row in rows.items() if part != "all"]
     return section(
         "Differences, paired by user",
-        table(
-            columns,
-            rows,
-            f"{results.select}; p from random sign flips, not corrected for the number of rows",
-        ),
+        table(columns, over_all, caption),
+        folded("By slice", table(columns, by_slice, caption)),
     )
+
+
+def _difference_row(
+    name: str, part: str, difference: Mapping[str, float]
+) -> tuple[str, Sequence[Cell]]:
+    verdict = verdict_of(difference)
+    shown = "no difference shown" if verdict == "none" else verdict
+    return "", [
+        Cell(name),
+        Cell(_SLICE_NAMES[part], css="text"),
+        Cell(f"{difference['difference']:+.4f}", css="" if verdict == "none" else verdict),
+        Cell(f"{difference['low']:+.4f} to {difference['high']:+.4f}"),
+        Cell(f"{difference['p_value']:.3f}"),
+        Cell(shown, css="text"),
+    ]
 
 
 def _figure(value: float | None) -> str:

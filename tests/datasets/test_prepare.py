@@ -104,8 +104,100 @@ def test_movielens_archive(tmp_path, monkeypatch):
     assert tables["items"].rows() == [row]
 
 
-def test_only_https_is_fetched():
+@pytest.fixture
+def fetch():
     load("gowalla")
-    fetch = sys.modules["fetch"]
+    return sys.modules["fetch"]
+
+
+class Response(io.BytesIO):
+    """What urlopen gives: a body, and the address that it came from in the end."""
+
+    def __init__(self, body: bytes, url: str) -> None:
+        super().__init__(body)
+        self.url = url
+
+
+def test_only_https_is_fetched(fetch):
     with pytest.raises(fetch.PrepareError, match="only https"):
         fetch.fetch("file:///etc/passwd")
+
+
+def test_a_redirect_away_from_https_is_refused(fetch, monkeypatch):
+    plain = Response(b"rows", "http://example.org/rows.txt")
+    monkeypatch.setattr(fetch.urllib.request, "urlopen", lambda url, timeout: plain)
+    with pytest.raises(fetch.PrepareError, match="only https"):
+        fetch.fetch("https://example.org/rows.txt")
+
+
+@pytest.mark.parametrize(("size", "refused"), [(10, False), (11, True)])
+def test_a_body_over_the_limit_is_refused(fetch, monkeypatch, size, refused):
+    url = "https://example.org/rows.txt"
+    monkeypatch.setattr(
+        fetch.urllib.request, "urlopen", lambda url, timeout: Response(b"x" * size, url)
+    )
+    if refused:
+        with pytest.raises(fetch.PrepareError, match="larger than 10 bytes"):
+            fetch.fetch(url, max_bytes=10)
+    else:
+        assert fetch.fetch(url, max_bytes=10) == b"x" * size
+
+
+def test_no_network_is_said_with_the_way_around_it(fetch, monkeypatch):
+    def broken(url, timeout):
+        raise fetch.urllib.error.URLError("no route")
+
+    monkeypatch.setattr(fetch.urllib.request, "urlopen", broken)
+    with pytest.raises(fetch.PrepareError, match=r"no route.*--raw FOLDER"):
+        fetch.fetch("https://example.org/rows.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("movielens", {"ml-100k.zip": b"PK but no archive"}),
+        ("movietweetings", {"ratings.dat": b"\xff\xfe", "movies.dat": b""}),
+        ("gowalla", {"train.txt": "Schlüssel fehlt".encode(), "test.txt": b""}),
+    ],
+)
+def test_damaged_sources_end_with_one_message(name, files, tmp_path):
+    for file, body in files.items():
+        (tmp_path / file).write_bytes(body)
+    done = run(name, "--out", str(tmp_path / "out"), "--raw", str(tmp_path))
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_tables_are_written_once_and_a_missing_one_is_made_again(fetch, tmp_path, capsys):
+    pairs = pl.DataFrame({"user_id": [1, 2], "item_id": [3, 4]})
+    tables = {"interactions": pairs, "items": pl.DataFrame({"item_id": [3, 4]})}
+    expected = {
+        "interactions": fetch.Expected(2, ("user_id", "item_id"), fetch.digest(pairs)),
+        "items": fetch.Expected(2, ("item_id",)),
+    }
+    builds = []
+
+    def build(raw):
+        builds.append(raw)
+        return tables
+
+    for _ in range(2):
+        fetch._prepare(tmp_path, None, build, expected)
+    assert (len(builds), "verified" in capsys.readouterr().out) == (1, True)
+    (tmp_path / "items.parquet").unlink()
+    fetch._prepare(tmp_path, None, build, expected)
+    assert len(builds) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "interactions.parquet",
+        "items.parquet",
+    ]
+
+
+def test_nothing_is_written_where_one_table_is_refused(fetch, tmp_path):
+    tables = {"a": pl.DataFrame({"x": [1]}), "b": pl.DataFrame({"x": [1, 2]})}
+    expected = {"a": fetch.Expected(1, ("x",)), "b": fetch.Expected(2, ("y",))}
+    with pytest.raises(fetch.PrepareError, match=r"b: expected columns \['y'\]"):
+        fetch._prepare(tmp_path, None, lambda raw: tables, expected)
+    assert not list(tmp_path.iterdir())

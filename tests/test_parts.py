@@ -1,0 +1,359 @@
+"""Parts of a tower against loops over entities; histories never see their future or target."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom
+
+from recclr.data.log import CategoricalColumn, Csr, EncodedLog, RaggedColumn
+from recclr.optim import Table, TableOptimizer
+from recclr.parts import (
+    BagPart,
+    CategoryPart,
+    DensePart,
+    HistoryPart,
+    IdPart,
+    Rows,
+    StatisticsPart,
+)
+from recclr.statistics import DAY_S, TimeIndex, statistics_at
+
+DIM = 3
+NUM_USERS, NUM_ITEMS = 4, 6
+
+
+def table_of(num_rows, seed=0):
+    return Table(num_rows, DIM, std=1.0, generator=torch.Generator().manual_seed(seed))
+
+
+def draws(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def every(count):
+    return torch.ones(count, dtype=torch.bool)
+
+
+def is_likely(hits, trials, probability):
+    low, high = binom.interval(1 - 1e-6, trials, probability)
+    return low <= hits <= high
+
+
+# ids
+
+
+def test_ids_are_table_rows_shifted_by_the_unknown_one():
+    part = IdPart(table_of(6), every(5), dropout=0.0)
+    idx = torch.tensor([4, 0, 4, 2])
+    for rows in (Rows(idx), Rows(idx, generator=draws())):
+        assert torch.equal(part(rows), part.table.weight[idx + 1])
+
+
+def test_an_unknown_id_that_training_never_shows_is_served_the_mean_of_the_known():
+    known = torch.tensor([True, False, True, True, False])
+    part = IdPart(table_of(6), known, dropout=0.0)
+    found = part(Rows(torch.tensor([0, 1, 4, 5, 77, 3])))
+    mean = part.table.weight[[1, 3, 4]].mean(0)
+    expected = [part.table.weight[1], mean, mean, mean, mean, part.table.weight[4]]
+    torch.testing.assert_close(found, torch.stack(expected))
+    shown = part(Rows(torch.tensor([0, 1]), generator=draws()))
+    assert torch.equal(shown, part.table.weight[[1, 0]])
+
+
+def test_id_dropout_shows_the_unknown_row_at_its_rate_and_trains_it():
+    part = IdPart(table_of(8), every(7), dropout=0.3)
+    idx = torch.arange(7).repeat(500)
+    vectors = part(Rows(idx, generator=draws(1)))
+    dropped = (vectors == part.table.weight[0]).all(1)
+    assert torch.equal(vectors[~dropped], part.table.weight[idx[~dropped] + 1])
+    assert is_likely(int(dropped.sum()), len(idx), 0.3)
+    vectors[dropped].sum().backward()
+    before = part.table.weight.clone()
+    TableOptimizer({"ids": part.table}, "sgd").step(0.01)
+    expected = before[0] - 0.01 * dropped.sum()
+    torch.testing.assert_close(part.table.weight[0], expected)
+    # What it learned is what unknown entities are served.
+    assert torch.equal(part(Rows(torch.tensor([7, 99]))), part.table.weight[[0, 0]])
+
+
+def test_nothing_is_dropped_at_inference():
+    part = IdPart(table_of(8), every(7), dropout=0.9)
+    assert torch.equal(part(Rows(torch.arange(7))), part.table.weight[1:])
+
+
+def test_as_of_ids_count_from_the_second_after_they_were_first_seen():
+    first_seen = torch.tensor([100, 200, 1 << 62])
+    part = IdPart(
+        table_of(4), torch.tensor([True, True, False]), dropout=0.0, first_seen=first_seen
+    )
+
+    def rows_at(at):
+        found = part(Rows(torch.tensor([0, 1, 2, 3]), torch.tensor(at)))
+        return [int((part.table.weight == vector).all(1).nonzero()) for vector in found]
+
+    assert rows_at(100) == [0, 0, 0, 0]
+    assert rows_at(101) == [1, 0, 0, 0]
+    assert rows_at(200) == [1, 0, 0, 0]
+    assert rows_at(201) == [1, 2, 0, 0]
+    each = part(Rows(torch.tensor([1, 1]), torch.tensor([200, 201])))
+    assert torch.equal(each, part.table.weight[[0, 2]])
+
+
+# features
+
+
+def test_a_missing_unknown_or_dropped_category_is_row_0():
+    column = CategoricalColumn(torch.tensor([2, 0, 1, 2], dtype=torch.int32), 3)
+    part = CategoryPart(table_of(4), column, dropout=0.25)
+    assert torch.equal(
+        part(Rows(torch.tensor([0, 1, 2, 3, 4, 99]))), part.table.weight[[2, 0, 1, 2, 0, 0]]
+    )
+    idx = torch.tensor([0, 2]).repeat(1000)
+    found = part(Rows(idx, generator=draws()))
+    dropped = (found == part.table.weight[0]).all(1)
+    assert torch.equal(found[~dropped], part.table.weight[[2, 1]].repeat(1000, 1)[~dropped])
+    assert is_likely(int(dropped.sum()), len(idx), 0.25)
+
+
+bags = st.lists(st.lists(st.integers(0, 4), max_size=4), min_size=1, max_size=6)
+
+
+@given(lists=bags, asked=st.lists(st.integers(0, 8), max_size=9))
+@settings(max_examples=100, deadline=None)
+def test_a_bag_is_the_mean_of_its_categories_as_a_loop_has_it(lists, asked):
+    values = torch.tensor([v for bag in lists for v in bag], dtype=torch.int32)
+    offsets = torch.tensor([0, *(len(bag) for bag in lists)]).cumsum(0)
+    part = BagPart(table_of(6), RaggedColumn(Csr(offsets, values), 5), dropout=0.0)
+    found = part(Rows(torch.tensor(asked, dtype=torch.int64)))
+    assert found.shape == (len(asked), DIM)
+    for vector, entity in zip(found, asked, strict=True):
+        bag = lists[entity] if entity < len(lists) else []
+        # Repeats count as often as they stand there; nothing at all is the last row.
+        expected = part.table.weight[bag].mean(0) if bag else part.table.weight[5]
+        torch.testing.assert_close(vector, expected)
+
+
+def test_gradients_of_bags_reach_each_category_by_its_share():
+    column = RaggedColumn(Csr(torch.tensor([0, 3, 3]), torch.tensor([1, 1, 4]).int()), 5)
+    part = BagPart(table_of(6), column, dropout=0.0)
+    before = part.table.weight.clone()
+    part(Rows(torch.tensor([0, 1, 1]), generator=draws())).sum().backward()
+    TableOptimizer({"bag": part.table}, "sgd").step(1.0)
+    moved = (before - part.table.weight)[:, 0]
+    torch.testing.assert_close(moved, torch.tensor([0, 2 / 3, 0, 0, 1 / 3, 2.0]))
+
+
+def test_dropped_bags_are_shown_as_empty_ones():
+    column = RaggedColumn(Csr(torch.tensor([0, 1]), torch.tensor([3]).int()), 5)
+    part = BagPart(table_of(6), column, dropout=0.4)
+    found = part(Rows(torch.zeros(2000, dtype=torch.int64), generator=draws()))
+    dropped = (found == part.table.weight[5]).all(1)
+    assert torch.equal(found[~dropped], part.table.weight[[3]].expand(int((~dropped).sum()), DIM))
+    assert is_likely(int(dropped.sum()), 2000, 0.4)
+
+
+@pytest.mark.parametrize("width", [2, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_dense_vectors_pass_the_network_and_absent_ones_are_the_missing_vector(width, dtype):
+    values = torch.randn(5, width, generator=draws()).to(dtype)
+    part = DensePart(values, DIM, dropout=0.2)
+    torch.nn.init.normal_(part.missing)
+    idx = torch.tensor([4, 0, 5, 99])
+    found = part(Rows(idx))
+    torch.testing.assert_close(found[:2], part.network(values[[4, 0]].float()))
+    assert torch.equal(found[2:], part.missing.expand(2, DIM))
+    shown = part(Rows(torch.ones(2000, dtype=torch.int64), generator=draws()))
+    dropped = (shown == part.missing).all(1)
+    torch.testing.assert_close(shown[~dropped][0], part.network(values[1].float()))
+    assert is_likely(int(dropped.sum()), 2000, 0.2)
+
+
+def test_statistics_pass_the_network_as_they_stood_at_the_moment_of_each_row():
+    index = TimeIndex(torch.tensor([0, 1, 1]), torch.tensor([10, 20, 30]) * DAY_S, 2)
+    part = StatisticsPart(index, DIM, windows_d=(5.0, 15.0), age=True, dropout=0.3)
+    torch.nn.init.normal_(part.missing)
+    idx, at = torch.tensor([1, 0, 2, 1]), torch.tensor([25, 11, 25, 31]) * DAY_S
+    values = statistics_at(index, idx, at, windows_d=(5.0, 15.0), age=True)
+    torch.testing.assert_close(part(Rows(idx, at)), part.network(values))
+    rows = Rows(idx.repeat(500), at.repeat(500), generator=draws())
+    dropped = (part(rows) == part.missing).all(1)
+    assert is_likely(int(dropped.sum()), 2000, 0.3)
+
+
+# histories
+
+HALF_LIFE_D = 2.0
+events = st.lists(
+    st.tuples(
+        st.integers(0, 12).map(lambda step: 1_000_000 + step * DAY_S // 2),
+        st.integers(0, NUM_USERS - 1),
+        st.integers(0, NUM_ITEMS - 1),
+    ),
+    min_size=1,
+    max_size=30,
+).map(sorted)
+
+
+def log_of(rows, *, timed):
+    times, users, items = (list(column) for column in zip(*rows, strict=True))
+    return EncodedLog(
+        torch.tensor(users, dtype=torch.int32),
+        torch.tensor(items, dtype=torch.int32),
+        num_users=NUM_USERS,
+        num_items=NUM_ITEMS,
+        timestamp=torch.tensor(times) if timed else None,
+    )
+
+
+def history_of(rows, *, timed, length=50, half_life_d=None, dropout=0.0):
+    log = log_of(rows, timed=timed)
+    items = IdPart(table_of(NUM_ITEMS + 1, seed=3), every(NUM_ITEMS), dropout=0.0)
+    part = HistoryPart(
+        [items],
+        log.user_items(),
+        TimeIndex.of_users(log) if timed else None,
+        dim=DIM,
+        length=length,
+        half_life_d=half_life_d,
+        dropout=dropout,
+    )
+    with torch.no_grad():
+        part.missing.copy_(torch.tensor([7.0, 8.0, 9.0]))
+    return part
+
+
+def pooled(part, past, at, half_life_d):
+    """Slow twin: Σ w·v / sqrt(Σ w²) over (time, item) pairs, in float64."""
+    if not past:
+        return part.missing.detach()
+    vectors = part.item_parts[0].table.weight.double()
+    weights = [
+        1.0 if half_life_d is None else 0.5 ** ((at - t) / DAY_S / half_life_d) for t, _ in past
+    ]
+    total = sum(w * vectors[item + 1] for w, (_, item) in zip(weights, past, strict=True))
+    return (total / sum(w * w for w in weights) ** 0.5).float()
+
+
+@given(
+    rows=events,
+    asked=st.lists(st.tuples(st.integers(0, NUM_USERS + 2), st.integers(-1, 14)), max_size=6),
+    length=st.integers(1, 6),
+    half_life_d=st.sampled_from([None, HALF_LIFE_D]),
+)
+@settings(max_examples=150, deadline=None)
+def test_timed_histories_equal_a_loop(rows, asked, length, half_life_d):
+    part = history_of(rows, timed=True, length=length, half_life_d=half_life_d)
+    idx = torch.tensor([user for user, _ in asked], dtype=torch.int64)
+    at = 1_000_000 + torch.tensor([step for _, step in asked], dtype=torch.int64) * (DAY_S // 2)
+    found = part(Rows(idx, at))
+    assert found.shape == (len(asked), DIM)
+    for vector, user, moment in zip(found, idx.tolist(), at.tolist(), strict=True):
+        past = [(t, item) for t, u, item in rows if u == user and t < moment][-length:]
+        expected = pooled(part, past, moment, half_life_d)
+        torch.testing.assert_close(vector, expected, rtol=1e-5, atol=1e-5)
+    for moment in at[:1]:
+        together = part(Rows(idx, moment))
+        assert torch.equal(together, part(Rows(idx, moment.expand(len(idx)))))
+
+
+@given(
+    rows=events, asked=st.lists(st.integers(0, 29), min_size=1, max_size=5), cap=st.integers(1, 6)
+)
+@settings(max_examples=100, deadline=None)
+def test_histories_without_time_leave_out_every_occurrence_of_the_target(rows, asked, cap):
+    part = history_of(rows, timed=False, length=cap)
+    targets = [rows[position % len(rows)] for position in asked]
+    idx = torch.tensor([user for _, user, _ in targets])
+    without = torch.tensor([item for _, _, item in targets])
+    found = part(Rows(idx, without=without))
+    for vector, (_, user, target) in zip(found, targets, strict=True):
+        own = [(t, item) for t, u, item in rows if u == user][-cap:]
+        past = [(t, item) for t, item in own if item != target]
+        torch.testing.assert_close(vector, pooled(part, past, 0, None), rtol=1e-5, atol=1e-5)
+
+
+@given(
+    rows=events, other=events, position=st.integers(0, 29), half_life_d=st.sampled_from([None, 3.0])
+)
+@settings(max_examples=150, deadline=None)
+def test_neither_the_target_nor_the_future_ever_changes_a_timed_history(
+    rows, other, position, half_life_d
+):
+    at, user, _ = rows[position % len(rows)]
+    past = [row for row in rows if row[0] < at]
+    changed = sorted([*past, *((max(t, at), u, item) for t, u, item in other)])
+    found = [
+        history_of(log, timed=True, half_life_d=half_life_d)(
+            Rows(torch.tensor([user]), torch.tensor([at]))
+        )
+        for log in (rows, changed)
+    ]
+    assert torch.equal(*found)
+
+
+@given(rows=events, position=st.integers(0, 29), stranger=st.integers(0, NUM_ITEMS - 1))
+@settings(max_examples=100, deadline=None)
+def test_the_target_never_changes_a_history_without_time(rows, position, stranger):
+    _, user, target = rows[position % len(rows)]
+    own = [item for _, u, item in rows if u == user]
+    if stranger in own:
+        stranger = target
+    swapped = [(t, u, stranger if (u, i) == (user, target) else i) for t, u, i in rows]
+    found = [
+        history_of(log, timed=False)(Rows(torch.tensor([user]), without=torch.tensor([item])))
+        for log, item in ((rows, target), (swapped, stranger))
+    ]
+    assert torch.equal(*found)
+
+
+def test_a_timed_log_asked_without_a_moment_leaves_the_target_out_as_well():
+    rows = [(10, 0, 1), (20, 0, 2)]
+    part = history_of(rows, timed=True)
+    found = part(Rows(torch.tensor([0]), without=torch.tensor([2])))
+    torch.testing.assert_close(found[0], part.item_parts[0].table.weight[2])
+
+
+@pytest.mark.parametrize("half_lives", [0, 50, 5000])
+def test_a_long_absence_does_not_make_a_history_fade(half_lives):
+    rows = [(0, 1, 4), (DAY_S, 1, 2), (3 * DAY_S, 1, 5)]
+    part = history_of(rows, timed=True, half_life_d=HALF_LIFE_D)
+    soon = 3 * DAY_S + 1
+    later = soon + int(half_lives * HALF_LIFE_D * DAY_S)
+    expected = pooled(part, [(t, item) for t, _, item in rows], soon, HALF_LIFE_D)
+    torch.testing.assert_close(part(Rows(torch.tensor([1]), torch.tensor(later)))[0], expected)
+
+
+def test_history_dropout_hides_whole_rows_at_its_rate():
+    part = history_of([(0, 2, 3), (1, 2, 1)], timed=True, dropout=0.35)
+    idx, at = torch.full((2000,), 2), torch.tensor(9)
+    kept = part(Rows(idx[:1], at))[0]
+    found = part(Rows(idx, at, generator=draws()))
+    hidden = (found == part.missing).all(1)
+    assert torch.allclose(found[~hidden], kept)
+    assert is_likely(int(hidden.sum()), 2000, 0.35)
+
+
+def test_item_parts_add_up_and_learn_from_the_history():
+    rows = [(0, 0, 1), (1, 0, 4)]
+    log = log_of(rows, timed=True)
+    column = CategoricalColumn(torch.tensor([0, 1, 2, 1, 2, 0]).int(), 3)
+    ids = IdPart(table_of(7), every(NUM_ITEMS), dropout=0.0)
+    kinds = CategoryPart(table_of(4, seed=1), column, dropout=0.0)
+    part = HistoryPart(
+        [ids, kinds],
+        log.user_items(),
+        TimeIndex.of_users(log),
+        dim=DIM,
+        length=9,
+        half_life_d=None,
+        dropout=0.0,
+    )
+    found = part(Rows(torch.tensor([0]), torch.tensor(9), generator=draws()))
+    items = ids.table.weight[[2, 5]] + kinds.table.weight[[1, 2]]
+    torch.testing.assert_close(found[0], items.sum(0) / 2**0.5)
+    found.sum().backward()
+    before = ids.table.weight.clone()
+    TableOptimizer({"ids": ids.table, "kinds": kinds.table}, "sgd").step(1.0)
+    moved = (before - ids.table.weight)[:, 0]
+    torch.testing.assert_close(moved, torch.tensor([0, 0, 1, 0, 0, 1, 0]) / 2**0.5)
