@@ -6,7 +6,8 @@ import torch
 import recclr.batches as batches_module
 from recclr.batches import BatchSource
 from recclr.data.log import EncodedLog
-from recclr.errors import ConfigError
+from recclr.errors import ConfigError, DataError
+from recclr.order import permuted
 from recclr.settings import TrainSettings
 from recclr.statistics import DAY_S
 
@@ -31,11 +32,20 @@ def source(*, batch_size=8, time_cells=False, staleness_d=0.0, **kinds):
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 53, 100])
-def test_an_epoch_shows_every_row_once(batch_size):
+@pytest.mark.parametrize("window", [1, 20, 1 << 16])
+def test_an_epoch_shows_every_row_once_in_the_order_of_its_permutation(
+    batch_size, window, monkeypatch
+):
+    monkeypatch.setattr(batches_module, "_WINDOW", window)
     made = source(batch_size=batch_size, timed=False)
     for epoch in range(3):
         steps = range(epoch * made.steps_per_epoch, (epoch + 1) * made.steps_per_epoch)
-        rows = torch.cat([made.batch(step).item_idx for step in steps])
+        batches = [made.batch(step) for step in steps]
+        assert {len(batch.item_idx) for batch in batches[:-1]} <= {min(batch_size, NUM_ROWS)}
+        rows = torch.cat([batch.item_idx for batch in batches])
+        key = batches_module._ORDER
+        assert torch.equal(rows, permuted(torch.arange(NUM_ROWS), NUM_ROWS, 5, epoch, key))
+        assert torch.equal(torch.cat([batch.user_idx for batch in batches]), rows % 7)
         assert torch.equal(rows.sort().values, torch.arange(NUM_ROWS))
 
 
@@ -65,29 +75,59 @@ def test_a_batch_follows_from_its_step_alone(time_cells, monkeypatch):
 
 def test_time_cells_are_neighbours_and_seen_as_of_their_begin():
     made = source(time_cells=True)
-    seen = []
     for step in range(made.steps_per_epoch):
         batch = made.batch(step)
         rows = batch.item_idx
+        assert 1 <= len(rows) <= 8
         assert torch.equal(rows, torch.arange(int(rows[0]), int(rows[-1]) + 1))
         assert int(batch.item_at) == int(rows[0]) * DAY_S
         assert torch.equal(batch.user_at, rows * DAY_S)
         low, high = max(int(rows[0]) - 16, 0), min(int(rows[-1]) + 1 + 16, NUM_ROWS)
         assert torch.equal(batch.pool, torch.arange(low, high).int())
-        seen.append(rows)
-    assert set(torch.cat(seen).tolist()) == set(range(NUM_ROWS))
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 27, 53, 60])
+def test_time_cells_show_every_row_once_and_fill_an_empty_cell_with_the_newest(batch_size):
+    made = source(time_cells=True, batch_size=batch_size)
+    per_epoch = made.steps_per_epoch
+    starts, orders, filled = set(), set(), 0
+    for epoch in range(40):
+        cells = [made.batch(epoch * per_epoch + at).item_idx for at in range(per_epoch)]
+        times = torch.bincount(torch.cat(cells), minlength=NUM_ROWS)
+        extra = times - 1
+        if extra.any():
+            filled += 1
+            assert torch.equal(extra, (torch.arange(NUM_ROWS) >= NUM_ROWS - batch_size).long())
+        firsts = tuple(int(cell[0]) for cell in cells)
+        starts.add(tuple(sorted(firsts)))
+        orders.add(tuple(at for at, _ in sorted(enumerate(firsts), key=lambda pair: pair[1])))
+    if 1 < batch_size < NUM_ROWS:
+        # Cut elsewhere in each epoch, so that all neighbours meet, and shown in another order.
+        assert len(starts) > min(batch_size, 40) / 2
+        assert len(orders) > 1
+        assert 0 < filled < 40
 
 
 def test_stale_cells_stand_at_one_moment_up_to_so_many_days_before():
     made = source(time_cells=True, staleness_d=4.0)
-    delays = set()
-    for step in range(40):
+    delays_s = []
+    for step in range(400):
         batch = made.batch(step)
-        delay = int(batch.item_idx[0]) * DAY_S - int(batch.item_at)
-        assert 0 <= delay <= 4 * DAY_S
-        assert (batch.user_at == batch.item_at).all() or delay == 0
-        delays.add(delay)
-    assert len(delays) > 30
+        delay_s = int(batch.item_idx[0]) * DAY_S - int(batch.item_at)
+        assert 0 <= delay_s <= 4 * DAY_S
+        assert batch.user_at.tolist() == [int(batch.item_at)] * len(batch.item_idx)
+        delays_s.append(delay_s)
+    # Uniform: a quarter of 400 draws a day, give or take 4.5 standard deviations.
+    by_day = torch.bincount(torch.tensor(delays_s) // DAY_S, minlength=4)
+    assert ((by_day - 100).abs() <= 4.5 * (400 * 0.25 * 0.75) ** 0.5).all()
+
+
+def test_without_cells_staleness_moves_every_user_of_a_step_by_the_same_time():
+    batch = source(staleness_d=4.0).batch(3)
+    delays_s = (batch.item_idx * DAY_S - batch.user_at).unique()
+    assert len(delays_s) == 1
+    assert 0 < int(delays_s) <= 4 * DAY_S
+    assert batch.item_at is None
 
 
 def test_without_cells_users_are_seen_at_the_moment_of_their_row():
@@ -106,3 +146,20 @@ def test_weights_go_with_their_rows():
 def test_time_cells_need_time():
     with pytest.raises(ConfigError, match="timestamps"):
         source(time_cells=True, timed=False)
+
+
+def test_seeds_differ():
+    settings = TrainSettings(batch_size=8)
+    one, other = (
+        BatchSource(log(), settings, seed=seed, time_cells=False).batch(0).item_idx
+        for seed in (5, 6)
+    )
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("time_cells", [False, True])
+def test_a_log_without_rows_is_refused(time_cells):
+    nothing = torch.empty(0, dtype=torch.int32)
+    empty = EncodedLog(nothing, nothing, 3, 3, timestamp=nothing.long())
+    with pytest.raises(DataError, match="no rows"):
+        BatchSource(empty, TrainSettings(), seed=0, time_cells=time_cells)

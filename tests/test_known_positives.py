@@ -1,5 +1,6 @@
 """Masked pairs against a set of all train interactions."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,3 +72,33 @@ def test_only_own_masks_nothing_but_the_rows_positive():
     assert found == {
         (row, places[item]) for row, item in enumerate(positives.tolist()) if item in places
     }
+
+
+def test_a_user_with_several_rows_is_masked_in_each():
+    log = EncodedLog(torch.tensor([0, 0, 1]).int(), torch.tensor([2, 4, 3]).int(), 2, 5)
+    users, candidates = torch.tensor([0, 1, 0, 0]), torch.tensor([4, 3, 2])
+    expected = {(0, 0), (0, 2), (1, 1), (2, 0), (2, 2), (3, 0), (3, 2)}
+    known = KnownPositives(log)
+    for walk in (known._from_rows, known._from_candidates):
+        assert pairs(walk(users, candidates)) == expected
+
+
+@pytest.mark.parametrize(
+    ("candidates", "shorter"), [([0], "_from_rows"), ([1, 2, 3], "_from_candidates")]
+)
+def test_the_shorter_walk_is_taken(candidates, shorter, monkeypatch):
+    # Item 0 has five users; user 0 took items 0 to 3, which is four entries.
+    users = torch.tensor([0, 0, 0, 0, 1, 2, 3, 4])
+    items = torch.tensor([0, 1, 2, 3, 0, 0, 0, 0])
+    known = KnownPositives(EncodedLog(users.int(), items.int(), 5, 6))
+    taken = []
+    for name in ("_from_rows", "_from_candidates"):
+        walk = getattr(known, name)
+
+        def spy(*args, name=name, walk=walk):
+            taken.append(name)
+            return walk(*args)
+
+        monkeypatch.setattr(known, name, spy)
+    known.mask(torch.tensor([0]), torch.tensor([0]), torch.tensor(candidates))
+    assert taken == [shorter]

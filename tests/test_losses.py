@@ -11,22 +11,30 @@ from recclr.kernels import masked_logsumexp
 from recclr.losses import contrastive_loss, weighted_mean
 
 
-def test_infonce_is_cross_entropy_over_positive_and_negatives():
+@pytest.mark.parametrize("scale", [1.0, 3000.0])
+def test_infonce_is_cross_entropy_over_positive_and_negatives(scale):
     draws = torch.Generator().manual_seed(0)
-    positive = torch.randn(5, generator=draws)
-    negatives = torch.randn(5, 9, generator=draws)
+    positive = (torch.randn(5, generator=draws) * scale).requires_grad_()
+    negatives = (torch.randn(5, 9, generator=draws) * scale).requires_grad_()
     logits = torch.cat([positive[:, None], negatives], 1)
     expected = cross_entropy(logits, torch.zeros(5, dtype=torch.int64), reduction="none")
     found = contrastive_loss(positive, torch.logsumexp(negatives, 1))
     torch.testing.assert_close(found, expected)
+    ours, theirs = (
+        torch.autograd.grad(loss.sum(), (positive, negatives)) for loss in (found, expected)
+    )
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_bsl_raises_the_sum_of_negatives_to_the_second_temperature():
-    positive, negatives = torch.tensor([0.7]), torch.tensor([[0.1, -0.4, 0.9]])
-    total = sum(math.exp(x) for x in negatives[0].tolist())
-    expected = -math.log(math.exp(0.7) / total**1.22)
+    positive = torch.tensor([0.7, -0.2])
+    negatives = torch.tensor([[0.1, -0.4, 0.9], [1.1, 0.3, -2.0]])
+    expected = [
+        -math.log(math.exp(own) / math.fsum(map(math.exp, others)) ** 1.22)
+        for own, others in zip(positive.tolist(), negatives.tolist(), strict=True)
+    ]
     found = contrastive_loss(positive, torch.logsumexp(negatives, 1), second_temperature=1.22)
-    assert float(found) == pytest.approx(expected, abs=1e-6)
+    torch.testing.assert_close(found, torch.tensor(expected))
 
 
 @pytest.mark.parametrize(("second", "expected", "slope"), [(None, 0.0, 0.0), (1.3, -0.7, -1.0)])

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from recclr.data.log import EncodedLog
 from recclr.errors import ConfigError
@@ -50,22 +52,50 @@ def test_without_in_batch_a_positive_is_a_candidate_only_where_it_was_drawn():
         assert len(found.log_weights) == len(found.candidate_idx)
 
 
-def test_expected_counts_add_up_over_sources():
-    source = sampler(uniform=10, popularity=PopularitySettings(count=6, alpha=0.5))
-    positives = torch.tensor([4, 4, 1, 6, 3])
-    draws = generator("cpu", 3)
-    found = source.draw(positives, draws)
-    replay = generator("cpu", 3)
-    drawn = torch.cat([source._draws(replay, positives.device), positives])
-    counts = torch.bincount(drawn, minlength=NUM_ITEMS)[found.item_idx]
-    power = [math.sqrt(count) for count in COUNTS]
-    expected = [
-        10 / NUM_ITEMS
-        + 6 * power[item] / sum(power)
-        + (len(positives) - 1) * COUNTS[item] / (sum(COUNTS) - 1)
-        for item in found.item_idx.tolist()
-    ]
-    torch.testing.assert_close(expected_of(found, counts), torch.tensor(expected))
+@given(
+    seed=st.integers(0, 1000),
+    counts=st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any),
+    batch_size=st.integers(1, 14),
+    in_batch=st.booleans(),
+    uniform=st.integers(0, 9),
+    popular=st.integers(0, 7),
+    alpha=st.sampled_from([0.0, 0.5, 1.0]),
+    strength=st.sampled_from([0.0, 0.3, 1.0]),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_candidate_weighs_its_draws_over_their_expected_number(
+    seed, counts, batch_size, in_batch, uniform, popular, alpha, strength
+):
+    if not (in_batch or uniform or popular):
+        in_batch = True
+    rows = [item for item, count in enumerate(counts) for _ in range(count)]
+    items = torch.tensor(rows)
+    log = EncodedLog(torch.zeros(len(rows)).int(), items.int(), 1, len(counts))
+    popularity = PopularitySettings(count=popular, alpha=alpha) if popular else None
+    options = NegativesSettings(in_batch=in_batch, uniform=uniform, popularity=popularity)
+    source = CandidateSampler(log, options, log_q_strength=strength)
+    positives = items[torch.randperm(len(rows), generator=generator("cpu", seed))[:batch_size]]
+    found = source.draw(positives, generator("cpu", seed, 1))
+    drawn = source._draws(generator("cpu", seed, 1), positives.device).tolist()
+    assert len(drawn) == uniform + popular
+    assert found.item_idx.tolist() == sorted({*drawn, *positives.tolist()})
+    assert torch.equal(found.item_idx[found.positive_row], positives)
+    candidates = drawn + positives.tolist() * in_batch
+    assert found.candidate_idx.tolist() == sorted(set(candidates))
+    power = [count**alpha if count else 0.0 for count in counts]
+    for item, log_weight in zip(
+        found.candidate_idx.tolist(), found.log_weights.tolist(), strict=True
+    ):
+        expected = uniform / len(counts) + popular * power[item] / sum(power)
+        if in_batch and len(rows) > 1:
+            expected += (len(positives) - 1) * counts[item] / (len(rows) - 1)
+        if expected == 0.0:
+            # Its only draw is the positive of a batch of one, which is masked.
+            assert len(positives) == 1
+            assert math.isfinite(log_weight)
+            continue
+        told = math.log(candidates.count(item)) - strength * math.log(expected)
+        assert log_weight == pytest.approx(told, abs=1e-5)
 
 
 def test_expected_counts_are_those_of_a_simulation():
@@ -88,16 +118,42 @@ def test_expected_counts_are_those_of_a_simulation():
             assert abs(float(total[item] / trials - expected[item])) < spread
 
 
-def test_popularity_draws_follow_train_counts_to_the_power_alpha():
+def assert_frequencies(drawn, shares):
+    """Counts of independent draws, each within 4.5 standard deviations."""
+    total = int(drawn.sum())
+    spread = 4.5 * (total * shares * (1 - shares)).sqrt()
+    assert ((drawn - total * shares).abs() <= spread).all()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.75, 1.0])
+def test_popularity_draws_follow_train_counts_to_the_power_alpha(alpha):
     source = sampler(
-        in_batch=False, uniform=0, popularity=PopularitySettings(count=20_000, alpha=0.75)
+        in_batch=False, uniform=0, popularity=PopularitySettings(count=20_000, alpha=alpha)
     )
     drawn = torch.bincount(source._draws(generator("cpu", 5), torch.device("cpu")), minlength=7)
-    power = torch.tensor(COUNTS).double() ** 0.75
-    share = power / power.sum()
+    power = torch.tensor([count**alpha if count else 0.0 for count in COUNTS]).double()
     assert drawn[0] == 0  # never in train
-    spread = 4.5 * (20_000 * share * (1 - share)).sqrt()
-    assert ((drawn - 20_000 * share).abs() <= spread).all()
+    assert_frequencies(drawn, power / power.sum())
+
+
+def test_uniform_draws_reach_every_item_alike():
+    source = sampler(in_batch=False, uniform=20_000)
+    drawn = torch.bincount(source._draws(generator("cpu", 6), torch.device("cpu")), minlength=7)
+    assert_frequencies(drawn, torch.full((NUM_ITEMS,), 1 / NUM_ITEMS, dtype=torch.float64))
+
+
+def test_a_rounding_error_draws_no_item_that_train_never_saw():
+    items = torch.tensor([1, 1, 3])
+    log = EncodedLog(torch.arange(3).int(), items.int(), 3, 6)
+    options = NegativesSettings(
+        in_batch=False, uniform=0, popularity=PopularitySettings(count=500, alpha=1.0)
+    )
+    source = CandidateSampler(log, options)
+    # Sums that end far below 1 instead of a hair.
+    source.cumulative = source.cumulative * 0.5
+    found = source.draw(items, generator("cpu", 1))
+    assert found.candidate_idx.tolist() == [1, 3]
+    assert found.log_weights.abs().max() < 2
 
 
 def test_strength_scales_the_correction():
@@ -134,9 +190,40 @@ def test_draws_follow_from_the_generator():
     assert not torch.equal(first, other)
 
 
-def test_one_item_needs_another_source_than_the_batch():
-    one_item = EncodedLog(torch.tensor([0, 1]).int(), torch.tensor([2, 2]).int(), 2, 3)
-    with pytest.raises(ConfigError, match="at least 2 rows on 2 items"):
-        require_negatives(NegativesSettings(uniform=0), one_item)
-    require_negatives(NegativesSettings(uniform=1), one_item)
-    require_negatives(NegativesSettings(uniform=0), planted())
+def log_of(items, num_items):
+    return EncodedLog(torch.arange(len(items)).int(), torch.tensor(items).int(), 9, num_items)
+
+
+POPULAR = PopularitySettings(count=3)
+
+
+@pytest.mark.parametrize(
+    ("items", "num_items", "batch_size", "options", "message"),
+    [
+        ([2, 2], 3, None, {"uniform": 0}, "at least 2 items to choose from, found 1"),
+        ([2, 2], 3, None, {"uniform": 0, "popularity": POPULAR}, "at least 2 items"),
+        ([0, 0], 1, None, {"uniform": 4}, "at least 2 items"),
+        ([2], 3, None, {"uniform": 0}, "at least 2 rows, found 1"),
+        ([1, 2, 0], 3, 1, {"uniform": 0}, "train.batch_size"),
+    ],
+)
+def test_settings_that_leave_no_negative_are_refused(
+    items, num_items, batch_size, options, message
+):
+    with pytest.raises(ConfigError, match=message):
+        require_negatives(
+            NegativesSettings(**options), log_of(items, num_items), batch_size=batch_size
+        )
+
+
+@pytest.mark.parametrize(
+    ("items", "batch_size", "options"),
+    [
+        ([2, 2], None, {"uniform": 1}),
+        ([1, 2], 2, {"uniform": 0}),
+        ([1, 2], 1, {"uniform": 1}),
+        ([1, 2], 1, {"uniform": 0, "popularity": POPULAR}),
+    ],
+)
+def test_settings_that_leave_some_negative_are_not(items, batch_size, options):
+    require_negatives(NegativesSettings(**options), log_of(items, 3), batch_size=batch_size)

@@ -50,3 +50,33 @@ def test_generators_of_equal_keys_draw_alike():
     first, again, other = (torch.rand(5, generator=generator("cpu", 3, k)) for k in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@given(
+    size=st.integers(1, (1 << 60) - 1),
+    seed=st.integers(0, 1 << 40),
+    shares=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=20),
+)
+@settings(max_examples=100, deadline=None)
+def test_sizes_up_to_the_limit_stay_in_range_and_distinct(size, seed, shares):
+    positions = sorted({min(int(share * size), size - 1) for share in shares} | {0, size - 1})
+    found = permuted(torch.tensor(positions), size, seed).tolist()
+    assert all(0 <= row < size for row in found)
+    assert len(set(found)) == len(positions)
+
+
+def test_every_two_rows_share_a_batch_as_often_as_in_a_uniform_draw():
+    # The expected counts of in-batch negatives rest on this.
+    size, batch_size, epochs = 100, 10, 1500
+    together = torch.zeros(size, size)
+    for epoch in range(epochs):
+        batches = permuted(torch.arange(size), size, 7, epoch).view(-1, batch_size)
+        number = torch.empty(size, dtype=torch.int64)
+        number[batches.flatten()] = torch.arange(size) // batch_size
+        together += number[:, None] == number
+    rate = (batch_size - 1) / (size - 1)
+    pairs = together[tuple(torch.triu_indices(size, size, 1))].double()
+    scores = (pairs - epochs * rate) / (epochs * rate * (1 - rate)) ** 0.5
+    assert scores.abs().max() < 5
+    # Over 4950 pairs the mean square of standard scores is 1 ± 0.02.
+    assert float(scores.square().mean()) == pytest.approx(1, abs=0.1)

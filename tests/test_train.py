@@ -299,7 +299,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "ids, adam",
+        "all parts, adam",
+        "time cells, adagrad",
+        pytest.param("all parts, rowwise", marks=pytest.mark.slow),
+        pytest.param("time cells, sgd", marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_at_any_step_it_is_the_uninterrupted_run(tmp_path, case):
     towers, optimizer = CASES[case]
     model = model_of(towers)
@@ -365,7 +374,7 @@ def test_a_crash_while_a_checkpoint_is_written_changes_nothing_in_the_end(
 ):
     model = model_of(RICH)
     whole = run(model, **arguments(RICH, "adam", tmp_path / "whole"))
-    for count in (1, 2, 4, 5):
+    for count in (1, 2, 5):
         root = tmp_path / str(count)
         monkeypatch.setattr(files, "_reached", {})
         monkeypatch.setenv("RECCLR_FAULT", f"{point}:{count}:eio")
@@ -651,16 +660,18 @@ def touch(model):
 
 def test_a_gradient_left_in_the_model_does_not_leak_into_training():
     clean, dirty, dirtied = (model_of(RICH) for _ in range(3))
-
-    def evaluate(model, leave):
-        if leave:
-            touch(model)
-        return {"recall@20": -float(model.log_temperature.detach())}
-
-    run(clean, evaluate=lambda model: evaluate(model, False))
+    rising = [0.1, 0.2, 0.3]
+    run(clean, evaluate=scripted(rising))
     touch(dirty)
-    run(dirty, evaluate=lambda model: evaluate(model, False))
-    run(dirtied, evaluate=lambda model: evaluate(model, True))
+    run(dirty, evaluate=scripted(rising))
+    judge = scripted(rising)
+
+    def leave_a_gradient(model):
+        touch(model)
+        return judge(model)
+
+    result = run(dirtied, evaluate=leave_a_gradient)
+    assert result.best_step == 10
     assert same(copied(clean), copied(dirty))
     assert same(copied(clean), copied(dirtied))
 
