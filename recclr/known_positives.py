@@ -31,12 +31,15 @@ class KnownPositives:
         self.only_own = only_own
         self.item_slots = torch.full((log.num_items,), -1, dtype=torch.int64, device=device)
         if not only_own:
-            self.user_items = log.user_items()
-            self.item_users = Csr.from_pairs(log.item_idx, log.user_idx, log.num_items)
+            # Each pair once, however often it was bought: shorter walks, and an honest count.
+            pairs = torch.unique(log.user_idx.long() * log.num_items + log.item_idx)
+            users, items = pairs // log.num_items, pairs % log.num_items
+            self.user_items = Csr.from_pairs(users, items, log.num_users)
+            self.item_users = Csr.from_pairs(items, users, log.num_items)
             self.user_slots = torch.full((log.num_users,), -1, dtype=torch.int64, device=device)
 
     def mask(self, user_idx: Tensor, positives: Tensor, candidate_idx: Tensor) -> PairMask:
-        """Every (row, candidate) pair that is a known positive, rows rising.
+        """Every (row, candidate) pair that is a known positive, once, rows rising.
 
         Args:
             user_idx, positives: int64 [B]. candidate_idx: int64 [C], distinct.

@@ -104,8 +104,10 @@ def test_time_cells_show_every_row_once_and_fill_an_empty_cell_with_the_newest(b
     if 1 < batch_size < NUM_ROWS:
         # Cut elsewhere in each epoch, so that all neighbours meet, and shown in another order.
         assert len(starts) > min(batch_size, 40) / 2
-        assert len(orders) > 1
         assert 0 < filled < 40
+    if batch_size == 8:
+        # Eight cells have 40320 orders.
+        assert len(orders) > 35
 
 
 def test_stale_cells_stand_at_one_moment_up_to_so_many_days_before():

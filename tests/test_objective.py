@@ -1,7 +1,10 @@
 """One step, end to end, against the same sums written out."""
 
+import math
+
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from recclr.batches import Batch
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
@@ -11,16 +14,25 @@ from recclr.settings import (
     LossSettings,
     ModelSettings,
     NegativesSettings,
+    PopularitySettings,
     TowerSettings,
 )
 from recclr.towers import build_model
 
 NUM_USERS, NUM_ITEMS = 6, 11
+ROWS = torch.arange(4, 13)
+WEIGHT = torch.linspace(0.5, 2.0, len(ROWS))
+SOURCES = {
+    "in_batch": NegativesSettings(uniform=0),
+    "uniform": NegativesSettings(in_batch=False, uniform=4),
+    "mixed": NegativesSettings(uniform=7, popularity=PopularitySettings(count=5)),
+}
 
 
 def planted():
     draws = torch.Generator().manual_seed(2)
     # Everybody and everything once: what train never saw has another vector when it is served.
+    # Some pairs come twice.
     users = torch.cat(
         [torch.arange(NUM_ITEMS) % NUM_USERS, torch.randint(NUM_USERS, (19,), generator=draws)]
     )
@@ -28,103 +40,190 @@ def planted():
     return EncodedLog(users.int(), items.int(), NUM_USERS, NUM_ITEMS)
 
 
-def model_of(loss, *, dropout=0.0):
-    tower = TowerSettings(id=IdSettings(dropout=dropout))
-    prepared = Prepared(planted(), FeatureTable(NUM_USERS), FeatureTable(NUM_ITEMS))
-    return build_model(
-        prepared, user=tower, item=tower, model=ModelSettings(embedding_dim=5), loss=loss, seed=1
-    ).train()
+LOG = planted()
 
 
-def batch_of(rows, weight=None):
-    log = planted()
-    return Batch(log.user_idx[rows].long(), log.item_idx[rows].long(), weight, None, None, None)
+def model_of(loss, *, dropout=0.0, mlp=(), similarity="cosine"):
+    tower = TowerSettings(id=IdSettings(dropout=dropout), mlp=mlp)
+    prepared = Prepared(LOG, FeatureTable(NUM_USERS), FeatureTable(NUM_ITEMS))
+    settings = ModelSettings(embedding_dim=5, similarity=similarity)
+    return build_model(prepared, user=tower, item=tower, model=settings, loss=loss, seed=1).train()
 
 
-def step_loss(loss, *, negatives=None, weight=None, dropout=0.0, step=0, bfloat16=False):
-    objective = Objective(
-        planted(), loss, negatives or NegativesSettings(uniform=7), seed=3, bfloat16=bfloat16
-    )
-    batch = batch_of(torch.arange(4, 13), weight)
-    return objective(model_of(loss, dropout=dropout), batch, step)
+def batch_of(*, weight=None, pool=None):
+    return Batch(LOG.user_idx[ROWS].long(), LOG.item_idx[ROWS].long(), weight, None, None, pool)
 
 
-def full_softmax(loss, weight=None):
-    """Loops over rows and items; the user's other items are no negatives."""
-    model, log = model_of(loss), planted()
-    users, items = model.all_vectors(None)
-    known = set(zip(log.user_idx.tolist(), log.item_idx.tolist(), strict=True))
-    batch = batch_of(torch.arange(4, 13))
-    total = []
+def objective_of(loss, negatives=SOURCES["mixed"], **options):
+    return Objective(LOG, loss, negatives, seed=3, **options)
+
+
+def step_loss(loss, *, dropout=0.0, step=0):
+    model = model_of(loss, dropout=dropout)
+    return float(objective_of(loss)(model, batch_of(), step).loss.detach())
+
+
+def written_out(loss, model, batch, candidates, weights):
+    """Mean loss and number of masked pairs by loops over rows and candidates.
+
+    Each candidate enters the sum by its weight.
+    """
+    users, items = (vectors.double() for vectors in model.all_vectors(None))
+    known = set(zip(LOG.user_idx.tolist(), LOG.item_idx.tolist(), strict=True))
+    temperature = float(model.temperature().detach())
+    losses, num_masked = [], 0
     for user, item in zip(batch.user_idx.tolist(), batch.item_idx.tolist(), strict=True):
-        logits = users[user] @ items.T / loss.temperature
-        rest = [j for j in range(NUM_ITEMS) if (user, j) not in known]
-        negatives = logits[rest].exp().sum()
-        if loss.second_temperature is None:
-            total.append(torch.log(logits[item].exp() + negatives) - logits[item])
+        masked = known if loss.mask_known_positives else {(user, item)}
+        total = 0.0
+        for candidate, weight in zip(candidates, weights, strict=True):
+            if (user, candidate) in masked:
+                num_masked += 1
+                continue
+            total += weight * math.exp(float(users[user] @ items[candidate]) / temperature)
+        positive = float(users[user] @ items[item]) / temperature
+        if loss.second_temperature is not None:
+            losses.append(loss.second_temperature * (math.log(total) if total else 0.0) - positive)
         else:
-            total.append(loss.second_temperature * negatives.log() - logits[item])
-    values = torch.stack(total)
-    weight = torch.ones(len(values)) if weight is None else weight
-    return float((values * weight).sum() / weight.sum())
+            losses.append(math.log(math.exp(positive) + total) - positive)
+    importance = [1.0] * len(losses) if batch.weight is None else batch.weight.tolist()
+    mean = sum(map(math.prod, zip(losses, importance, strict=True))) / sum(importance)
+    return mean, num_masked
 
 
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("second", [None, 1.2])
-def test_full_softmax_equals_the_loop(second):
-    loss = LossSettings(kind="full_softmax", temperature=0.4, second_temperature=second)
-    weight = torch.linspace(0.5, 2.0, 9)
-    found = step_loss(loss, weight=weight)
-    assert float(found.loss.detach()) == pytest.approx(full_softmax(loss, weight), abs=1e-5)
-    assert (found.num_candidates, found.num_rows) == (NUM_ITEMS, 9)
-
-
-def test_masking_can_be_switched_off():
-    with_mask, without = (
-        step_loss(LossSettings(temperature=0.4, mask_known_positives=on)) for on in (True, False)
+@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["equal", "weighted"])
+def test_full_softmax_equals_the_loop(masked, second, weight):
+    loss = LossSettings(
+        kind="full_softmax",
+        temperature=0.4,
+        second_temperature=second,
+        mask_known_positives=masked,
     )
-    assert with_mask.num_masked > without.num_masked
-    # More negatives make the loss larger.
-    assert float(without.loss.detach()) > float(with_mask.loss.detach())
+    model, batch = model_of(loss), batch_of(weight=weight)
+    found = objective_of(loss)(model, batch, 0)
+    mean, num_masked = written_out(loss, model, batch, range(NUM_ITEMS), [1.0] * NUM_ITEMS)
+    assert float(found.loss.detach()) == pytest.approx(mean, abs=1e-5)
+    assert (found.num_candidates, found.num_masked) == (NUM_ITEMS, num_masked)
+    assert found.num_rows == len(ROWS)
 
 
-def test_every_setting_of_the_loss_changes_it():
-    base = LossSettings(temperature=0.4)
-    values = {
-        float(step_loss(loss).loss.detach())
-        for loss in (
-            base,
-            LossSettings(temperature=0.3),
-            LossSettings(temperature="learned", initial_temperature=0.2),
-            LossSettings(temperature=0.4, second_temperature=1.2),
-            LossSettings(temperature=0.4, log_q_strength=0.5),
-            LossSettings(temperature=0.4, mask_known_positives=False),
-            LossSettings(kind="full_softmax", temperature=0.4),
-        )
-    }
-    assert len(values) == 7
+def test_full_softmax_without_masks_is_cross_entropy():
+    loss = LossSettings(kind="full_softmax", temperature=0.4, mask_known_positives=False)
+    model, batch = model_of(loss), batch_of()
+    users, items = model.all_vectors(None)
+    expected = cross_entropy(users[batch.user_idx] @ items.T / 0.4, batch.item_idx)
+    torch.testing.assert_close(objective_of(loss)(model, batch, 0).loss.detach(), expected)
 
 
-def test_a_step_repeats_its_draws_and_steps_differ():
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"log_q_strength": 0.0},
+        {"log_q_strength": 0.4},
+        {"mask_known_positives": False},
+        {"second_temperature": 1.2},
+        {"temperature": "learned", "initial_temperature": 0.3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_a_sampled_step_equals_the_loop(source, options, similarity):
+    loss = LossSettings(**{"temperature": 0.4, **options})
+    model, batch = model_of(loss, similarity=similarity), batch_of(weight=WEIGHT)
+    objective = objective_of(loss, SOURCES[source])
+    found = objective(model, batch, 6)
+    drawn = objective._candidates(batch, 6)
+    candidates = drawn.candidate_idx.tolist()
+    mean, num_masked = written_out(loss, model, batch, candidates, drawn.log_weights.exp().tolist())
+    assert float(found.loss.detach()) == pytest.approx(mean, abs=1e-5)
+    assert (found.num_candidates, found.num_masked) == (len(candidates), num_masked)
+
+
+def test_strength_moves_log_weights_from_draws_to_draws_over_expected():
+    none, half, full = (
+        objective_of(LossSettings(log_q_strength=strength))._candidates(batch_of(), 2).log_weights
+        for strength in (0.0, 0.5, 1.0)
+    )
+    torch.testing.assert_close(half, (none + full) / 2)
+    assert not torch.equal(none, full)
+
+
+def test_a_time_cell_is_corrected_by_its_pool():
+    batch = batch_of(pool=LOG.item_idx[:17])
+    found = objective_of(LossSettings(), SOURCES["in_batch"])._candidates(batch, 0)
+    counts = torch.bincount(LOG.item_idx[:17], minlength=NUM_ITEMS)[found.candidate_idx]
+    draws = torch.bincount(batch.item_idx, minlength=NUM_ITEMS)[found.candidate_idx]
+    expected = (len(ROWS) - 1) / 16 * counts
+    torch.testing.assert_close(found.log_weights, (draws / expected).log())
+
+
+def test_a_step_repeats_its_draws_whatever_was_drawn_elsewhere():
     loss = LossSettings(temperature=0.4)
-    first, again, other = (
-        float(step_loss(loss, dropout=0.5, step=step).loss.detach()) for step in (4, 4, 5)
+    first = step_loss(loss, dropout=0.5, step=4)
+    torch.manual_seed(99)
+    assert step_loss(loss, dropout=0.5, step=4) == first
+    assert step_loss(loss, dropout=0.5, step=5) != first
+    assert step_loss(loss, step=4) != first
+
+
+def test_negatives_follow_from_seed_and_step():
+    loss, batch = LossSettings(), batch_of()
+    first, again, later = (
+        objective_of(loss)._candidates(batch, step).log_weights for step in (4, 4, 5)
     )
-    assert first == again
-    assert first != other
+    other = Objective(LOG, loss, SOURCES["mixed"], seed=4)._candidates(batch, 4).log_weights
+    assert first.tolist() == again.tolist()
+    assert first.tolist() != later.tolist()
+    assert first.tolist() != other.tolist()
+
+
+def test_dropout_differs_between_steps_where_candidates_do_not():
+    loss = LossSettings(kind="full_softmax", temperature=0.4)
+    assert step_loss(loss, step=4) == step_loss(loss, step=5)
+    assert step_loss(loss, dropout=0.5, step=4) != step_loss(loss, dropout=0.5, step=5)
 
 
 def test_bfloat16_towers_keep_a_float32_loss_near_by():
     loss = LossSettings(temperature=0.4)
-    exact, rough = (step_loss(loss, bfloat16=on).loss for on in (False, True))
+    model = model_of(loss, mlp=(7,))
+    draws = torch.Generator().manual_seed(0)
+    for tower in (model.user_tower, model.item_tower):
+        # A block starts as the identity, in which there is nothing to round.
+        torch.nn.init.normal_(tower.blocks[0].fall.weight, generator=draws)
+    exact, rough = (
+        objective_of(loss, bfloat16=bfloat16)(model, batch_of(), 0).loss.detach()
+        for bfloat16 in (False, True)
+    )
     assert rough.dtype == torch.float32
-    assert float(rough.detach()) == pytest.approx(float(exact.detach()), rel=0.02)
+    assert float(rough) != float(exact)
+    # Cosines are off by a few units of 2^-8, and the temperature divides them.
+    assert float(rough) == pytest.approx(float(exact), abs=4 * 2**-8 / 0.4)
 
 
 def test_gradients_reach_both_tables_and_a_learned_temperature():
     loss = LossSettings(temperature="learned")
     model = model_of(loss)
-    objective = Objective(planted(), loss, NegativesSettings(uniform=7), seed=3)
-    objective(model, batch_of(torch.arange(4, 13)), 0).loss.backward()
+    objective_of(loss)(model, batch_of(), 0).loss.backward()
     assert float(model.log_temperature.grad.abs()) > 0
     for table in model.tables().values():
         assert all(float(v.grad.abs().sum()) > 0 for _, v in table.lookups)
+
+
+def test_the_slope_of_a_learned_temperature_equals_finite_differences():
+    loss = LossSettings(temperature="learned", initial_temperature=0.3)
+    model, step = model_of(loss), 1e-2
+    objective_of(loss)(model, batch_of(), 0).loss.backward()
+
+    def moved(by):
+        with torch.no_grad():
+            model.log_temperature.add_(by)
+            value = float(objective_of(loss)(model, batch_of(), 0).loss)
+            model.log_temperature.sub_(by)
+        return value
+
+    slope = float(model.log_temperature.grad)
+    # The error is about step² times the logits, of which the largest is 1 / 0.3.
+    assert slope == pytest.approx((moved(step) - moved(-step)) / (2 * step), abs=4e-4)

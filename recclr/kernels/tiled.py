@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from recclr.errors import ShapeError
 from recclr.kernels.reference import PairMask
@@ -99,7 +98,6 @@ class _MaskedLogSumExp(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         queries, candidates, log_weights, sums, result = ctx.saved_tensors
         tiles: _Tiles = ctx.tiles

@@ -1,6 +1,7 @@
-"""The tiled log-sum-exp against the plain one, and the plain one against a loop."""
+"""The tiled log-sum-exp against the plain one, and both against a loop."""
 
 import math
+from operator import mul
 
 import pytest
 import torch
@@ -13,13 +14,26 @@ from recclr.kernels import PairMask, masked_logsumexp
 from recclr.kernels.reference import masked_logsumexp_reference
 
 
-def problem(seed, num_queries, num_candidates, dim, *, share=0.2, scale=1.0):
+@pytest.fixture(params=["kept", "recomputed"])
+def path(request, monkeypatch):
+    """Both ways to the probabilities of the backward pass, in tiles of 16 rows."""
+    monkeypatch.setitem(tiled._TILE_BYTES, "cpu", 1)
+    monkeypatch.setattr(tiled, "_STORE_BYTES", 1 << 27 if request.param == "kept" else 0)
+    return request.param
+
+
+def problem(seed, num_queries, num_candidates, dim, *, share=0.2, scale=1.0, repeats=0):
     draws = torch.Generator().manual_seed(seed)
     queries = torch.randn(num_queries, dim, generator=draws) * scale
     candidates = torch.randn(num_candidates, dim, generator=draws)
     weights = torch.randn(num_candidates, generator=draws)
     dead = torch.rand(num_queries, num_candidates, generator=draws) < share
     rows, columns = dead.nonzero(as_tuple=True)
+    if repeats and len(rows):
+        # Some pairs again, rows still rising.
+        again = torch.randint(len(rows), (repeats,), generator=draws)
+        order = torch.cat([torch.arange(len(rows)), again]).sort().values
+        rows, columns = rows[order], columns[order]
     return queries, candidates, weights, PairMask(rows, columns)
 
 
@@ -51,11 +65,16 @@ def assert_twins(case, upstream=None):
     dim=st.integers(1, 9),
     share=st.sampled_from([0.0, 0.3, 0.97, 1.0]),
     scale=st.sampled_from([1e-4, 1.0, 30.0, 1000.0]),
+    repeats=st.sampled_from([0, 5]),
     keep=st.booleans(),
 )
-@settings(max_examples=120, deadline=None)
-def test_tiles_equal_the_plain_twin(seed, num_queries, num_candidates, dim, share, scale, keep):
-    case = problem(seed, num_queries, num_candidates, dim, share=share, scale=scale)
+@settings(max_examples=100, deadline=None)
+def test_tiles_equal_the_plain_twin(
+    seed, num_queries, num_candidates, dim, share, scale, repeats, keep
+):
+    case = problem(
+        seed, num_queries, num_candidates, dim, share=share, scale=scale, repeats=repeats
+    )
     before = dict(tiled._TILE_BYTES), tiled._STORE_BYTES
     try:
         # Tiles of 16 rows, so that there are several; stored and recomputed probabilities.
@@ -67,39 +86,45 @@ def test_tiles_equal_the_plain_twin(seed, num_queries, num_candidates, dim, shar
         tiled._STORE_BYTES = before[1]
 
 
-def test_plain_twin_equals_a_loop():
-    queries, candidates, weights, mask = problem(0, 6, 11, 3)
+def loop(queries, candidates, weights, mask):
+    """log Σ exp, pair by pair, in double precision."""
     dead = set(zip(mask.rows.tolist(), mask.columns.tolist(), strict=True))
-    expected = []
-    for row in range(6):
-        terms = [
-            math.exp(float(queries[row] @ candidates[column]) + float(weights[column]))
-            for column in range(11)
-            if (row, column) not in dead
-        ]
-        expected.append(math.log(sum(terms)))
-    found = masked_logsumexp_reference(queries, candidates, weights, mask)
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    queries, candidates, weights = queries.tolist(), candidates.tolist(), weights.tolist()
+    return [
+        math.log(
+            math.fsum(
+                math.exp(sum(map(mul, query, candidate)) + weight)
+                for column, (candidate, weight) in enumerate(zip(candidates, weights, strict=True))
+                if (row, column) not in dead
+            )
+        )
+        for row, query in enumerate(queries)
+    ]
 
 
-def test_gradient_equals_finite_differences():
-    queries, candidates, weights, mask = problem(1, 4, 7, 3)
+@pytest.mark.parametrize("function", [masked_logsumexp_reference, masked_logsumexp])
+def test_both_twins_equal_a_loop(function):
+    case = problem(0, 6, 11, 3)
+    torch.testing.assert_close(function(*case), torch.tensor(loop(*case)), rtol=1e-5, atol=1e-5)
 
-    def total(q, c, w):
-        return float(masked_logsumexp_reference(q.double(), c.double(), w.double(), mask).sum())
 
-    leaves = [queries, candidates, weights]
-    _, grads = value_and_gradients(masked_logsumexp, *leaves, mask, torch.ones(4))
-    for which, leaf in enumerate(leaves):
-        for place in range(leaf.numel()):
-            step = torch.zeros(leaf.numel(), dtype=torch.float64)
-            step[place] = 1e-5
-            up = [t.double() for t in leaves]
-            down = [t.double() for t in leaves]
-            up[which] = up[which] + step.view(leaf.shape)
-            down[which] = down[which] - step.view(leaf.shape)
-            slope = (total(*up) - total(*down)) / 2e-5
-            assert float(grads[which].flatten()[place]) == pytest.approx(slope, abs=1e-4)
+def test_gradients_equal_finite_differences_of_the_loop(path):
+    *leaves, mask = problem(1, 18, 7, 3)
+    upstream = torch.linspace(-1.0, 2.0, 18)
+    _, gradients = value_and_gradients(masked_logsumexp, *leaves, mask, upstream)
+    exact = [leaf.double() for leaf in leaves]
+    step = 1e-5
+
+    def moved(which, place, by):
+        shifted = [leaf.clone() for leaf in exact]
+        shifted[which].view(-1)[place] += by
+        values = torch.tensor(loop(*shifted, mask), dtype=torch.float64)
+        return float(values @ upstream.double())
+
+    for which, gradient in enumerate(gradients):
+        for place, slope in enumerate(gradient.flatten().tolist()):
+            expected = (moved(which, place, step) - moved(which, place, -step)) / (2 * step)
+            assert slope == pytest.approx(expected, abs=2e-5)
 
 
 def test_a_pair_may_be_masked_twice():
@@ -129,26 +154,109 @@ def test_no_candidates_at_all():
     assert torch.equal(result, torch.full((4,), -math.inf))
 
 
-def test_a_graph_can_be_walked_twice():
-    queries, candidates, weights, mask = problem(4, 20, 33, 5)
-    queries.requires_grad_()
-    result = masked_logsumexp(queries, candidates, weights, mask).sum()
-    (first,) = torch.autograd.grad(result, queries, retain_graph=True)
-    (second,) = torch.autograd.grad(result, queries)
-    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+def test_a_graph_is_walked_twice_while_another_uses_the_buffers(path):
+    *leaves, mask = problem(4, 20, 33, 5)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    result = masked_logsumexp(*leaves, mask).sum()
+    first = torch.autograd.grad(result, leaves, retain_graph=True)
+    other = masked_logsumexp(*problem(5, 20, 33, 5))
+    second = torch.autograd.grad(result, leaves)
+    assert other.isfinite().all()
+    for ours, theirs in zip(first, second, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_two_graphs_alive_at_once_do_not_share_buffers():
-    cases = [problem(seed, 20, 33, 5) for seed in (5, 6)]
+def test_graphs_alive_at_once_do_not_share_buffers(path):
+    cases = [problem(seed, 20, 33, 5) for seed in (5, 6, 7)]
     leaves = [case[0].requires_grad_() for case in cases]
-    results = [masked_logsumexp(*case).sum() for case in cases]
-    both = [torch.autograd.grad(r, leaf)[0] for r, leaf in zip(results, leaves, strict=True)]
-    alone = [
-        torch.autograd.grad(masked_logsumexp_reference(*case).sum(), leaf)[0]
-        for case, leaf in zip(cases, leaves, strict=True)
-    ]
-    for ours, theirs in zip(both, alone, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+    def forward(at, function=masked_logsumexp):
+        return function(*cases[at]).sum()
+
+    def backward(at, value):
+        return torch.autograd.grad(value, leaves[at])[0]
+
+    first, second = forward(0), forward(1)
+    found = {1: backward(1, second)}
+    third = forward(2)
+    found |= {0: backward(0, first), 2: backward(2, third)}
+    for at, gradient in found.items():
+        expected = backward(at, forward(at, masked_logsumexp_reference))
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_buffer_held_before_is_not_seen(path, monkeypatch):
+    case = problem(8, 21, 30, 4)
+    monkeypatch.setattr(tiled, "_pool", [torch.full((700,), math.nan) for _ in range(2)])
+    assert_twins(case)
+
+
+def test_the_pool_stays_small(monkeypatch):
+    pool = []
+    monkeypatch.setattr(tiled, "_pool", pool)
+    for num_queries in (9, 90, 300, 18, 40):
+        queries, *rest = problem(1, num_queries, 31, 4)
+        masked_logsumexp(queries.requires_grad_(), *rest).sum().backward()
+    assert 1 <= len(pool) <= 2
+
+
+def test_with_recomputation_only_a_tile_is_ever_held(monkeypatch):
+    borrowed = []
+    original = tiled._borrow
+
+    def spy(num_rows, num_columns, device):
+        borrowed.append((num_rows, num_columns))
+        return original(num_rows, num_columns, device)
+
+    monkeypatch.setattr(tiled, "_borrow", spy)
+    monkeypatch.setattr(tiled, "_STORE_BYTES", 0)
+    monkeypatch.setitem(tiled._TILE_BYTES, "cpu", 4 * 48 * 25)
+    queries, *rest = problem(9, 310, 41, 4)
+    masked_logsumexp(queries.requires_grad_(), *rest).sum().backward()
+    # 41 candidates take 48 columns.
+    assert borrowed == [(25, 48)] * 2
+
+
+def test_no_query_at_all(path):
+    candidates = torch.randn(5, 3).requires_grad_()
+    result = masked_logsumexp(torch.empty(0, 3), candidates, torch.zeros(5))
+    assert result.shape == (0,)
+    result.sum().backward()
+    assert torch.equal(candidates.grad, torch.zeros(5, 3))
+
+
+def test_logits_far_beyond_the_range_of_exp_stay_finite(path):
+    queries = torch.tensor([[1e4], [-1e4]]).requires_grad_()
+    candidates = torch.tensor([[1.0], [-1.0], [0.5]])
+    result = masked_logsumexp(queries, candidates, torch.zeros(3))
+    assert result.tolist() == [1e4, 1e4]
+    result.sum().backward()
+    assert queries.grad.flatten().tolist() == [1.0, -1.0]
+
+
+def test_not_a_number_is_passed_on_and_not_hidden(path):
+    queries = torch.ones(17, 2)
+    queries[16, 1] = math.nan
+    result = masked_logsumexp(queries, torch.ones(4, 2), torch.zeros(4))
+    assert result[:16].isfinite().all()
+    assert result[16].isnan()
+
+
+def test_second_derivatives_are_refused_and_not_dropped():
+    leaves = [torch.randn(4, 3).requires_grad_(), torch.randn(5, 3).requires_grad_()]
+    for leaf in leaves:
+        result = masked_logsumexp(*leaves, torch.zeros(5)).sum()
+        with pytest.raises(RuntimeError, match="automatic differentiation"):
+            torch.autograd.grad(result, leaf, create_graph=True)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_precision_is_refused(which, dtype):
+    arguments = [torch.ones(4, 3), torch.ones(5, 3), torch.ones(5)]
+    arguments[which] = arguments[which].to(dtype)
+    with pytest.raises(ShapeError, match=str(dtype)):
+        masked_logsumexp(*arguments)
 
 
 @pytest.mark.parametrize(
