@@ -60,6 +60,21 @@ def test_misnamed_column(recclr, place):
     refused(recclr, place, 3, "events.parquet", "'item_id'", "did you mean 'itemid'?")
 
 
+def test_refused_data_leave_no_folder_in_the_way_of_the_next_try(recclr, place):
+    rewrite(place, lambda events: events.rename({"item_id": "itemid"}))
+    refused(recclr, place, 3, "'item_id'")
+    assert not (place / "run").exists()
+    (place / "run").mkdir()
+    refused(recclr, place, 3, "'item_id'")
+    assert list((place / "run").iterdir()) == []
+    rewrite(place, lambda items: items.rename({"item_id": "itemid"}), "items")
+    done = recclr(
+        *("train", "--config", place / "run.toml", "--out", place / "run", *QUICK),
+        *("--set", "data.columns.item=itemid"),
+    )
+    assert done.code == 0, done.err
+
+
 def test_missing_feature_column(recclr, place):
     rewrite(place, lambda items: items.rename({"category": "categry"}), "items")
     refused(recclr, place, 3, "'category'", "did you mean 'categry'?", "item.features.category")
@@ -195,6 +210,7 @@ def test_k_larger_than_the_catalogue_is_no_mistake(recclr, place):
         *("--set", "evaluate.ks=[10, 500]"),
     )
     assert done.code == 0, done.err
+    assert "evaluate.ks has 500, but the catalogue has 70 items" in done.err
     best = recclr("recommend", place / "run", "--users", "u01", "-k", "500", "--json")
     assert best.code == 0
     assert 1 < best.out.count('"rank"') <= 70

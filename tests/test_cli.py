@@ -331,7 +331,29 @@ def test_a_signal_between_stages_ends_before_the_next_and_resumes(
         train_run(config, out, device="cpu", on_event=ask)
     assert signal.getsignal(signal.SIGTERM) is before
     assert not (out / "metrics.json").exists()
-    assert {"kind": "stage", "name": "report"} not in seen
+    assert [event["name"] for event in seen if event["kind"] == "stage"][-1] == stage
     train_run(config, out, device="cpu", resume=True)
     expected = (small_run / "metrics.json").read_bytes()
     assert (out / "metrics.json").read_bytes() == expected
+
+
+def test_a_run_does_not_go_on_with_other_inputs(
+    recclr, small_data, small_config, tmp_path, monkeypatch
+):
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(small_data, data)
+    config = tmp_path / "run.toml"
+    config.write_text(small_config.read_text().replace(str(small_data), str(data)))
+    monkeypatch.setattr("recclr.files._reached", {})
+    monkeypatch.setenv("RECCLR_FAULT", "train.step:5:term")
+    assert recclr("train", "--config", config, "--out", out).code == 75
+    monkeypatch.delenv("RECCLR_FAULT")
+    events = (data / "events.parquet").read_bytes()
+    pl.read_parquet(data / "events.parquet").head(400).write_parquet(data / "events.parquet")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    refused = recclr("train", "--config", config, "--out", out, "--resume")
+    assert refused.code == 2
+    assert f"events: {data / 'events.parquet'}" in refused.err
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    (data / "events.parquet").write_bytes(events)
+    assert recclr("train", "--config", config, "--out", out, "--resume").code == 0

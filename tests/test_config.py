@@ -140,6 +140,19 @@ def test_a_log_without_time_is_written_down_as_such():
     assert config.data.columns == ColumnSettings(timestamp=None)
 
 
+@pytest.mark.parametrize(
+    "text", ["\x7f", "\x00\x1f", 'a"b\\c', "\u2028\ufeffé😀", "a.b [c]\n\t", "'" * 3, "${HOME}"]
+)
+def test_any_text_is_written_so_that_toml_reads_it_back(text):
+    config = parse_config(
+        {
+            "data": {"events": text, "where": {text: text}},
+            "item": {"features": {text: {"kind": "numeric", "column": text}}},
+        }
+    )
+    assert parse_config(tomllib.loads(dump_toml(config))) == config
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_parse_and_survive_a_dump(path, tmp_path):
     config = load_config(path)

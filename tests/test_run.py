@@ -138,3 +138,96 @@ def test_a_run_without_validation_test_or_baselines(recclr, small_config, tmp_pa
     assert "valid" not in metrics
     assert "Nothing was held out" in (tmp_path / "run" / "report.html").read_text()
     assert recclr("recommend", tmp_path / "run", "-k", "2").code == 0
+
+
+@pytest.fixture(scope="module")
+def plain_run(recclr, small_data, tmp_path_factory):
+    """A run on the events alone, without a refit."""
+    folder = tmp_path_factory.mktemp("plain")
+    (folder / "plain.toml").write_text(
+        f"""
+        data.events = "{small_data}/events.parquet"
+        model.embedding_dim = 8
+        negatives.uniform = 32
+        train = {{ batch_size = 64, epochs = 4 }}
+        evaluate = {{ ks = [10, 70], select = "recall@10", num_bootstrap = 0 }}
+        baselines.names = ["popularity"]
+        """
+    )
+    done = recclr("train", "--config", folder / "plain.toml", "--out", folder / "run")
+    assert done.code == 0, done.err
+    return folder / "run"
+
+
+def mean_reciprocal_rank(model, had, relevant):
+    """The slow way: every user, every item, one after the other."""
+    users = {user: idx for idx, user in enumerate(model.prepared.users.ids)}
+    items = list(model.prepared.items.ids)
+    found = []
+    for user, wanted in relevant.items():
+        scores = model.ranker.item_vectors @ model.ranker.user_vectors[users.get(user, -1)]
+        order = sorted(range(len(items)), key=lambda idx: (-float(scores[idx]), idx))
+        ranked = [items[idx] for idx in order if items[idx] not in had.get(user, ())]
+        places = [place for place, item in enumerate(ranked, 1) if item in wanted]
+        found.append(1 / places[0] if places else 0.0)
+    return sum(found) / len(found)
+
+
+def items_of(*logs):
+    found = {}
+    for log in logs:
+        for user, item in log.events.select("user_id", "item_id").iter_rows():
+            found.setdefault(user, set()).add(item)
+    return found
+
+
+def test_without_a_refit_test_leaves_out_what_users_had_in_validation(
+    recclr, plain_run, small_data
+):
+    from recclr import TwoTower, read
+
+    train, valid, test = read(str(small_data / "events.parquet")).split_by_time()
+    model = TwoTower.load(plain_run)
+    metrics = json.loads((plain_run / "metrics.json").read_text())
+    found = metrics["test"]["model"]
+    expected = mean_reciprocal_rank(model, items_of(train, valid), items_of(test))
+    assert found["all"]["mrr@70"] == pytest.approx(expected, abs=1e-9)
+    assert mean_reciprocal_rank(model, items_of(train), items_of(test)) < expected - 1e-6
+    again = recclr("evaluate", plain_run, "--json")
+    assert json.loads(again.out)["metrics"] == found
+    on_valid = recclr("evaluate", plain_run, "--split", "valid", "--json")
+    assert json.loads(on_valid.out)["metrics"] == metrics["valid"]["model"]
+
+
+def test_without_a_refit_the_model_knows_the_ids_of_validation(plain_run, small_data):
+    from recclr import read
+
+    train, valid, _ = read(str(small_data / "events.parquet")).split_by_time()
+    for side in ("user", "item"):
+        table = pl.read_parquet(plain_run / "vocabulary" / f"{side}s.parquet")
+        name = next(column for column in table.columns if column.endswith("id"))
+        known = {i for log in (train, valid) for i in log.events[f"{side}_id"]}
+        assert set(table[name]) == known
+    assert not (plain_run / "selection").exists()
+
+
+def test_every_ranker_is_announced_and_counted_to_its_last_user(small_config, tmp_path):
+    from recclr.config import load_config
+    from recclr.run import train_run
+
+    events = []
+    config = load_config(small_config, ["train.epochs=1", 'baselines.names=["popularity"]'])
+    train_run(config, tmp_path / "run", device="cpu", on_event=events.append)
+    stages = [event["name"] for event in events if event["kind"] == "stage"]
+    assert stages == ["read", "selection", "baselines", "refit", "test", "report"]
+    last = max(n for n, e in enumerate(events) if e == {"kind": "stage", "name": "test"})
+    judged = [
+        (e["name"], e["done"], e["total"])
+        for e in events[last:]
+        if e["kind"] == "judging" and "done" in e
+    ]
+    counts = json.loads((tmp_path / "run" / "metrics.json").read_text())["counts"]
+    total = counts["test"]["all"]["users"]
+    assert judged == [
+        (name, done, total) for name in ("model", "popularity") for done in (0, total)
+    ]

@@ -1,6 +1,7 @@
 """The floors of the package, and what must start without the optional libraries."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,57 @@ def test_nothing_is_pickled():
         names = set(imports(path, everywhere=True))
         assert not names & {"pickle", "cloudpickle", "dill", "joblib", "shelve"}, path
         assert "torch.load" not in path.read_text("utf-8"), path
+
+
+def test_imports_are_spelled_out():
+    """What the other tests look at are absolute names."""
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), path
+
+
+# `recommend` answers in tables; it stands beside the trainer, not below it.
+FRAMES_ALLOWED = {"baselines", "export", "recommend"}
+
+
+def test_the_trainer_knows_tensors_only():
+    trainer = set().union(*(FLOORS[floor] for floor in (2, 3, 4))) - FRAMES_ALLOWED
+    for path in sources():
+        if top_of(path) in trainer:
+            outside = {name.partition(".")[0] for name in imports(path, everywhere=True)}
+            outside -= sys.stdlib_module_names | {"recclr"}
+            assert outside <= {"torch", "numpy", "safetensors"}, path
+
+
+def test_pandas_is_never_imported():
+    for path in sources():
+        names = {name.partition(".")[0] for name in imports(path, everywhere=True)}
+        assert "pandas" not in names, path
+
+
+OF_ONE_MACHINE = {
+    "a path of one machine": r"(?<![\w.:/])/(?:work|home|root|Users|mnt|tmp|private)/\w",
+    "a mirror of packages": r"(?i)artifactory|\bnexus\b|jfrog|devpi|codeartifact|[-_]index[-_]url",
+    "a private address": r"\b(?:10(?:\.\d{1,3}){3}|192\.168(?:\.\d{1,3}){2})(?::\d+)?\b",
+}
+
+
+def test_nothing_tracked_knows_the_machine_it_was_written_on():
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("this is no git checkout")
+    paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    assert len(paths) > 100
+    for path in paths:
+        # This file names what it looks for.
+        if not path.is_file() or path == Path(__file__):
+            continue
+        text = path.read_bytes().decode("utf-8", "replace")
+        for what, pattern in OF_ONE_MACHINE.items():
+            found = re.search(pattern, text)
+            assert not found, f"{path} holds {what}: {found and found.group()}"
 
 
 def test_files_stay_short():
