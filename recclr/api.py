@@ -15,13 +15,13 @@ from recclr.data.interactions import Log, read
 from recclr.data.prepare import PreparedLog, prepare
 from recclr.errors import ConfigError
 from recclr.evaluate import Evaluation, EvaluationSet, evaluate
+from recclr.fitting import fit_model
 from recclr.judge import judged_by
-from recclr.load import fresh_model, load_run, pick_device, ranker_of
+from recclr.load import load_run, pick_device, ranker_of
 from recclr.recommend import recommend, similar
 from recclr.shipping import ExportReport, ship
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower as Model
-from recclr.train import fit
 
 __all__ = ["TwoTower", "read"]
 
@@ -171,32 +171,25 @@ def _trained(
     num_steps: int | None = None,
 ) -> tuple[Model, int]:
     """The model, and its best step by the held-out rows of ``prepared``, if there are any."""
-    model = fresh_model(settings, prepared.tensors)
     examples = None
     if prepared.tensors.held_out is not None:
         examples = EvaluationSet.from_prepared(
             prepared.tensors, keep_seen=settings.evaluate.keep_seen
         )
 
-    def judge(candidate: Model) -> dict[str, float]:
+    def judge(ranker: EmbeddingRanker) -> dict[str, float]:
         assert examples is not None
-        ranker = ranker_of(candidate, prepared.tensors.cutoff)
         found = evaluate(ranker, examples, ks=settings.evaluate.ks, slices=("all",))
         return found.metrics["all"]
 
     shown({"kind": "stage", "name": "training" if num_steps is None else "refit"})
-    result = fit(
-        model,
-        prepared.tensors.train,
-        loss=settings.loss,
-        negatives=settings.negatives,
-        train=settings.train,
-        seed=settings.seed,
-        evaluate=None if examples is None else judge,
-        select=settings.evaluate.select,
-        num_steps=num_steps,
+    model, result = fit_model(
+        settings,
+        prepared.tensors,
+        None if examples is None else judge,
         device=device,
         on_event=shown,
+        num_steps=num_steps,
     )
     return model, result.best_step
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from recclr.errors import ConfigError, RecclrError, StoreError
 
+_MARK = ".tmp-"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -82,7 +83,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise StoreError(f"{path} exists already; a finished folder is never overwritten")
     with clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{_escaped(path.name)}.tmp-*"):
+        for left in path.parent.glob(f".{_escaped(path.name)}{_MARK}*"):
             _remove(left)
         temporary = _sibling(path)
         temporary.mkdir()
@@ -95,6 +96,17 @@ def new_folder(path: Path) -> Iterator[Path]:
             _remove(temporary)
             raise
         _fsync(path.parent)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of this name was being written when its process was killed."""
+    return name.startswith(".") and _MARK in name
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left in ``folder`` and below; nobody may be writing there."""
+    for path in list(folder.rglob(f".*{_MARK}*")):
+        _remove(path)
 
 
 def sha256_of(path: Path) -> str:
@@ -211,7 +223,7 @@ def fault_point(name: str) -> None:
 
 def _sibling(path: Path) -> Path:
     """A hidden name nobody can guess beside ``path``; a rename between disks would not be one."""
-    return path.with_name(f".{path.name}.tmp-{secrets.token_hex(6)}")
+    return path.with_name(f".{path.name}{_MARK}{secrets.token_hex(6)}")
 
 
 def _escaped(name: str) -> str:

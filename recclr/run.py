@@ -26,13 +26,15 @@ from recclr.data.split import Split
 from recclr.errors import InterruptedTraining
 from recclr.evaluate import SLICES, Evaluation, EvaluationSet, evaluate
 from recclr.files import clear_errors, write_bytes_atomic, write_json_atomic
+from recclr.fitting import fit_model
 from recclr.judge import collect_results, judged_by
-from recclr.load import fresh_model, load_model, pick_device, ranker_of
+from recclr.load import load_model, pick_device, ranker_of
 from recclr.ranking import Ranker
 from recclr.run_folder import (
     DATA,
     LOG,
     METRICS,
+    REPORT,
     begin_run,
     fingerprints,
     locked,
@@ -42,10 +44,9 @@ from recclr.run_folder import (
 )
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
-from recclr.train import fit
 
 OnEvent = Callable[[dict[str, Any]], None]
-_SELECTION, _REPORT = "selection", "report.html"
+_SELECTION = "selection"
 
 
 @dataclass
@@ -111,7 +112,7 @@ def train_run(
     existed = out.exists()
     emit = on_event or (lambda event: None)
     if not open_run(out, config, resume=resume):
-        if not (out / _REPORT).exists():
+        if not (out / REPORT).exists():
             _write_report(out, emit)
         return out
     try:
@@ -262,27 +263,20 @@ def _fit(
         model = load_model(config, prepared.tensors, folder / "checkpoints")
         return model, int(read_json(done)["best_step"])
     context.enter(stage)
-    model = fresh_model(config, prepared.tensors)
 
-    def judge(candidate: TwoTower) -> dict[str, float]:
+    def judge(ranker: Ranker) -> dict[str, float]:
         assert examples is not None
-        ranker = ranker_of(candidate, prepared.tensors.cutoff)
         return _evaluated(context, ranker, examples, ("all",)).metrics["all"]
 
-    result = fit(
-        model,
-        prepared.tensors.train,
-        loss=config.loss,
-        negatives=config.negatives,
-        train=config.train,
-        seed=config.seed,
-        evaluate=None if examples is None else judge,
-        select=config.evaluate.select,
-        checkpoints=folder / "checkpoints",
-        resume=context.resume,
-        num_steps=num_steps,
+    model, result = fit_model(
+        config,
+        prepared.tensors,
+        None if examples is None else judge,
         device=context.device,
         on_event=lambda event: context.log({"stage": stage, **event}),
+        num_steps=num_steps,
+        checkpoints=folder / "checkpoints",
+        resume=context.resume,
         stop=context.stop,
     )
     write_json_atomic(done, asdict(result))

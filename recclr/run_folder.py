@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import socket
 import subprocess
 import sys
@@ -24,6 +23,8 @@ from recclr.data.files import resolve_files
 from recclr.errors import CheckpointError, ConfigError, DataError
 from recclr.files import (
     clear_errors,
+    is_leftover,
+    remove_leftovers,
     require_space,
     require_writable,
     write_bytes_atomic,
@@ -31,9 +32,8 @@ from recclr.files import (
 )
 
 METRICS, CONFIG, DATA, LOG = "metrics.json", "config.toml", "data.json", "log.jsonl"
+ENVIRONMENT, REPORT = "environment.json", "report.html"
 _LOCK = ".lock"
-_TEMPORARY = ".tmp-"
-"""In the name of every file that ``files`` has not renamed yet."""
 _LIBRARIES = ("recclr", "torch", "numpy", "polars", "pyarrow", "scikit-learn", "implicit")
 _FOOTER_BYTES = 1 << 16
 # Checkpoints, prepared tensors and exports of a small run; larger ones are told when they fail.
@@ -86,8 +86,8 @@ def begin_run(out: Path, config: Config, data: dict[str, Any], device: str) -> N
     else:
         # First of all: it is what makes a folder that of a run.
         write_bytes_atomic(stored, dump_toml(config).encode("utf-8"))
-    _remove_leftovers(out)
-    write_json_atomic(out / "environment.json", environment(device))
+    remove_leftovers(out)
+    write_json_atomic(out / ENVIRONMENT, environment(device))
     write_json_atomic(out / DATA, data)
 
 
@@ -277,15 +277,6 @@ def _flat(toml: str) -> dict[str, str]:
     return found
 
 
-def _remove_leftovers(out: Path) -> None:
-    """What a killed process of this run was about to rename; the caller holds the lock."""
-    for path in list(out.rglob(f".*{_TEMPORARY}*")):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
 def _passing(name: str) -> bool:
     """Whether a name in a run folder is a lock or a leftover, which makes it no less empty."""
-    return name == _LOCK or (name.startswith(".") and _TEMPORARY in name)
+    return name == _LOCK or is_leftover(name)

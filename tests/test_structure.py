@@ -18,7 +18,18 @@ FLOORS = {
     | {"kernels", "batches", "objective", "optimizers", "ranking"},
     3: {"topk", "checkpoint"},
     4: {"train", "evaluate", "baselines", "export", "recommend"},
-    5: {"api", "checking", "cli", "console", "demo", "ids_input", "judge", "load", "report"}
+    5: {
+        "api",
+        "checking",
+        "cli",
+        "console",
+        "demo",
+        "fitting",
+        "ids_input",
+        "judge",
+        "load",
+        "report",
+    }
     | {"run", "run_folder", "shipping", "__main__", "__init__"},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

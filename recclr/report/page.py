@@ -18,10 +18,16 @@ from recclr.report.results import (
     slices,
     warnings,
 )
-from recclr.run_folder import CONFIG, DATA, LOG, METRICS, read_config, read_json
-
-REPORT = "report.html"
-_ENVIRONMENT = "environment.json"
+from recclr.run_folder import (
+    CONFIG,
+    DATA,
+    ENVIRONMENT,
+    LOG,
+    METRICS,
+    REPORT,
+    read_config,
+    read_json,
+)
 
 
 def write_report(run: Path) -> Path:
@@ -37,7 +43,7 @@ def write_report(run: Path) -> Path:
     steps = metrics.get("selected_steps")
     # A run is often called "run": the folder it stands in tells it from others.
     title = escape(Path(*run.resolve().parts[-2:]).as_posix())
-    names = (METRICS, DATA, LOG, _ENVIRONMENT)
+    names = (METRICS, DATA, LOG, ENVIRONMENT)
     missing = ", ".join(name for name in names if not (run / name).exists())
     body = "".join(
         [
@@ -55,7 +61,7 @@ def write_report(run: Path) -> Path:
             background.data(data),
             background.definitions(metrics.get("definitions", {})),
             background.configuration((run / CONFIG).read_text("utf-8")),
-            background.environment(_optional(run / _ENVIRONMENT)),
+            background.environment(_optional(run / ENVIRONMENT)),
         ]
     )
     page = (
