@@ -74,6 +74,16 @@ def run_command(*arguments: object) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def without_fsync(patch: pytest.MonkeyPatch) -> None:
+    """Tests end processes and never machines; waiting for the disk would be most of some."""
+    patch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def no_power_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_fsync(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def recclr():
     return run_command
@@ -101,9 +111,8 @@ def small_config(small_data, tmp_path_factory) -> Path:
 def small_run(small_config, tmp_path_factory) -> Path:
     """A finished run folder; tests read it and never write into it."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    # The disk's patience is no part of these tests.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
+        without_fsync(patch)
         done = run_command("train", "--config", small_config, "--out", out, "--device", "cpu")
     assert done.code == 0, done.err
     return out

@@ -1,7 +1,6 @@
 """The verbs in Python: the five lines of DESIGN, and what they refuse."""
 
 import json
-import os
 
 import polars as pl
 import pytest
@@ -11,17 +10,14 @@ import recclr
 from recclr.errors import CheckpointError, ConfigError, DataError, StoreError
 from recclr.export import open_store
 
+pytestmark = pytest.mark.usefixtures("no_power_cut")
+
 QUICK = {
     "train": {"epochs": 2.0, "batch_size": 64},
     "negatives": {"uniform": 32},
     "model": {"embedding_dim": 8},
     "evaluate": {"ks": [5, 10], "select": "recall@10"},
 }
-
-
-@pytest.fixture(autouse=True)
-def no_power_cut(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="module")

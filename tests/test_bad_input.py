@@ -1,6 +1,5 @@
 """Mistakes of a user end with one clear message and the right exit code, and lose nothing."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -10,15 +9,12 @@ import pytest
 
 from recclr.files import require_space
 
+pytestmark = pytest.mark.usefixtures("no_power_cut")
+
 QUICK = (
     *("--set", "train.epochs=1", "--set", 'baselines.names=["popularity"]'),
     *("--set", "evaluate.num_bootstrap=0"),
 )
-
-
-@pytest.fixture(autouse=True)
-def no_power_cut(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture

@@ -22,13 +22,9 @@ from recclr.checkpoint import (
 )
 from recclr.errors import CheckpointError, StoreError
 
+pytestmark = pytest.mark.usefixtures("no_power_cut")
+
 FILES = ("manifest.json", "state.json", "tensors.safetensors")
-
-
-@pytest.fixture(autouse=True)
-def no_power_cut(monkeypatch):
-    """These tests end processes and never machines; waiting for the disk would be most of them."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def tensors_of(step):

@@ -11,10 +11,7 @@ from recclr.cli import app
 from recclr.console import RunProgress, print_frame, print_results
 from recclr.errors import InterruptedTraining
 
-
-@pytest.fixture(autouse=True)
-def no_power_cut(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+pytestmark = pytest.mark.usefixtures("no_power_cut")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Ids as a command gets them, and results as it writes them."""
 
 import json
-import os
 
 import polars as pl
 import pytest
@@ -11,13 +10,10 @@ from recclr.data.vocabulary import Vocabulary
 from recclr.errors import ConfigError, DataError
 from recclr.ids_input import read_ids, require_ending, write_rows
 
+pytestmark = pytest.mark.usefixtures("no_power_cut")
+
 NUMBERS = Vocabulary(pl.Series([30, 10, 20]))
 TEXTS = Vocabulary(pl.Series(["b", "1", "é"]))
-
-
-@pytest.fixture(autouse=True)
-def no_power_cut(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def test_no_ids_is_not_the_same_as_an_empty_list():

@@ -13,14 +13,11 @@ from recclr.config import load_config, parse_config
 from recclr.errors import CheckpointError, ConfigError, DataError, StoreError
 from recclr.load import pick_device
 
+pytestmark = pytest.mark.usefixtures("no_power_cut")
+
 CONFIG = parse_config(
     {"data": {"events": "e"}, "user": {"dropout": 0.1}, "item": {"dropout": 0.1}, "seed": 3}
 )
-
-
-@pytest.fixture(autouse=True)
-def no_power_cut(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def begin(out, config=CONFIG):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 
 import pytest
 import torch
@@ -33,16 +32,12 @@ from recclr.statistics import DAY_S
 from recclr.towers import TwoTower, build_model
 from recclr.train import fit, load_weights, needs_time_cells
 
+pytestmark = pytest.mark.usefixtures("no_power_cut")
+
 NUM_USERS, NUM_ITEMS, DIM = 9, 13, 4
 NEGATIVES = NegativesSettings(uniform=5)
 # 45 rows in batches of 12: four steps an epoch, the last one shorter; ten steps in all.
 SHORT = TrainSettings(batch_size=12, epochs=2.5, dense_lr=0.02, table_lr=0.05)
-
-
-@pytest.fixture(autouse=True)
-def no_power_cut(monkeypatch):
-    """These tests end processes and never machines; waiting for the disk would be most of them."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def prepared(*, timed=True):
