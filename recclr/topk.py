@@ -1,12 +1,10 @@
 """Exact top-k over the whole corpus, tiled so that memory does not grow with Q × V.
 
-Shape letters: Q queries, V corpus, C candidates ranked, D dimension, K cut-off, R rows of a tile,
-G groups of a tile.
+Shape letters: Q queries, V corpus, C candidates ranked, D dimension, K cut-off, R rows of a tile.
 
-Selection is the cost once the GEMM runs from cache. A tile's columns are folded into G groups of
-``_FOLD``; the K + 1 largest elements of a row lie in the K + 1 groups with the largest maxima, so
-only those groups are looked at again (one streaming maximum instead of a heap over V). Scores are
-computed a block of columns at a time and folded while the block is still in cache.
+Two scans give the same result. ``Float32Scan`` scores every pair in float32 and selects while the
+scores are in cache; ``BFloat16Scan`` finds in bfloat16 the few pairs worth a float32 score
+(``coarse``) and takes half the time where the processor multiplies bfloat16.
 """
 
 from __future__ import annotations
@@ -16,18 +14,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from recclr.coarse import CoarseCorpus, coarse_top_k, smallest_corpus, supports_bfloat16
 from recclr.data.log import Csr
-from recclr.errors import DivergedError, ShapeError
+from recclr.errors import ShapeError
 from recclr.ranking import TopK
+from recclr.selection import Fold, merge, select
 
-_FOLD = 32
 # Rows × columns of one score tile, which bounds memory (64 MiB on a CPU).
 _TILE_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 _MAX_ROWS = {"cpu": 256, "cuda": 1 << 16}
 _MAX_COLUMNS = 1 << 16
-# Columns scored and folded together; 256 × 2,048 scores fit the second-level cache of two cores
-# (measured: 1.6 s for Gowalla against 2.4 s with whole rows). A GPU wants launches to be few.
-_BLOCK = {"cpu": 2048, "cuda": 1 << 16}
+
+# (row, column) of what was seen, both int64, rows counted within a tile.
+SeenPairs = tuple[Tensor, Tensor]
 
 
 def top_k(
@@ -60,19 +59,13 @@ def top_k(
     if items is not None:
         positions = _positions(items, len(corpus))
         corpus = corpus[items]
-    num_queries, num_candidates = len(queries), len(corpus)
-    columns = min(max(num_candidates, 1), _MAX_COLUMNS)
-    kind = queries.device.type
-    rows = min(max(1, _TILE_ELEMENTS[kind] // columns), _MAX_ROWS[kind])
-    transposed = corpus.T.contiguous()
-    buffer = queries.new_empty(rows * columns)
+    scan = _scan(queries, corpus, k)
     parts = []
-    for start in range(0, num_queries, rows):
-        stop = min(start + rows, num_queries)
-        tile_seen = _pairs(seen, start, stop, positions)
-        parts.append(_tile(queries[start:stop], transposed, k, columns, tile_seen, buffer))
+    for start in range(0, len(queries), scan.rows):
+        stop = min(start + scan.rows, len(queries))
+        parts.append(scan(queries[start:stop], _pairs(seen, start, stop, positions)))
         if progress is not None:
-            progress(stop, num_queries)
+            progress(stop, len(queries))
     return _join(parts, k, items, queries.device)
 
 
@@ -98,7 +91,7 @@ def top_k_of_scores(
     pairs = _pairs(seen, 0, len(scores), positions)
     if pairs is not None:
         scores[pairs] = -torch.inf
-    return _join([_select(scores.float(), k)], k, items, scores.device)
+    return _join([select(scores.float(), k)], k, items, scores.device)
 
 
 class EmbeddingRanker:
@@ -147,9 +140,7 @@ def _positions(items: Tensor, num_items: int) -> Tensor:
     return positions
 
 
-def _pairs(
-    seen: Csr | None, start: int, stop: int, positions: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
+def _pairs(seen: Csr | None, start: int, stop: int, positions: Tensor | None) -> SeenPairs | None:
     """(row, column) of each seen item of queries ``start`` to ``stop``, rows counted from 0."""
     if seen is None:
         return None
@@ -163,149 +154,127 @@ def _pairs(
     return rows, columns
 
 
-def _tile(
-    queries: Tensor,
-    transposed: Tensor,
-    k: int,
-    columns: int,
-    seen: tuple[Tensor, Tensor] | None,
-    buffer: Tensor,
-) -> TopK:
-    """Top-k of a few queries, merged over column blocks when the corpus is wider than a tile."""
-    best: list[TopK] = []
-    for start in range(0, max(transposed.shape[1], 1), columns):
-        part = transposed[:, start : start + columns]
-        scores = buffer[: len(queries) * part.shape[1]].view(len(queries), part.shape[1])
-        here = seen
-        if seen is not None and part.shape[1] < transposed.shape[1]:
-            inside = (seen[1] >= start) & (seen[1] < start + columns)
-            here = seen[0][inside], seen[1][inside] - start
-        maxima = _score(queries, part, here, scores)
-        found = _select(scores.float(), k, maxima.float())
-        best.append(TopK(found.item_idx + start * (found.item_idx >= 0), found.scores))
-    return best[0] if len(best) == 1 else _merge(best, k)
+def _scan(queries: Tensor, corpus: Tensor, k: int) -> Float32Scan | BFloat16Scan:
+    columns = _even_columns(len(corpus))
+    # Decided by the corpus alone: one query gets the path that all of them get.
+    if supports_bfloat16(queries.device) and columns >= smallest_corpus(k):
+        chunks = [CoarseCorpus.build(chunk) for chunk in torch.split(corpus.float(), columns)]
+        sound = [chunk for chunk in chunks if chunk is not None]
+        if len(sound) == len(chunks):
+            return BFloat16Scan(sound, corpus, k)
+    return Float32Scan(corpus, k)
 
 
-def _score(
-    queries: Tensor, transposed: Tensor, seen: tuple[Tensor, Tensor] | None, out: Tensor
-) -> Tensor:
-    """Fill ``out`` [R, C] with scores, -inf for what was seen; its group maxima [R, G]."""
-    fold = _Fold(out.shape[1], out.device)
-    maxima = out.new_empty((len(out), fold.num_groups))
-    bounds = [0] * (len(fold.starts) + 1)
-    if seen is not None:
-        columns, order = seen[1].sort()
-        flat = seen[0][order] * out.shape[1] + columns
-        edges = torch.tensor([*fold.starts, out.shape[1]], device=columns.device)
-        bounds = torch.searchsorted(columns, edges).tolist()
-    for number, start in enumerate(fold.starts):
-        block = out[:, start : start + fold.block]
-        torch.mm(queries, transposed[:, start : start + fold.block], out=block)
-        if bounds[number] < bounds[number + 1]:
-            hidden = flat[bounds[number] : bounds[number + 1]]
-            out.view(-1).index_fill_(0, hidden, -torch.inf)
-        fold.block_maxima(block, number, maxima)
-    return maxima
+def _even_columns(num_columns: int) -> int:
+    """Columns of a chunk, so that chunks are equal and none is wider than ``_MAX_COLUMNS``."""
+    chunks = max(-(-num_columns // _MAX_COLUMNS), 1)
+    return max(-(-num_columns // chunks), 1)
 
 
-def _merge(parts: list[TopK], k: int) -> TopK:
-    """Best ``k`` of several candidate lists; the item order of blocks settles ties."""
-    scores = torch.cat([part.scores for part in parts], 1)
-    item_idx = torch.cat([part.item_idx for part in parts], 1)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    return TopK(item_idx.gather(1, order)[:, :k], scores[:, :k])
+class Float32Scan:
+    """Top-k of a tile of queries from float32 scores of all pairs.
+
+    Attributes:
+        rows: most queries per call.
+    """
+
+    def __init__(self, corpus: Tensor, k: int) -> None:
+        self.k, self.transposed = k, corpus.T.contiguous()
+        self.columns = _even_columns(len(corpus))
+        kind = corpus.device.type
+        self.rows = min(max(1, _TILE_ELEMENTS[kind] // self.columns), _MAX_ROWS[kind])
+        self.buffer = corpus.new_empty(self.rows * self.columns)
+
+    def __call__(self, queries: Tensor, seen: SeenPairs | None) -> TopK:
+        """At most ``rows`` queries; merged over chunks when the corpus is wider than a tile."""
+        best: list[TopK] = []
+        width = self.transposed.shape[1]
+        for start in range(0, max(width, 1), self.columns):
+            part = self.transposed[:, start : start + self.columns]
+            here = _inside(seen, start, part.shape[1], width)
+            found = self._chunk(queries, part, here)
+            best.append(TopK(found.item_idx + start * (found.item_idx >= 0), found.scores))
+        return best[0] if len(best) == 1 else merge(best, self.k)
+
+    def _chunk(self, queries: Tensor, transposed: Tensor, seen: SeenPairs | None) -> TopK:
+        """Scores block by block, -inf for what was seen, folded while they are in cache."""
+        num_rows, num_columns = len(queries), transposed.shape[1]
+        scores = self.buffer[: num_rows * num_columns].view(num_rows, num_columns)
+        fold = Fold(num_columns, scores.device)
+        maxima = scores.new_empty((num_rows, fold.num_groups))
+        bounds, flat = [0] * (len(fold.starts) + 1), None
+        if seen is not None:
+            columns, order = seen[1].sort()
+            flat = seen[0][order] * num_columns + columns
+            edges = torch.tensor([*fold.starts, num_columns], device=columns.device)
+            bounds = torch.searchsorted(columns, edges).tolist()
+        for number, start in enumerate(fold.starts):
+            block = scores[:, start : start + fold.block]
+            torch.mm(queries, transposed[:, start : start + fold.block], out=block)
+            if flat is not None and bounds[number] < bounds[number + 1]:
+                hidden = flat[bounds[number] : bounds[number + 1]]
+                scores.view(-1).index_fill_(0, hidden, -torch.inf)
+            fold.block_maxima(block, number, maxima)
+        return select(scores.float(), self.k, fold, maxima.float())
 
 
-def _select(scores: Tensor, k: int, maxima: Tensor | None = None) -> TopK:
-    """Exact top-k of each row of float32 [R, C], ties by column; -1 for -inf.
+class BFloat16Scan:
+    """As ``Float32Scan``, by way of coarse scores; float32 alone for queries that they leave open.
 
     Args:
-        maxima: of the groups of ``_Fold``, where they are known already.
-    """
-    width = min(k, scores.shape[1])
-    if width == 0:
-        empty = scores.new_empty((len(scores), 0))
-        return TopK(empty.long(), empty)
-    values, columns = _largest(scores, min(k + 1, scores.shape[1]), maxima)
-    if torch.isnan(values).any():
-        raise DivergedError("a ranker produced NaN scores; nothing can be ranked by them")
-    if values.shape[1] > width:
-        # One look beyond the cut-off tells whether equal scores straddle it.
-        tied = (values[:, width] == values[:, width - 1]) & (values[:, width] > -torch.inf)
-        values, columns = values[:, :width], columns[:, :width]
-        rows = tied.nonzero().squeeze(1)
-        if len(rows):
-            columns[rows] = _first_among_ties(scores[rows], values[rows, -1:], width)
-            values[rows] = scores[rows].gather(1, columns[rows])
-    columns, order = columns.sort(dim=1)
-    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    columns = columns.gather(1, order)
-    return TopK(torch.where(values > -torch.inf, columns, -1), values)
-
-
-class _Fold:
-    """How the columns of a row are folded into groups of ``_FOLD``, block by block.
-
-    Column f·n + j of a block of n·_FOLD columns belongs to its group j; columns beyond the last
-    whole group of the last block (fewer than ``_FOLD``) belong to none.
+        chunks: of the corpus, in its order.
     """
 
-    def __init__(self, num_columns: int, device: torch.device) -> None:
-        self.block = _BLOCK[device.type]
-        self.starts = list(range(0, max(num_columns, 1), self.block))
-        self.per_block = self.block // _FOLD
-        last = num_columns - self.starts[-1]
-        self.last_groups = last // _FOLD
-        self.num_groups = (len(self.starts) - 1) * self.per_block + self.last_groups
-        self.tail = torch.arange(
-            self.starts[-1] + self.last_groups * _FOLD, num_columns, device=device
+    def __init__(self, chunks: list[CoarseCorpus], corpus: Tensor, k: int) -> None:
+        self.chunks, self.corpus, self.k = chunks, corpus, k
+        self.rows = min(
+            max(1, _TILE_ELEMENTS["cpu"] // len(chunks[0].vectors)), 2 * _MAX_ROWS["cpu"]
         )
+        self.buffer = chunks[0].buffer(self.rows)
+        self.float32: Float32Scan | None = None
 
-    def block_maxima(self, block: Tensor, number: int, out: Tensor) -> None:
-        """Write the group maxima of one block of scores into its place in ``out`` [R, G]."""
-        groups = self.per_block if number < len(self.starts) - 1 else self.last_groups
-        if groups:
-            first = number * self.per_block
-            folded = block[:, : groups * _FOLD].view(len(block), _FOLD, groups)
-            torch.amax(folded, 1, out=out[:, first : first + groups])
+    def __call__(self, queries: Tensor, seen: SeenPairs | None) -> TopK:
+        open_rows = torch.zeros(len(queries), dtype=torch.bool)
+        best: TopK | None = None
+        start = 0
+        for chunk in self.chunks:
+            here = _inside(seen, start, len(chunk.vectors), len(self.corpus))
+            floor = None if best is None else best.scores[:, -1]
+            found, undecided = coarse_top_k(
+                queries.float(), chunk, self.k, self.buffer, hidden=here, floor=floor
+            )
+            open_rows[undecided] = True
+            found = TopK(found.item_idx + start * (found.item_idx >= 0), found.scores)
+            best = found if best is None else merge([best, found], self.k)
+            start += len(chunk.vectors)
+        assert best is not None
+        return self._completed(best, queries, seen, open_rows.nonzero().squeeze(1))
 
-    def maxima(self, scores: Tensor) -> Tensor:
-        """Group maxima of whole rows, [R, G]."""
-        out = scores.new_empty((len(scores), self.num_groups))
-        for number, start in enumerate(self.starts):
-            self.block_maxima(scores[:, start : start + self.block], number, out)
-        return out
-
-    def columns(self, groups: Tensor) -> Tensor:
-        """Columns of groups [R, M], then those of no group, int64 [R, M·_FOLD + tail]."""
-        number = groups // self.per_block
-        stride = torch.where(number < len(self.starts) - 1, self.per_block, self.last_groups)
-        first = number * self.block + groups - number * self.per_block
-        inside = torch.arange(_FOLD, device=groups.device) * stride[:, :, None]
-        columns = (first[:, :, None] + inside).flatten(1)
-        return torch.cat([columns, self.tail.expand(len(groups), -1)], 1)
-
-
-def _largest(scores: Tensor, count: int, maxima: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Values and columns of the ``count`` largest elements per row, in no order among ties."""
-    fold = _Fold(scores.shape[1], scores.device)
-    if fold.num_groups <= 2 * count:
-        return torch.topk(scores, count, dim=1)
-    if maxima is None:
-        maxima = fold.maxima(scores)
-    chosen = torch.topk(maxima, count, dim=1, sorted=False).indices
-    candidates = fold.columns(chosen)
-    values, order = torch.topk(scores.gather(1, candidates), count, dim=1)
-    return values, candidates.gather(1, order)
+    def _completed(self, best: TopK, queries: Tensor, seen: SeenPairs | None, rows: Tensor) -> TopK:
+        """The rows left open, ranked in float32, in their places."""
+        if not len(rows):
+            return best
+        if self.float32 is None:
+            self.float32 = Float32Scan(self.corpus, self.k)
+        place = torch.full((len(queries),), -1)
+        place[rows] = torch.arange(len(rows))
+        for part in torch.split(rows, self.float32.rows):
+            low = int(place[part[0]])
+            here = None
+            if seen is not None:
+                inside = (place[seen[0]] >= low) & (place[seen[0]] < low + len(part))
+                here = place[seen[0][inside]] - low, seen[1][inside]
+            found = self.float32(queries[part], here)
+            best.item_idx[part], best.scores[part] = found.item_idx, found.scores
+        return best
 
 
-def _first_among_ties(scores: Tensor, threshold: Tensor, width: int) -> Tensor:
-    """Columns of all scores above the threshold, filled up with the first that equal it."""
-    above = scores > threshold
-    equal = scores == threshold
-    room = width - above.sum(1, keepdim=True)
-    kept = above | (equal & (equal.cumsum(1) <= room))
-    return kept.nonzero()[:, 1].view(len(scores), width)
+def _inside(seen: SeenPairs | None, start: int, width: int, whole: int) -> SeenPairs | None:
+    """Pairs within a chunk of columns, counted from its start."""
+    if seen is None or width == whole:
+        return seen
+    inside = (seen[1] >= start) & (seen[1] < start + width)
+    return seen[0][inside], seen[1][inside] - start
 
 
 def _join(parts: list[TopK], k: int, items: Tensor | None, device: torch.device) -> TopK:

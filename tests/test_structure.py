@@ -16,7 +16,7 @@ FLOORS = {
     1: {"data", "metrics", "bootstrap"},
     2: {"statistics", "optim", "parts", "towers", "losses", "negatives", "known_positives"}
     | {"kernels", "batches", "objective", "optimizers", "ranking"},
-    3: {"topk", "checkpoint"},
+    3: {"topk", "coarse", "selection", "checkpoint"},
     4: {"train", "evaluate", "baselines", "export", "recommend"},
     5: {
         "api",
