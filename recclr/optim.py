@@ -109,20 +109,26 @@ class TableOptimizer:
         if self.kind == "rowwise_adagrad":
             second = state["second"].index_select(0, rows) + grad.square().mean(1, keepdim=True)
             state["second"].index_copy_(0, rows, second)
-            weight.index_add_(0, rows, grad / second.sqrt().add_(_EPSILON), alpha=-lr)
+            moved = weight.index_select(0, rows)
+            weight.index_copy_(
+                0, rows, moved.addcdiv_(grad, second.sqrt_().add_(_EPSILON), value=-lr)
+            )
             return
-        count = state["count"].index_select(0, rows) + 1
+        # Written back by copy: rows are distinct, and adding to places is single-threaded.
+        count = state["count"].index_select(0, rows).add_(1)
         first = state["first"].index_select(0, rows).lerp_(grad, 1 - _BETA_1)
-        square = grad.square()
+        second = state["second"].index_select(0, rows).mul_(_BETA_2)
         if self.kind == "rowwise_adam":
-            square = square.mean(1, keepdim=True)
-        second = state["second"].index_select(0, rows).lerp_(square, 1 - _BETA_2)
+            second.add_(grad.square().mean(1, keepdim=True), alpha=1 - _BETA_2)
+        else:
+            second.addcmul_(grad, grad, value=1 - _BETA_2)
         state["count"].index_copy_(0, rows, count)
         state["first"].index_copy_(0, rows, first)
         state["second"].index_copy_(0, rows, second)
-        scale = _left(_BETA_2, count).sqrt_().div_(_left(_BETA_1, count))
-        update = first.mul_(scale).div_(second.sqrt_().add_(_EPSILON))
-        weight.index_add_(0, rows, update, alpha=-lr)
+        scale = _left(_BETA_2, count).sqrt_().div_(_left(_BETA_1, count)).mul_(-lr)
+        moved = weight.index_select(0, rows)
+        moved.addcdiv_(first.mul_(scale), second.sqrt_().add_(_EPSILON))
+        weight.index_copy_(0, rows, moved)
 
     def forget(self) -> None:
         """Drop lookups without a step (an evaluation that tracked gradients, an aborted step)."""
@@ -169,9 +175,13 @@ def _summed(table: Table) -> tuple[Tensor | None, Tensor | None]:
     table.lookups.clear()
     if not parts:
         return None, None
-    all_rows = torch.cat([rows for rows, _ in parts])
+    if len(parts) == 1 and bool((parts[0][0][1:] > parts[0][0][:-1]).all()):
+        return parts[0]
     grads = torch.cat([grad for _, grad in parts if grad is not None])
-    rows, inverse = torch.unique(all_rows, return_inverse=True)
-    if len(rows) == len(all_rows):
-        return all_rows, grads
-    return rows, grads.new_zeros((len(rows), grads.shape[1])).index_add_(0, inverse, grads)
+    rows, order = torch.cat([rows for rows, _ in parts]).sort(stable=True)
+    distinct, counts = torch.unique_consecutive(rows, return_counts=True)
+    if len(distinct) == len(rows):
+        return distinct, grads.index_select(0, order)
+    # Sums each row's gradients in the order of the lookups, on all cores.
+    starts = counts.cumsum(0) - counts
+    return distinct, embedding_bag(order, grads, starts, mode="sum")

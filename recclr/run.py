@@ -177,12 +177,13 @@ def _select(context: Context, data: Data) -> Stage:
     model, steps = _fit(context, "selection", folder, prepared, examples, None)
     ranker = ranker_of(model, prepared.tensors.cutoff)
     stage = Stage(prepared, ranker, steps)
-    stage.choices, stage.skipped = _choose_baselines(context, prepared.tensors, examples)
+    stage.choices, stage.skipped, judged = _choose_baselines(context, prepared.tensors, examples)
     if examples is not None:
-        stage.valid = [
-            _evaluated(context, each, examples)
-            for each in _rankers(context, ranker, stage.choices, prepared.tensors)
-        ]
+        # A resumed run has the choices, but not the evaluations that led to them.
+        again = [choice for choice in stage.choices if choice.name not in judged]
+        for each in _rankers(context, ranker, again, prepared.tensors):
+            judged[each.name] = _evaluated(context, each, examples)
+        stage.valid = [judged[name] for name in (ranker.name, *(c.name for c in stage.choices))]
     return stage
 
 
@@ -285,19 +286,25 @@ def _fit(
 
 def _choose_baselines(
     context: Context, prepared: Prepared, examples: EvaluationSet | None
-) -> tuple[list[BaselineChoice], dict[str, str]]:
-    """Settings of the baselines, chosen on validation once per run."""
+) -> tuple[list[BaselineChoice], dict[str, str], dict[str, Evaluation]]:
+    """Settings of the baselines, chosen on validation once per run; why others were left out; and
+    the evaluation of each choice, where this call made it (fitting one again may take minutes).
+    """
     path, config = context.out / "baselines.json", context.config
     if path.exists():
         stored = read_json(path)
-        return [BaselineChoice(**choice) for choice in stored["choices"]], stored["skipped"]
+        return [BaselineChoice(**choice) for choice in stored["choices"]], stored["skipped"], {}
     context.enter("baselines")
+    select, best = config.evaluate.select, dict[str, Evaluation]()
 
     def judge(ranker: Ranker) -> float:
         if examples is None:
             return 0.0
-        metrics = _evaluated(context, ranker, examples, ("all",)).metrics["all"]
-        value = metrics[config.evaluate.select]
+        found = _evaluated(context, ranker, examples)
+        value = found.metrics["all"][select]
+        # The first of the best, as ``build_baselines`` chooses.
+        if ranker.name not in best or value > best[ranker.name].metrics["all"][select]:
+            best[ranker.name] = found
         context.on_event({"kind": "baseline", "name": ranker.name, "value": value})
         return value
 
@@ -310,7 +317,7 @@ def _choose_baselines(
     )
     stored = {"choices": [asdict(choice) for choice in choices], "skipped": skipped}
     write_json_atomic(path, stored)
-    return choices, skipped
+    return choices, skipped, best
 
 
 def _save(context: Context, prepared: PreparedLog, folder: Path) -> None:

@@ -19,6 +19,7 @@ from recclr.data.log import (
     RaggedColumn,
 )
 from recclr.errors import ConfigError
+from recclr.kernels import unit_rows
 from recclr.optim import Table
 from recclr.order import generator as keyed_generator
 from recclr.parts import (
@@ -145,7 +146,7 @@ class TwoTower(nn.Module):
         return self._finish(self.item_tower(rows))
 
     def _finish(self, x: Tensor) -> Tensor:
-        return nn.functional.normalize(x) if self.similarity == "cosine" else x
+        return unit_rows(x) if self.similarity == "cosine" else x
 
     def tables(self) -> dict[str, Table]:
         """Every embedding table once, by its first name in the module tree."""

@@ -1,10 +1,12 @@
-"""The one primitive under every objective, in twins that agree in value and gradient.
+"""Differentiable primitives whose plain PyTorch form loses its time in memory traffic.
 
-``masked_logsumexp`` picks the twin: ``tiled`` runs from cache and never needs B × N to survive in
-slow memory; ``reference`` is plain PyTorch, the oracle of the tests.
+``masked_logsumexp``, under every objective, has twins that agree in value and gradient: ``tiled``
+runs from cache and never needs B × N to survive in slow memory; ``reference`` is plain PyTorch, the
+oracle of the tests. ``unit_rows`` is cosine's normalisation.
 """
 
 from recclr.kernels.reference import PairMask
 from recclr.kernels.tiled import masked_logsumexp
+from recclr.kernels.unit import unit_rows
 
-__all__ = ["PairMask", "masked_logsumexp"]
+__all__ = ["PairMask", "masked_logsumexp", "unit_rows"]

@@ -14,11 +14,13 @@ from recclr.kernels import PairMask, masked_logsumexp
 from recclr.kernels.reference import masked_logsumexp_reference
 
 
-@pytest.fixture(params=["kept", "recomputed"])
+@pytest.fixture(params=["kept", "recomputed", "kept, shifted by row", "recomputed, by row"])
 def path(request, monkeypatch):
-    """Both ways to the probabilities of the backward pass, in tiles of 16 rows."""
+    """Every way to the probabilities of the backward pass, in tiles of 16 rows."""
     monkeypatch.setitem(tiled._TILE_BYTES, "cpu", 1)
-    monkeypatch.setattr(tiled, "_STORE_BYTES", 1 << 27 if request.param == "kept" else 0)
+    monkeypatch.setattr(tiled, "_STORE_BYTES", 1 << 27 if "kept" in request.param else 0)
+    if "row" in request.param:
+        monkeypatch.setattr(tiled, "_RANGE", -1.0)
     return request.param
 
 
@@ -147,6 +149,41 @@ def test_a_row_without_candidates_is_minus_infinity_and_pulls_at_nothing():
     assert result[[0, 2]].isfinite().all()
     assert torch.equal(grads[0][1], torch.zeros(2))
     assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_a_candidate_that_every_row_masks_gets_no_gradient_at_all(path):
+    queries, candidates, weights, _ = problem(4, 35, 6, 2)
+    mask = PairMask(torch.arange(35), torch.full((35,), 3))
+    _, grads = value_and_gradients(
+        masked_logsumexp, queries, candidates, weights, mask, torch.ones(35)
+    )
+    assert torch.equal(grads[1][3], torch.zeros(2))
+    assert grads[2][3] == 0
+    assert (grads[2][[0, 1, 2, 4, 5]] > 0).all()
+
+
+def test_weights_of_minus_infinity_leave_a_candidate_out(path):
+    queries, candidates, weights, mask = problem(6, 35, 17, 3, scale=3.0)
+    weights[[2, 16]] = -math.inf
+    rest = [at for at in range(17) if at not in (2, 16)]
+    kept = torch.isin(mask.columns, torch.tensor(rest))
+    columns = torch.searchsorted(torch.tensor(rest), mask.columns[kept])
+    expected = masked_logsumexp_reference(
+        queries, candidates[rest], weights[rest], PairMask(mask.rows[kept], columns)
+    )
+    found = masked_logsumexp(queries, candidates, weights, mask)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    nothing = masked_logsumexp(queries, candidates, torch.full((17,), -math.inf), mask)
+    assert torch.equal(nothing, torch.full((35,), -math.inf))
+
+
+@pytest.mark.parametrize(("scale", "by_row"), [(0.5, False), (200.0, True)])
+def test_rows_are_shifted_only_where_logits_spread_wide(scale, by_row, monkeypatch):
+    shifted = []
+    original = tiled._exp
+    monkeypatch.setattr(tiled, "_exp", lambda *args: shifted.append(1) or original(*args))
+    masked_logsumexp(*problem(7, 9, 21, 4, scale=scale))
+    assert bool(shifted) is by_row
 
 
 def test_no_candidates_at_all():
