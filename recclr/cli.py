@@ -147,13 +147,15 @@ def evaluate(
     from recclr.run_folder import fingerprints, require_same_inputs
 
     cutoffs = _ks(ks)
-    with working("judging"):
+    with working("judging") as progress:
         config, prepared, model = load_run(run)
         if events is None:
             # Other rows would be split elsewhere, and train rows judged as test.
             require_same_inputs(run, fingerprints(config))
         ranker = ranker_of(model, prepared.tensors.cutoff)
-        found = evaluate_run(config, prepared, ranker, split=split, events=events, ks=cutoffs)
+        found = evaluate_run(
+            config, prepared, ranker, split=split, events=events, ks=cutoffs, progress=progress
+        )
     if as_json:
         print_json(found.to_json())
     else:

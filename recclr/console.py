@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,16 +35,7 @@ class RunProgress:
         self.select = select
         # No wrapping: lines with paths in them end up in the logs of nightly jobs.
         self.console = Console(stderr=True, highlight=False, quiet=quiet, soft_wrap=True)
-        self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=quiet or not self.console.is_terminal,
-        )
+        self.bar = _bar(self.console, quiet=quiet)
         self.task: TaskID | None = None
 
     def __enter__(self) -> RunProgress:
@@ -108,15 +99,30 @@ class RunProgress:
             self.task = None
 
 
+def _bar(console: Console, *, quiet: bool = False) -> Progress:
+    """What is being done and how much of it, at a terminal only; gone when it ends."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )
+
+
 @contextmanager
-def working(text: str) -> Iterator[None]:
-    """Show at a terminal that something is being done; elsewhere nothing."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(escape(text)):
-        yield
+def working(text: str) -> Iterator[Callable[[int, int], None]]:
+    """Show at a terminal that something is being done; elsewhere nothing.
+
+    Yields:
+        To be called with (done, in all), for a bar that fills.
+    """
+    with _bar(Console(stderr=True)) as bar:
+        task = bar.add_task(escape(text), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def say(text: str) -> None:

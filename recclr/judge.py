@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -99,6 +99,7 @@ def evaluate_run(
     split: str = "test",
     events: str | None = None,
     ks: tuple[int, ...] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Judge the ranker of a finished run again, on its own held-out rows or on other events.
 
@@ -106,6 +107,7 @@ def evaluate_run(
         split: ``test`` or ``valid``; read from the run's input files as the run did.
         events: path of other events, read with the run's columns, conditions and weights.
         ks: cut-offs instead of the configured ones.
+        progress: called with (users done, users in all).
 
     Raises:
         ConfigError: no such part, or validation of a model that was refitted on it.
@@ -134,4 +136,5 @@ def evaluate_run(
         ks=ks or settings.ks,
         num_bootstrap=settings.num_bootstrap,
         seed=config.seed,
+        progress=progress,
     )

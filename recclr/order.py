@@ -13,6 +13,8 @@ from torch import Tensor
 
 _MASK_64 = (1 << 64) - 1
 _ROUNDS = 4
+# Below this size the network's digits are too small to reach all orders (of 3 rows: 3 of 6).
+_FEW = 32
 
 
 def mix(*keys: int) -> int:
@@ -44,6 +46,9 @@ def permuted(positions: Tensor, size: int, *keys: int) -> Tensor:
     Returns:
         int64 [M], distinct for distinct positions.
     """
+    if size < _FEW:
+        shuffled = torch.randperm(size, generator=generator("cpu", *keys))
+        return shuffled.to(positions.device)[positions]
     high = max(1, math.isqrt(size))
     low = -(-size // high)
     round_keys = [mix(*keys, number) & 0x7FFFFFFF for number in range(_ROUNDS)]

@@ -103,7 +103,8 @@ def fit(
     """
     began = time.perf_counter()
     model, log = model.to(device), log.to(device)
-    require_negatives(negatives, log)
+    if loss.kind != "full_softmax":
+        require_negatives(negatives, log, batch_size=train.batch_size)
     cells = _time_cells(model, train)
     source = BatchSource(log, train, seed=seed, time_cells=cells)
     per_epoch = source.steps_per_epoch

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from recclr.cli import app
-from recclr.console import RunProgress, print_frame, print_results
+from recclr.console import RunProgress, print_frame, print_results, working
 from recclr.errors import InterruptedTraining
 
 pytestmark = pytest.mark.usefixtures("no_power_cut")
@@ -284,6 +284,18 @@ def test_at_a_terminal_long_work_shows_how_far_it_is(monkeypatch):
     assert "judging als: 16,384 of 107,000 users" in shown
     progress({"kind": "stage", "name": "next"})
     assert progress.bar.tasks == []
+
+
+def test_work_that_counts_fills_a_bar_at_a_terminal_and_is_silent_elsewhere(capsys, monkeypatch):
+    with working("judging") as progress:
+        progress(3, 7)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    with working("judging [it]") as progress:
+        progress(3, 7)
+    err = capsys.readouterr().err
+    assert "judging [it]" in err
+    assert "3/7" in err
 
 
 def test_quiet_is_quiet(capsys):

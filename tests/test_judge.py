@@ -216,7 +216,11 @@ def finished(tmp_path):
 @pytest.mark.parametrize("refit", [True, False])
 def test_a_finished_run_is_judged_as_it_was(finished, refit):
     config, split, prepared, ranker = finished(refit=refit)
-    found = evaluate_run(config, prepared, ranker)
+    calls = []
+    found = evaluate_run(
+        config, prepared, ranker, progress=lambda *done_and_all: calls.append(done_and_all)
+    )
+    assert calls[-1][0] == calls[-1][1] > 0
     also = None if refit else split.valid
     _, examples = judged_by(prepared, split.test, config, also=also)
     expected = evaluate(ranker, examples, ks=(3, 5), num_bootstrap=20, seed=3)

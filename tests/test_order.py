@@ -32,6 +32,11 @@ def test_keys_name_the_permutation():
     )
 
 
+def test_few_rows_come_in_every_order():
+    orders = {tuple(permuted(torch.arange(4), 4, 7, epoch).tolist()) for epoch in range(400)}
+    assert len(orders) == 24
+
+
 def test_order_is_spread_like_a_shuffle():
     # Mean |row - position| of a random order is size / 3; its standard deviation over shuffles is
     # about sqrt(2 size / 45), far below the slack.

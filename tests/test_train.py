@@ -646,6 +646,15 @@ def test_too_few_negatives_are_refused_before_any_step():
         run(model_of(data=data), data, negatives=NegativesSettings(uniform=0))
 
 
+def test_batches_of_one_row_need_negatives_from_elsewhere():
+    alone = TrainSettings(batch_size=1, epochs=0.2)
+    with pytest.raises(ConfigError, match="batches of at least 2 rows, found 1"):
+        run(model_of(), train=alone, negatives=NegativesSettings(uniform=0))
+    run(model_of(), train=alone)
+    whole = LossSettings(kind="full_softmax")
+    run(model_of(), train=alone, loss=whole, negatives=NegativesSettings(uniform=0))
+
+
 def touch(model):
     """A gradient that somebody else left in the model."""
     model.train()

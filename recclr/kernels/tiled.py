@@ -10,6 +10,7 @@ PyTorch loses its time in allocating and streaming B × C, not in arithmetic.
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ _SMALLEST = -87.0
 # Buffers waiting for the next step. Fresh memory of this size comes from the kernel page by page,
 # which costs three times the arithmetic (59 ms against 18 ms per step as above).
 _pool: list[Tensor] = []
+_pool_lock = Lock()
 
 
 def masked_logsumexp(
@@ -169,9 +171,10 @@ def _exp(out: Tensor, shift: Tensor) -> None:
 def _borrow(num_rows: int, num_columns: int, device: torch.device) -> Tensor:
     """Uninitialised float32 [num_rows, num_columns], from the pool where one is large enough."""
     size = num_rows * num_columns
-    for position, buffer in enumerate(_pool):
-        if buffer.device == device and size <= len(buffer) <= 4 * size:
-            return _pool.pop(position)[:size].view(num_rows, num_columns)
+    with _pool_lock:
+        for position, buffer in enumerate(_pool):
+            if buffer.device == device and size <= len(buffer) <= 4 * size:
+                return _pool.pop(position)[:size].view(num_rows, num_columns)
     # An eighth more than asked for: the number of distinct candidates differs from step to step.
     whole = torch.empty(size + size // 8, dtype=torch.float32, device=device)
     return whole[:size].view(num_rows, num_columns)
@@ -182,8 +185,9 @@ def _give_back(buffer: Tensor) -> None:
     if buffer.device.type == "cpu":
         storage = buffer.untyped_storage()
         whole = torch.empty(0, dtype=torch.float32).set_(storage)
-        _pool.append(whole)
-        del _pool[:-2]
+        with _pool_lock:
+            _pool.append(whole)
+            del _pool[:-2]
 
 
 class _Tiles:
