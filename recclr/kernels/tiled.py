@@ -1,15 +1,17 @@
-"""Masked, weighted log-sum-exp in tiles of query rows.
+"""Masked, weighted log-sum-exp in tiles of queries and candidates.
 
 Shape letters: B queries, C candidates, D dimension, R rows of a tile.
 
 Cost (performance.md §3 (i)): 6·B·C·D multiply-adds and B·C exponentials when the probabilities fit
 ``_STORE_BYTES``, 8·B·C·D and 2·B·C with recomputation beyond that; memory then grows with B + C
-only. The tile of logits (R × C) is written, exponentiated and read while it is in cache: plain
+only (and B·C / 1,024 for the sums of the blocks). The tile of logits (R × C) is written, exponentiated and read while it is in cache: plain
 PyTorch loses its time in allocating and streaming B × C, not in arithmetic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -22,10 +24,12 @@ from recclr.kernels.reference import PairMask
 # One tile of logits. On a CPU it exceeds the second-level cache: larger GEMMs gain more than the
 # passes in between lose (7.1 ms against 8.2 ms with 1 MiB, B = 2048). On a GPU it bounds memory.
 _TILE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
+# Widest block of candidates: beyond it tiles would be too low for the GEMM to reuse a candidate.
+_MAX_WIDTH = {"cpu": 1024, "cuda": 1 << 20}
 _ALIGN = 16
-# Up to here keeping the probabilities for the backward pass is cheaper than a second GEMM
-# (measured: 18 ms against 21 ms at B = 8192, C = 1024, D = 64 on two cores).
-_STORE_BYTES = 1 << 27
+# Up to here keeping the probabilities for the backward pass is cheaper than a second GEMM and a
+# second exponential (measured: .72 s against .96 s at B = C = 8,192, D = 128 on one core).
+_STORE_BYTES = 1 << 29
 # Logits that all lie within so much of their bound are not shifted by row; 40 below it, float32 has
 # a relative precision of 2e-6 left.
 _RANGE = 40.0
@@ -71,7 +75,11 @@ def masked_logsumexp(
 
 
 class _MaskedLogSumExp(torch.autograd.Function):
-    """Forward tile by tile; backward multiplies the stored or recomputed probabilities."""
+    """Forward tile by tile; backward multiplies the stored or recomputed probabilities.
+
+    Each tile keeps the sum of its exponentials beside what they were shifted by, so tiles of one
+    row are independent and meet only in the result: p = exp(logit - shift)·exp(shift - result).
+    """
 
     @staticmethod
     def forward(
@@ -83,69 +91,76 @@ class _MaskedLogSumExp(torch.autograd.Function):
         columns: Tensor | None,
     ) -> Tensor:
         tiles = _Tiles(len(queries), len(candidates), queries.device, rows, columns)
-        store = tiles.total_bytes <= _STORE_BYTES
-        num_rows = len(queries) if store else tiles.height
-        scratch = _borrow(num_rows, len(candidates), queries.device)
-        sums = queries.new_empty((len(queries), 1))
-        peaks = queries.new_empty((len(queries), 1))
+        store = 4 * len(queries) * len(candidates) <= _STORE_BYTES
+        scratch = _borrow(tiles.room(store), queries.device)
+        sums = queries.new_empty((len(queries), tiles.num_blocks))
+        shifts = queries.new_empty((len(queries), tiles.num_blocks))
         transposed = candidates.T.contiguous()
         bound = _bound(queries, candidates, log_weights)
         weights = log_weights if bound is None else log_weights - bound
         if bound is not None:
-            peaks.fill_(bound)
-        for start, stop in tiles.ranges():
-            out = scratch[start:stop] if store else scratch[: stop - start]
-            tiles.logits(queries, transposed, weights, start, stop, out)
+            shifts.fill_(bound)
+        for tile in tiles:
+            out = tile.place(scratch, store)
+            tile.logits(queries, transposed, weights, out)
+            shift = shifts[tile.rows, tile.block]
             if bound is None:
-                tiles.hide(out, start, -torch.inf)
-                peaks[start:stop] = out.amax(1, keepdim=True)
-                _exp(out, peaks[start:stop])
+                tile.hide(out, -torch.inf)
+                torch.amax(out, 1, keepdim=True, out=shift)
+                _exp(out, shift)
             else:
                 out.exp_()
-            tiles.hide(out, start, 0.0)
-            torch.sum(out, 1, keepdim=True, out=sums[start:stop])
-        if bound is None:
-            sums.masked_fill_(peaks == -torch.inf, 0.0)
-        result = sums.log().add_(peaks).squeeze(1)
-        ctx.save_for_backward(queries, candidates, log_weights, sums, result)
+            tile.hide(out, 0.0)
+            torch.sum(out, 1, keepdim=True, out=sums[tile.rows, tile.block])
+        result = _joined(sums, shifts)
+        ctx.save_for_backward(queries, candidates, log_weights, shifts, result)
         ctx.tiles = tiles
         ctx.kept = scratch if store else None
         if not store:
             _give_back(scratch)
-        return result
+        return result.squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        queries, candidates, log_weights, sums, result = ctx.saved_tensors
+        queries, candidates, log_weights, shifts, result = ctx.saved_tensors
         tiles: _Tiles = ctx.tiles
         grad = grad_outputs[0].unsqueeze(1)
-        grad_queries = torch.empty_like(queries)
+        grad_queries = torch.zeros_like(queries)
         grad_candidates = torch.zeros_like(candidates)
         grad_weights = torch.zeros_like(log_weights) if ctx.needs_input_grad[2] else None
         # Kept probabilities serve one backward pass; a second one over a retained graph recomputes.
         kept, ctx.kept = ctx.kept, None
         store = kept is not None
-        scratch = kept if store else _borrow(tiles.height, len(candidates), queries.device)
+        scratch = kept if store else _borrow(tiles.room(False), queries.device)
         transposed = candidates.T.contiguous()
-        # A row without any candidate has sum 0 and probability 0; it must not become NaN.
-        scale = grad / sums.clamp_min(1e-30) if store else grad
-        shift = result.unsqueeze(1)
-        for start, stop in tiles.ranges():
-            out = scratch[start:stop] if store else scratch[: stop - start]
-            if not store:
-                tiles.logits(queries, transposed, log_weights, start, stop, out)
-                _exp(out, shift[start:stop])
-                tiles.hide(out, start, 0.0)
-            row_scale = scale[start:stop]
-            torch.mm(out, candidates, out=grad_queries[start:stop])
-            grad_queries[start:stop].mul_(row_scale)
-            torch.addmm(
-                grad_candidates, out.T, queries[start:stop] * row_scale, out=grad_candidates
-            )
+        # A row or a block without any candidate has probability 0; it must not become NaN.
+        some = (shifts > -torch.inf) & (result > -torch.inf)
+        factors = torch.where(some, shifts - result, -torch.inf).exp_()
+        for tile in tiles:
+            out = tile.place(scratch, store)
+            scale = grad[tile.rows]
+            if store:
+                scale = scale * factors[tile.rows, tile.block]
+            else:
+                tile.logits(queries, transposed, log_weights, out)
+                _exp(out, result[tile.rows])
+                tile.hide(out, 0.0)
+            columns = tile.columns
+            grad_queries[tile.rows].addcmul_(out @ candidates[columns], scale)
+            into = grad_candidates[columns]
+            torch.addmm(into, out.T, queries[tile.rows] * scale, out=into)
             if grad_weights is not None:
-                torch.addmv(grad_weights, out.T, row_scale.squeeze(1), out=grad_weights)
+                torch.addmv(
+                    grad_weights[columns], out.T, scale.squeeze(1), out=grad_weights[columns]
+                )
         _give_back(scratch)
         return grad_queries, grad_candidates, grad_weights, None, None
+
+
+def _joined(sums: Tensor, shifts: Tensor) -> Tensor:
+    """Log of Σ sum·exp(shift) over the blocks of a row, [B, 1]; -inf where all sums are 0."""
+    logs = sums.log() + torch.where(sums > 0, shifts, 0.0)
+    return logs if logs.shape[1] == 1 else logs.logsumexp(1, keepdim=True)
 
 
 def _bound(queries: Tensor, candidates: Tensor, log_weights: Tensor) -> float | None:
@@ -168,30 +183,61 @@ def _exp(out: Tensor, shift: Tensor) -> None:
     out.sub_(torch.where(shift > -torch.inf, shift, 0.0)).clamp_min_(_SMALLEST).exp_()
 
 
-def _borrow(num_rows: int, num_columns: int, device: torch.device) -> Tensor:
-    """Uninitialised float32 [num_rows, num_columns], from the pool where one is large enough."""
-    size = num_rows * num_columns
+def _borrow(size: int, device: torch.device) -> Tensor:
+    """Uninitialised float32 [size], from the pool where a buffer is large enough."""
     with _pool_lock:
         for position, buffer in enumerate(_pool):
             if buffer.device == device and size <= len(buffer) <= 4 * size:
-                return _pool.pop(position)[:size].view(num_rows, num_columns)
+                return _pool.pop(position)
     # An eighth more than asked for: the number of distinct candidates differs from step to step.
-    whole = torch.empty(size + size // 8, dtype=torch.float32, device=device)
-    return whole[:size].view(num_rows, num_columns)
+    return torch.empty(size + size // 8, dtype=torch.float32, device=device)
 
 
 def _give_back(buffer: Tensor) -> None:
     """Keep the storage for the next step; two are enough for a symmetric loss."""
     if buffer.device.type == "cpu":
-        storage = buffer.untyped_storage()
-        whole = torch.empty(0, dtype=torch.float32).set_(storage)
         with _pool_lock:
-            _pool.append(whole)
+            _pool.append(buffer)
             del _pool[:-2]
 
 
+@dataclass(frozen=True)
+class _Tile:
+    """Some rows against some columns.
+
+    Attributes:
+        rows, columns, block: where it lies among queries, candidates and the blocks of columns.
+        masked: flat places [P] in the tile that take no part; None for none.
+    """
+
+    rows: slice
+    columns: slice
+    block: slice
+    start: int
+    masked: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    def place(self, scratch: Tensor, store: bool) -> Tensor:
+        """Its own part of a buffer that stores all tiles, or the beginning of one that does not."""
+        height, width = self.shape
+        start = self.start if store else 0
+        return scratch[start : start + height * width].view(height, width)
+
+    def logits(self, queries: Tensor, transposed: Tensor, log_weights: Tensor, out: Tensor) -> None:
+        torch.mm(queries[self.rows], transposed[:, self.columns], out=out)
+        out.add_(log_weights[self.columns])
+
+    def hide(self, out: Tensor, value: float) -> None:
+        """Write ``value`` at the masked pairs."""
+        if self.masked is not None:
+            out.view(-1).index_fill_(0, self.masked, value)
+
+
 class _Tiles:
-    """Row ranges of equal height, and the masked logits of one range."""
+    """All tiles, row by row: blocks of columns of equal width, rows of equal height."""
 
     def __init__(
         self,
@@ -201,40 +247,49 @@ class _Tiles:
         rows: Tensor | None,
         columns: Tensor | None,
     ) -> None:
-        self.num_rows = num_rows
-        self.total_bytes = 4 * num_rows * num_columns
-        self.height = min(max(16, _TILE_BYTES[device.type] // (4 * num_columns)), max(num_rows, 1))
-        self.rows, self.columns = rows, columns
-        starts = [start for start, _ in self.ranges()] + [num_rows]
-        self.bounds = [0] * len(starts)
-        if rows is not None:
-            edges = torch.tensor(starts, dtype=rows.dtype, device=rows.device)
-            self.bounds = torch.searchsorted(rows, edges).tolist()
+        self.num_rows, self.num_columns = num_rows, num_columns
+        blocks = -(-num_columns // _MAX_WIDTH[device.type])
+        self.width = -(-num_columns // (blocks * _ALIGN)) * _ALIGN
+        self.num_blocks = -(-num_columns // self.width)
+        height = max(16, _TILE_BYTES[device.type] // (4 * self.width))
+        self.height = min(height, max(num_rows, 1))
+        self.places, self.bounds = self._places(rows, columns)
 
-    def ranges(self) -> list[tuple[int, int]]:
-        return [
-            (start, min(start + self.height, self.num_rows))
-            for start in range(0, self.num_rows, self.height)
-        ]
+    def room(self, store: bool) -> int:
+        """Elements of the buffer that ``_Tile.place`` needs."""
+        if store:
+            return self.num_rows * self.num_columns
+        return self.height * min(self.width, self.num_columns)
 
-    def logits(
-        self,
-        queries: Tensor,
-        transposed: Tensor,
-        log_weights: Tensor,
-        start: int,
-        stop: int,
-        out: Tensor,
-    ) -> None:
-        torch.mm(queries[start:stop], transposed, out=out)
-        out.add_(log_weights)
+    def __iter__(self) -> Iterator[_Tile]:
+        number = 0
+        for top in range(0, self.num_rows, self.height):
+            bottom = min(top + self.height, self.num_rows)
+            for block, left in enumerate(range(0, self.num_columns, self.width)):
+                right = min(left + self.width, self.num_columns)
+                low, high = self.bounds[number], self.bounds[number + 1]
+                yield _Tile(
+                    slice(top, bottom),
+                    slice(left, right),
+                    slice(block, block + 1),
+                    top * self.num_columns + (bottom - top) * left,
+                    self.places[low:high] if high > low else None,
+                )
+                number += 1
 
-    def hide(self, out: Tensor, start: int, value: float) -> None:
-        """Write ``value`` at the masked pairs of the tile that begins at row ``start``."""
-        tile = start // self.height
-        low, high = self.bounds[tile], self.bounds[tile + 1]
-        if self.rows is not None and self.columns is not None and high > low:
-            # One flat index: filling by (row, column) costs ten times as much.
-            width = out.shape[1]
-            flat = (self.rows[low:high] - start) * width + self.columns[low:high]
-            out.view(-1).index_fill_(0, flat, value)
+    def _places(self, rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor, list[int]]:
+        """Masked pairs as flat places within their tile, tile by tile, and where each begins."""
+        num_tiles = self.num_blocks * -(-self.num_rows // self.height)
+        if rows is None or columns is None:
+            return torch.empty(0, dtype=torch.int64), [0] * (num_tiles + 1)
+        top, left = rows // self.height, columns // self.width
+        widths = (self.num_columns - left * self.width).clamp(max=self.width)
+        # One flat index: filling by (row, column) costs ten times as much.
+        places = (rows - top * self.height) * widths + columns - left * self.width
+        tile = top * self.num_blocks + left
+        if self.num_blocks > 1:
+            # Rows rise, so with one block tiles rise already.
+            tile, order = tile.sort(stable=True)
+            places = places[order]
+        edges = torch.arange(num_tiles + 1, device=tile.device)
+        return places, torch.searchsorted(tile, edges).tolist()

@@ -16,8 +16,9 @@ from recclr.kernels.reference import masked_logsumexp_reference
 
 @pytest.fixture(params=["kept", "recomputed", "kept, shifted by row", "recomputed, by row"])
 def path(request, monkeypatch):
-    """Every way to the probabilities of the backward pass, in tiles of 16 rows."""
+    """Every way to the probabilities of the backward pass, in tiles of 16 x 16."""
     monkeypatch.setitem(tiled._TILE_BYTES, "cpu", 1)
+    monkeypatch.setitem(tiled._MAX_WIDTH, "cpu", 16)
     monkeypatch.setattr(tiled, "_STORE_BYTES", 1 << 27 if "kept" in request.param else 0)
     if "row" in request.param:
         monkeypatch.setattr(tiled, "_RANGE", -1.0)
@@ -69,23 +70,21 @@ def assert_twins(case, upstream=None):
     scale=st.sampled_from([1e-4, 1.0, 30.0, 1000.0]),
     repeats=st.sampled_from([0, 5]),
     keep=st.booleans(),
+    width=st.sampled_from([16, 32, 2048]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_tiles_equal_the_plain_twin(
-    seed, num_queries, num_candidates, dim, share, scale, repeats, keep
+    seed, num_queries, num_candidates, dim, share, scale, repeats, keep, width
 ):
     case = problem(
         seed, num_queries, num_candidates, dim, share=share, scale=scale, repeats=repeats
     )
-    before = dict(tiled._TILE_BYTES), tiled._STORE_BYTES
-    try:
-        # Tiles of 16 rows, so that there are several; stored and recomputed probabilities.
-        tiled._TILE_BYTES["cpu"] = 1
-        tiled._STORE_BYTES = 1 << 27 if keep else 0
+    with pytest.MonkeyPatch.context() as patch:
+        # Tiles of 16 rows and of few columns, so that there are several each way.
+        patch.setitem(tiled._TILE_BYTES, "cpu", 1)
+        patch.setitem(tiled._MAX_WIDTH, "cpu", width)
+        patch.setattr(tiled, "_STORE_BYTES", 1 << 27 if keep else 0)
         assert_twins(case)
-    finally:
-        tiled._TILE_BYTES.update(before[0])
-        tiled._STORE_BYTES = before[1]
 
 
 def loop(queries, candidates, weights, mask):
@@ -237,21 +236,23 @@ def test_the_pool_stays_small(monkeypatch):
     assert 1 <= len(pool) <= 2
 
 
-def test_with_recomputation_only_a_tile_is_ever_held(monkeypatch):
+@pytest.mark.parametrize(("width", "held"), [(2048, 25 * 48), (16, 75 * 16), (32, 37 * 32)])
+def test_with_recomputation_only_a_tile_is_ever_held(width, held, monkeypatch):
     borrowed = []
     original = tiled._borrow
 
-    def spy(num_rows, num_columns, device):
-        borrowed.append((num_rows, num_columns))
-        return original(num_rows, num_columns, device)
+    def spy(size, device):
+        borrowed.append(size)
+        return original(size, device)
 
     monkeypatch.setattr(tiled, "_borrow", spy)
     monkeypatch.setattr(tiled, "_STORE_BYTES", 0)
     monkeypatch.setitem(tiled._TILE_BYTES, "cpu", 4 * 48 * 25)
+    monkeypatch.setitem(tiled._MAX_WIDTH, "cpu", width)
     queries, *rest = problem(9, 310, 41, 4)
     masked_logsumexp(queries.requires_grad_(), *rest).sum().backward()
-    # 41 candidates take 48 columns.
-    assert borrowed == [(25, 48)] * 2
+    # 41 candidates take 48 columns: one block, three of 16, or a block of 32 and one of 16.
+    assert borrowed == [held] * 2
 
 
 def test_no_query_at_all(path):
