@@ -1,11 +1,12 @@
 """Masked, weighted log-sum-exp in tiles of queries and candidates.
 
-Shape letters: B queries, C candidates, D dimension, R rows of a tile.
+Shape letters: B queries, C candidates, D dimension.
 
 Cost (performance.md §3 (i)): 6·B·C·D multiply-adds and B·C exponentials when the probabilities fit
 ``_STORE_BYTES``, 8·B·C·D and 2·B·C with recomputation beyond that; memory then grows with B + C
-only (and B·C / 1,024 for the sums of the blocks). The tile of logits (R × C) is written, exponentiated and read while it is in cache: plain
-PyTorch loses its time in allocating and streaming B × C, not in arithmetic.
+only (and B·C / 1,024 for the sums of the blocks). A tile of logits is written, exponentiated and
+read while it is in cache: plain PyTorch loses its time in allocating and streaming B × C, not in
+arithmetic.
 """
 
 from __future__ import annotations
