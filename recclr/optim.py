@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,10 +17,28 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
 from recclr.errors import CheckpointError
+from recclr.order import generator as keyed_generator
 
 TableOptimizerKind = Literal["adam", "rowwise_adam", "rowwise_adagrad", "sgd"]
+StateKind = Literal["float32", "bfloat16"]
 
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
+_ROUNDING = 31
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Rows that a step asked for, and where their gradient arrives.
+
+    Attributes:
+        rows: int64 [n], repeats allowed. vectors: leaf [M, dim] that the model computed with.
+        places: int64 [n], which of ``vectors`` each row is summed into; None where n = M and each
+            row is its own.
+    """
+
+    rows: Tensor
+    vectors: Tensor
+    places: Tensor | None = None
 
 
 class Table(nn.Module):
@@ -27,14 +46,14 @@ class Table(nn.Module):
 
     Attributes:
         weight: float32 [num_rows, dim]. Autograd does not see it; ``lookups`` do.
-        lookups: (row numbers int64 [M], leaf [M, dim]) of the current step, for the optimiser.
+        lookups: those of the current step, for the optimiser.
     """
 
     def __init__(self, num_rows: int, dim: int, *, std: float, generator: torch.Generator) -> None:
         super().__init__()
         weight = torch.empty(num_rows, dim).normal_(0.0, std, generator=generator)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.lookups: list[tuple[Tensor, Tensor]] = []
+        self.lookups: list[Lookup] = []
 
     @property
     def dim(self) -> int:
@@ -43,23 +62,32 @@ class Table(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """Vectors of ``rows`` (int64 [M], repeats allowed), float32 [M, dim]."""
         vectors = self.weight.index_select(0, rows)
-        if torch.is_grad_enabled() and self.training:
+        if self._watched():
             vectors.requires_grad_(True)
-            self.lookups.append((rows, vectors))
+            self.lookups.append(Lookup(rows, vectors))
         return vectors
 
     def bag(self, values: Tensor, offsets: Tensor) -> Tensor:
         """Sum of the vectors of each bag, float32 [M, dim]; zero if empty.
 
         Args:
-            values: int64 [nnz] row numbers. offsets: int64 [M] start of each bag.
+            values: int64 [n] row numbers. offsets: int64 [M] start of each bag, the first 0.
         """
-        rows, inverse = torch.unique(values, return_inverse=True)
-        vectors: Tensor = self(rows)
         if not len(values):
-            return vectors.new_zeros((len(offsets), self.dim))
-        bags: Tensor = embedding_bag(inverse, vectors, offsets, mode="sum")
+            return self.weight.new_zeros((len(offsets), self.dim))
+        bags = embedding_bag(values, self.weight, offsets, mode="sum")
+        if self._watched():
+            # The gradient of a row is the sum of those of its bags, whatever else is in them, so
+            # only the bags are kept: M vectors, not one for each value.
+            bags.requires_grad_(True)
+            lengths = torch.diff(offsets, append=offsets.new_tensor([len(values)]))
+            numbers = torch.arange(len(offsets), device=offsets.device)
+            places = numbers.repeat_interleave(lengths, output_size=len(values))
+            self.lookups.append(Lookup(values, bags, places))
         return bags
+
+    def _watched(self) -> bool:
+        return torch.is_grad_enabled() and self.training
 
 
 class TableOptimizer:
@@ -75,11 +103,17 @@ class TableOptimizer:
 
     Args:
         tables: by name; names key the state of ``state_dict``.
+        moments: what Adam's moments of a table's size are stored in; arithmetic is float32. In
+            bfloat16 they are rounded at random (Gupta et al. 2015): to the nearest, a step of
+            0.1 % would be lost, since two neighbours differ by 0.4 %.
     """
 
-    def __init__(self, tables: Mapping[str, Table], kind: TableOptimizerKind) -> None:
+    def __init__(
+        self, tables: Mapping[str, Table], kind: TableOptimizerKind, moments: StateKind = "float32"
+    ) -> None:
         self.tables = dict(tables)
         self.kind = kind
+        self.moments = {"float32": torch.float32, "bfloat16": torch.bfloat16}[moments]
         self.state = {name: self._fresh(table.weight) for name, table in self.tables.items()}
 
     def _fresh(self, weight: Tensor) -> dict[str, Tensor]:
@@ -90,45 +124,59 @@ class TableOptimizer:
             "rowwise_adagrad": {"second": row},
             "sgd": {},
         }
-        return {name: weight.new_zeros(shape) for name, shape in shapes[self.kind].items()}
+        return {
+            name: weight.new_zeros(shape, dtype=self.moments if shape == full else None)
+            for name, shape in shapes[self.kind].items()
+        }
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Apply and forget the lookups of this step. ``lr``: absolute learning rate."""
-        for name, table in self.tables.items():
+    def step(self, lr: float, *, number: int = 0) -> None:
+        """Apply and forget the lookups of this step.
+
+        Args:
+            lr: absolute learning rate. number: of the step; keys the rounding of the moments.
+        """
+        for place, (name, table) in enumerate(self.tables.items()):
             rows, grad = _summed(table)
             if rows is not None and grad is not None:
-                self._update(table.weight, self.state[name], rows, grad, lr)
+                # Written back by copy: rows are distinct, and adding to places is single-threaded.
+                moved = table.weight.index_select(0, rows)
+                self._move(moved, self.state[name], rows, grad, lr, (number, place))
+                table.weight.index_copy_(0, rows, moved)
 
-    def _update(
-        self, weight: Tensor, state: dict[str, Tensor], rows: Tensor, grad: Tensor, lr: float
+    def _move(
+        self,
+        weight: Tensor,
+        state: dict[str, Tensor],
+        rows: Tensor,
+        grad: Tensor,
+        lr: float,
+        key: tuple[int, int],
     ) -> None:
+        """Bring the state of ``rows`` up to date, and ``weight``, their vectors, in place."""
         if self.kind == "sgd":
-            weight.index_add_(0, rows, grad, alpha=-lr)
+            weight.add_(grad, alpha=-lr)
             return
         if self.kind == "rowwise_adagrad":
-            second = state["second"].index_select(0, rows) + grad.square().mean(1, keepdim=True)
+            second = state["second"].index_select(0, rows).add_(_mean_square(grad))
             state["second"].index_copy_(0, rows, second)
-            moved = weight.index_select(0, rows)
-            weight.index_copy_(
-                0, rows, moved.addcdiv_(grad, second.sqrt_().add_(_EPSILON), value=-lr)
-            )
+            weight.addcdiv_(grad, second.sqrt_().add_(_EPSILON), value=-lr)
             return
-        # Written back by copy: rows are distinct, and adding to places is single-threaded.
         count = state["count"].index_select(0, rows).add_(1)
-        first = state["first"].index_select(0, rows).lerp_(grad, 1 - _BETA_1)
-        second = state["second"].index_select(0, rows).mul_(_BETA_2)
+        first = state["first"].index_select(0, rows).float().lerp_(grad, 1 - _BETA_1)
+        second = state["second"].index_select(0, rows).float().mul_(_BETA_2)
         if self.kind == "rowwise_adam":
-            second.add_(grad.square().mean(1, keepdim=True), alpha=1 - _BETA_2)
+            second.add_(_mean_square(grad), alpha=1 - _BETA_2)
         else:
             second.addcmul_(grad, grad, value=1 - _BETA_2)
         state["count"].index_copy_(0, rows, count)
-        state["first"].index_copy_(0, rows, first)
-        state["second"].index_copy_(0, rows, second)
+        draws = keyed_generator(grad.device, *key, _ROUNDING)
+        for name, value in (("first", first), ("second", second)):
+            stored = state[name]
+            rounded = value if stored.dtype == value.dtype else _rounded(value, draws)
+            stored.index_copy_(0, rows, rounded)
         scale = _left(_BETA_2, count).sqrt_().div_(_left(_BETA_1, count)).mul_(-lr)
-        moved = weight.index_select(0, rows)
-        moved.addcdiv_(first.mul_(scale), second.sqrt_().add_(_EPSILON))
-        weight.index_copy_(0, rows, moved)
+        weight.addcdiv_(first.mul_(scale), second.sqrt_().add_(_EPSILON))
 
     def forget(self) -> None:
         """Drop lookups without a step (an evaluation that tracked gradients, an aborted step)."""
@@ -161,7 +209,28 @@ class TableOptimizer:
                     f"optimiser state {name}: expected shape {tuple(own[name].shape)}, found "
                     f"{tuple(value.shape)}"
                 )
+            if own[name].dtype != value.dtype:
+                raise CheckpointError(
+                    f"optimiser state {name}: expected {own[name].dtype}, found {value.dtype}; "
+                    "was train.table_moments changed?"
+                )
             own[name].copy_(value)
+
+
+def _mean_square(grad: Tensor) -> Tensor:
+    """Of each row, [n, 1]."""
+    squares: Tensor = torch.linalg.vecdot(grad, grad, dim=1)
+    return squares.div_(grad.shape[1]).unsqueeze(1)
+
+
+def _rounded(value: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 to one of its two bfloat16 neighbours, the nearer more often; exact on average."""
+    noise = torch.randint(
+        1 << 16, value.shape, generator=generator, device=value.device, dtype=torch.int32
+    )
+    # The upper half of a float32 is a bfloat16; noise carries into it as often as it should.
+    mixed = (value.view(torch.int32) + noise).bitwise_and_(-(1 << 16))
+    return mixed.view(torch.float32).bfloat16()
 
 
 def _left(beta: float, count: Tensor) -> Tensor:
@@ -171,17 +240,29 @@ def _left(beta: float, count: Tensor) -> Tensor:
 
 def _summed(table: Table) -> tuple[Tensor | None, Tensor | None]:
     """Distinct rows of this step's lookups and the sum of their gradients."""
-    parts = [(rows, vectors.grad) for rows, vectors in table.lookups if vectors.grad is not None]
+    parts = [lookup for lookup in table.lookups if lookup.vectors.grad is not None]
     table.lookups.clear()
     if not parts:
         return None, None
-    if len(parts) == 1 and bool((parts[0][0][1:] > parts[0][0][:-1]).all()):
-        return parts[0]
-    grads = torch.cat([grad for _, grad in parts if grad is not None])
-    rows, order = torch.cat([rows for rows, _ in parts]).sort(stable=True)
+    first = parts[0]
+    if len(parts) == 1 and first.places is None and bool((first.rows.diff() > 0).all()):
+        return first.rows, first.vectors.grad
+    grads = torch.cat([part.vectors.grad for part in parts if part.vectors.grad is not None])
+    rows, order = torch.cat([part.rows for part in parts]).sort(stable=True)
     distinct, counts = torch.unique_consecutive(rows, return_counts=True)
-    if len(distinct) == len(rows):
-        return distinct, grads.index_select(0, order)
     # Sums each row's gradients in the order of the lookups, on all cores.
     starts = counts.cumsum(0) - counts
-    return distinct, embedding_bag(order, grads, starts, mode="sum")
+    return distinct, embedding_bag(_places(parts)[order], grads, starts, mode="sum")
+
+
+def _places(parts: list[Lookup]) -> Tensor:
+    """Where the gradient of each looked-up row stands among those of all parts, int64 [n]."""
+    found, before = [], 0
+    for part in parts:
+        num_vectors = len(part.vectors)
+        places = part.places
+        if places is None:
+            places = torch.arange(num_vectors, device=part.rows.device)
+        found.append(places + before)
+        before += num_vectors
+    return torch.cat(found)

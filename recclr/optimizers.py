@@ -19,7 +19,9 @@ class Optimizers:
 
     def __init__(self, model: TwoTower, settings: TrainSettings, total_steps: int) -> None:
         self.model, self.settings, self.total_steps = model, settings, total_steps
-        self.tables = TableOptimizer(model.tables(), settings.table_optimizer)
+        self.tables = TableOptimizer(
+            model.tables(), settings.table_optimizer, settings.table_moments
+        )
         self.dense = model.dense_parameters()
         self.adamw = None
         if self.dense:
@@ -48,7 +50,7 @@ class Optimizers:
 
     def step(self, step: int) -> None:
         rate = self.rate(step)
-        self.tables.step(self.settings.table_lr * rate)
+        self.tables.step(self.settings.table_lr * rate, number=step)
         if self.adamw is not None:
             if self.settings.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.dense.values(), self.settings.clip_norm)

@@ -207,6 +207,8 @@ class TrainSettings:
     batch_size: int = 4096
     epochs: float = 20.0
     table_optimizer: Literal["adam", "rowwise_adam", "rowwise_adagrad", "sgd"] = "adam"
+    table_moments: Literal["float32", "bfloat16"] = "float32"
+    """What Adam's moments of the tables are stored in; bfloat16 halves their memory."""
     table_lr: float = 0.005
     dense_lr: float = 0.001
     weight_decay: float = 0.01

@@ -209,7 +209,7 @@ def test_gradients_reach_both_tables_and_a_learned_temperature():
     objective_of(loss)(model, batch_of(), 0).loss.backward()
     assert float(model.log_temperature.grad.abs()) > 0
     for table in model.tables().values():
-        assert all(float(v.grad.abs().sum()) > 0 for _, v in table.lookups)
+        assert all(float(each.vectors.grad.abs().sum()) > 0 for each in table.lookups)
 
 
 def test_the_slope_of_a_learned_temperature_equals_finite_differences():

@@ -85,7 +85,7 @@ def test_both_optimisers_follow_the_schedule_from_their_own_peak():
     table, layer = model.user_tower.table, model.user_tower.layer
     for step in range(8):
         backward(model, step)
-        rows, vectors = table.lookups[0]
+        rows, vectors = table.lookups[0].rows, table.lookups[0].vectors
         grad = torch.zeros_like(table.weight).index_add_(0, rows, vectors.grad)
         expected = table.weight - 0.5 * optimizers.rate(step) * grad
         before = layer.weight.detach().clone()
