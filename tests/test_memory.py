@@ -1,0 +1,67 @@
+"""Memory of a step grows with B + N, not with B × N; asserted by an address-space limit."""
+
+import subprocess
+import sys
+
+import pytest
+
+LIMIT = 4 << 30
+STEP = """
+import resource
+import sys
+
+import torch
+
+from recclr.batches import BatchSource
+from recclr.data.log import EncodedLog, FeatureTable, Prepared
+from recclr.objective import Objective
+from recclr.optimizers import Optimizers
+from recclr.settings import *
+from recclr.towers import build_model
+
+size, limit = int(sys.argv[1]), int(sys.argv[2])
+num_items, num_rows = 8 * size, 2 * size
+draws = torch.Generator().manual_seed(0)
+users = torch.randint(size, (num_rows,), generator=draws).int()
+items = torch.randint(num_items, (num_rows,), generator=draws).int()
+log = EncodedLog(users, items, size, num_items)
+loss, train = LossSettings(temperature=0.1), TrainSettings(batch_size=size)
+prepared = Prepared(log, FeatureTable(size), FeatureTable(num_items))
+model = build_model(
+    prepared, user=TowerSettings(), item=TowerSettings(), model=ModelSettings(embedding_dim=64),
+    loss=loss, seed=0,
+).train()
+negatives = NegativesSettings(in_batch=False, uniform=size)
+objective = Objective(log, loss, negatives, seed=0)
+optimizers = Optimizers(model, train, 2)
+batch = BatchSource(log, train, seed=0, time_cells=False).batch(0)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+stats = objective(model, batch, 0)
+stats.loss.backward()
+optimizers.step(0)
+print(stats.num_rows, stats.num_candidates, float(stats.loss))
+"""
+
+
+def one_step(size, limit):
+    """Positives, candidates and loss of one whole step in a process of its own."""
+    found = subprocess.run(
+        [sys.executable, "-c", STEP, str(size), str(limit)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    rows, candidates, loss = found.stdout.split()
+    return int(rows), int(candidates), float(loss)
+
+
+@pytest.mark.slow
+def test_a_large_batch_against_as_many_candidates_trains_within_4_gb():
+    """The matrix of logits alone would take 64 GB."""
+    rows, candidates, loss = one_step(131_072, LIMIT)
+    assert rows == 131_072
+    # 131,072 draws from a million items: 123,200 distinct ones are expected.
+    assert candidates == pytest.approx(123_200, abs=400)
+    # A fresh model tells nothing apart: the log of the number of items.
+    assert loss == pytest.approx(13.9, abs=0.5)
