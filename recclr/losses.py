@@ -44,8 +44,23 @@ def contrastive_loss(
     return second_temperature * finite - positive_logits_B
 
 
-def weighted_mean(loss_B: Tensor, weight_B: Tensor | None) -> Tensor:
-    """Mean over positives, float32 scalar; by ``weight_B`` (positive, [B]) where it is given."""
+def contrastive_slopes(
+    positive_logits_B: Tensor, log_partition_B: Tensor, *, second_temperature: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Derivatives of ``contrastive_loss`` by its two arguments, float32 [B] each."""
+    if second_temperature is None:
+        share = torch.sigmoid(log_partition_B - positive_logits_B)
+        return -share, share
+    some = log_partition_B > -torch.inf
+    return torch.full_like(positive_logits_B, -1.0), second_temperature * some.float()
+
+
+def mean_weights(num_rows: int, weight_B: Tensor | None, *, device: torch.device) -> Tensor:
+    """What each positive's loss counts in their mean, float32 [B], summing to 1.
+
+    Args:
+        num_rows: B, at least 1. weight_B: positive, [B]; None for equal weights.
+    """
     if weight_B is None:
-        return loss_B.mean()
-    return (loss_B * weight_B).sum() / weight_B.sum()
+        return torch.full((num_rows,), 1.0 / num_rows, device=device)
+    return weight_B / weight_B.sum()

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from recclr.batches import Batch
 from recclr.data.log import EncodedLog
-from recclr.kernels import masked_logsumexp
+from recclr.kernels import total_contrastive_loss
 from recclr.known_positives import KnownPositives
-from recclr.losses import contrastive_loss, weighted_mean
+from recclr.losses import mean_weights
 from recclr.negatives import Candidates, CandidateSampler
 from recclr.order import generator
 from recclr.parts import Rows
@@ -66,18 +66,15 @@ class Objective:
         positives = items.index_select(0, candidates.positive_row)
         rows = candidates.candidate_row
         mask = self.known_positives.mask(batch.user_idx, batch.item_idx, candidates.candidate_idx)
-        log_partition = masked_logsumexp(
+        loss = total_contrastive_loss(
             queries,
             items if rows is None else items.index_select(0, rows),
             candidates.log_weights,
-            mask,
-        )
-        loss_B = contrastive_loss(
             (queries * positives).sum(1),
-            log_partition,
+            mean_weights(len(queries), batch.weight, device=self.device),
+            mask,
             second_temperature=self.loss.second_temperature,
         )
-        loss = weighted_mean(loss_B, batch.weight)
         return StepStats(loss, len(candidates.log_weights), len(mask), len(batch.user_idx))
 
     def _candidates(self, batch: Batch, step: int) -> Candidates:

@@ -19,6 +19,8 @@ from torch.nn.functional import normalize
 import recclr.objective as objective_module
 from recclr.batches import Batch, BatchSource
 from recclr.data.log import EncodedLog
+from recclr.kernels import masked_logsumexp
+from recclr.losses import contrastive_loss
 from recclr.objective import Objective
 from recclr.settings import LossSettings, NegativesSettings, PopularitySettings, TrainSettings
 from recclr.towers import TwoTower
@@ -74,13 +76,15 @@ def objective_of(log, sources, size, **loss):
 @pytest.fixture
 def seen(monkeypatch):
     """(positive logits, log Ẑ) of every row, as the objective hands them to the loss."""
-    calls, original = [], objective_module.contrastive_loss
+    calls = []
 
-    def spy(positive_logits, log_partition, **options):
-        calls.append((positive_logits, log_partition))
-        return original(positive_logits, log_partition, **options)
+    def composed(queries, candidates, log_weights, positives, row_weights, mask, **options):
+        # What ``total_contrastive_loss`` is tested to be, with its parts in the graph.
+        partition = masked_logsumexp(queries, candidates, log_weights, mask)
+        calls.append((positives, partition))
+        return (contrastive_loss(positives, partition, **options) * row_weights).sum()
 
-    monkeypatch.setattr(objective_module, "contrastive_loss", spy)
+    monkeypatch.setattr(objective_module, "total_contrastive_loss", composed)
     return calls
 
 

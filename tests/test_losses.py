@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from recclr.errors import ShapeError
 from recclr.kernels import masked_logsumexp
-from recclr.losses import contrastive_loss, weighted_mean
+from recclr.losses import contrastive_loss, mean_weights
 
 
 @pytest.mark.parametrize("scale", [1.0, 3000.0])
@@ -59,10 +59,11 @@ def test_gradient_flows_through_the_kernel_without_nan_where_a_row_has_no_negati
         assert all(g.isfinite().all() for g in gradients)
 
 
-def test_weighted_mean():
-    loss = torch.tensor([1.0, 2.0, 6.0])
-    assert float(weighted_mean(loss, None)) == 3.0
-    assert float(weighted_mean(loss, torch.tensor([1.0, 1.0, 2.0]))) == pytest.approx(3.75)
+def test_weights_of_a_mean():
+    loss, device = torch.tensor([1.0, 2.0, 6.0]), torch.device("cpu")
+    assert float(loss @ mean_weights(3, None, device=device)) == pytest.approx(3.0)
+    uneven = mean_weights(3, torch.tensor([1.0, 1.0, 2.0]), device=device)
+    assert float(loss @ uneven) == pytest.approx(3.75)
 
 
 def test_shapes_must_agree():

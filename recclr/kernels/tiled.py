@@ -27,6 +27,9 @@ from recclr.kernels.reference import PairMask
 _TILE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
 # Widest block of candidates: beyond it tiles would be too low for the GEMM to reuse a candidate.
 _MAX_WIDTH = {"cpu": 1024, "cuda": 1 << 20}
+# Where whole rows are needed: GEMMs of fewer rows are slow, four times a tile still shares a cache
+# (B = C = 8,192, D = 128: 379 ms with 512 rows, 441 ms with 256, 491 ms with 128).
+_ROWS, _MAX_FACTOR = 512, 4
 _ALIGN = 16
 # Up to here keeping the probabilities for the backward pass is cheaper than a second GEMM and a
 # second exponential (measured: .72 s against .96 s at B = C = 8,192, D = 128 on one core).
@@ -47,6 +50,21 @@ def masked_logsumexp(
     queries: Tensor, candidates: Tensor, log_weights: Tensor, mask: PairMask | None = None
 ) -> Tensor:
     """As ``masked_logsumexp_reference``, which has the definition of arguments and result."""
+    candidates, log_weights = padded(queries, candidates, log_weights)
+    if len(candidates) == 0:
+        return queries.new_full((len(queries),), -torch.inf)
+    result: Tensor = _MaskedLogSumExp.apply(queries, candidates, log_weights, mask)  # type: ignore[no-untyped-call]
+    return result
+
+
+def padded(queries: Tensor, candidates: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Candidates and log-weights up to a whole number of cache lines per row of logits.
+
+    The spare columns have weight 0.
+
+    Raises:
+        ShapeError: the three do not fit each other, or are not float32.
+    """
     if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1]:
         raise ShapeError(
             f"expected queries [B, D] and candidates [C, D], found {tuple(queries.shape)} and "
@@ -63,16 +81,11 @@ def masked_logsumexp(
             f"log_weights needs one value per candidate: expected {tuple(candidates.shape[:1])}, "
             f"found {tuple(log_weights.shape)}"
         )
-    if len(candidates) == 0:
-        return queries.new_full((len(queries),), -torch.inf)
     spare = -len(candidates) % _ALIGN
     if spare:
-        # Rows of logits that start on a cache line; the spare columns have weight 0.
         candidates = torch.nn.functional.pad(candidates, (0, 0, 0, spare))
         log_weights = torch.nn.functional.pad(log_weights, (0, spare), value=-torch.inf)
-    rows, columns = (mask.rows, mask.columns) if mask is not None else (None, None)
-    result: Tensor = _MaskedLogSumExp.apply(queries, candidates, log_weights, rows, columns)  # type: ignore[no-untyped-call]
-    return result
+    return candidates, log_weights
 
 
 class _MaskedLogSumExp(torch.autograd.Function):
@@ -88,43 +101,31 @@ class _MaskedLogSumExp(torch.autograd.Function):
         queries: Tensor,
         candidates: Tensor,
         log_weights: Tensor,
-        rows: Tensor | None,
-        columns: Tensor | None,
+        mask: PairMask | None,
     ) -> Tensor:
-        tiles = _Tiles(len(queries), len(candidates), queries.device, rows, columns)
+        tiles = Tiles(len(queries), len(candidates), queries.device, mask)
         store = 4 * len(queries) * len(candidates) <= _STORE_BYTES
-        scratch = _borrow(tiles.room(store), queries.device)
+        scratch = borrow(tiles.room(store), queries.device)
         sums = queries.new_empty((len(queries), tiles.num_blocks))
         shifts = queries.new_empty((len(queries), tiles.num_blocks))
         transposed = candidates.T.contiguous()
-        bound = _bound(queries, candidates, log_weights)
+        bound = logit_bound(queries, candidates, log_weights)
         weights = log_weights if bound is None else log_weights - bound
-        if bound is not None:
-            shifts.fill_(bound)
         for tile in tiles:
-            out = tile.place(scratch, store)
-            tile.logits(queries, transposed, weights, out)
-            shift = shifts[tile.rows, tile.block]
-            if bound is None:
-                tile.hide(out, -torch.inf)
-                torch.amax(out, 1, keepdim=True, out=shift)
-                _exp(out, shift)
-            else:
-                out.exp_()
-            tile.hide(out, 0.0)
-            torch.sum(out, 1, keepdim=True, out=sums[tile.rows, tile.block])
-        result = _joined(sums, shifts)
+            out = tile.place(scratch, 0 if store else tile.start)
+            tile.exponentials(queries, transposed, weights, out, shifts, sums, bound)
+        result = joined(sums, shifts)
         ctx.save_for_backward(queries, candidates, log_weights, shifts, result)
         ctx.tiles = tiles
         ctx.kept = scratch if store else None
         if not store:
-            _give_back(scratch)
+            give_back(scratch)
         return result.squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         queries, candidates, log_weights, shifts, result = ctx.saved_tensors
-        tiles: _Tiles = ctx.tiles
+        tiles: Tiles = ctx.tiles
         grad = grad_outputs[0].unsqueeze(1)
         grad_queries = torch.zeros_like(queries)
         grad_candidates = torch.zeros_like(candidates)
@@ -132,13 +133,11 @@ class _MaskedLogSumExp(torch.autograd.Function):
         # Kept probabilities serve one backward pass; a second one over a retained graph recomputes.
         kept, ctx.kept = ctx.kept, None
         store = kept is not None
-        scratch = kept if store else _borrow(tiles.room(False), queries.device)
+        scratch = kept if store else borrow(tiles.room(False), queries.device)
         transposed = candidates.T.contiguous()
-        # A row or a block without any candidate has probability 0; it must not become NaN.
-        some = (shifts > -torch.inf) & (result > -torch.inf)
-        factors = torch.where(some, shifts - result, -torch.inf).exp_()
+        factors = share_of_row(shifts, result)
         for tile in tiles:
-            out = tile.place(scratch, store)
+            out = tile.place(scratch, 0 if store else tile.start)
             scale = grad[tile.rows]
             if store:
                 scale = scale * factors[tile.rows, tile.block]
@@ -146,25 +145,30 @@ class _MaskedLogSumExp(torch.autograd.Function):
                 tile.logits(queries, transposed, log_weights, out)
                 _exp(out, result[tile.rows])
                 tile.hide(out, 0.0)
-            columns = tile.columns
-            grad_queries[tile.rows].addcmul_(out @ candidates[columns], scale)
-            into = grad_candidates[columns]
-            torch.addmm(into, out.T, queries[tile.rows] * scale, out=into)
+            tile.add_gradients(out, scale, queries, candidates, grad_queries, grad_candidates)
             if grad_weights is not None:
-                torch.addmv(
-                    grad_weights[columns], out.T, scale.squeeze(1), out=grad_weights[columns]
-                )
-        _give_back(scratch)
-        return grad_queries, grad_candidates, grad_weights, None, None
+                into = grad_weights[tile.columns]
+                torch.addmv(into, out.T, scale.squeeze(1), out=into)
+        give_back(scratch)
+        return grad_queries, grad_candidates, grad_weights, None
 
 
-def _joined(sums: Tensor, shifts: Tensor) -> Tensor:
+def joined(sums: Tensor, shifts: Tensor) -> Tensor:
     """Log of Σ sum·exp(shift) over the blocks of a row, [B, 1]; -inf where all sums are 0."""
     logs = sums.log() + torch.where(sums > 0, shifts, 0.0)
     return logs if logs.shape[1] == 1 else logs.logsumexp(1, keepdim=True)
 
 
-def _bound(queries: Tensor, candidates: Tensor, log_weights: Tensor) -> float | None:
+def share_of_row(shifts: Tensor, result: Tensor) -> Tensor:
+    """exp(shift - result), [B, blocks]: what turns a tile's exponentials into probabilities.
+
+    A row or a block without any candidate has probability 0; it must not become NaN.
+    """
+    some = (shifts > -torch.inf) & (result > -torch.inf)
+    return torch.where(some, shifts - result, -torch.inf).exp_()
+
+
+def logit_bound(queries: Tensor, candidates: Tensor, log_weights: Tensor) -> float | None:
     """What no logit exceeds, where none can lie more than ``_RANGE`` below; None elsewhere.
 
     With it a tile needs no maximum of its rows and no exponential of something tiny.
@@ -184,7 +188,7 @@ def _exp(out: Tensor, shift: Tensor) -> None:
     out.sub_(torch.where(shift > -torch.inf, shift, 0.0)).clamp_min_(_SMALLEST).exp_()
 
 
-def _borrow(size: int, device: torch.device) -> Tensor:
+def borrow(size: int, device: torch.device) -> Tensor:
     """Uninitialised float32 [size], from the pool where a buffer is large enough."""
     with _pool_lock:
         for position, buffer in enumerate(_pool):
@@ -194,7 +198,7 @@ def _borrow(size: int, device: torch.device) -> Tensor:
     return torch.empty(size + size // 8, dtype=torch.float32, device=device)
 
 
-def _give_back(buffer: Tensor) -> None:
+def give_back(buffer: Tensor) -> None:
     """Keep the storage for the next step; two are enough for a symmetric loss."""
     if buffer.device.type == "cpu":
         with _pool_lock:
@@ -203,7 +207,7 @@ def _give_back(buffer: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class _Tile:
+class Tile:
     """Some rows against some columns.
 
     Attributes:
@@ -221,15 +225,56 @@ class _Tile:
     def shape(self) -> tuple[int, int]:
         return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
 
-    def place(self, scratch: Tensor, store: bool) -> Tensor:
-        """Its own part of a buffer that stores all tiles, or the beginning of one that does not."""
+    def place(self, scratch: Tensor, origin: int) -> Tensor:
+        """Its part of a buffer whose first element is number ``origin`` of all tiles' elements."""
         height, width = self.shape
-        start = self.start if store else 0
+        start = self.start - origin
         return scratch[start : start + height * width].view(height, width)
 
     def logits(self, queries: Tensor, transposed: Tensor, log_weights: Tensor, out: Tensor) -> None:
         torch.mm(queries[self.rows], transposed[:, self.columns], out=out)
         out.add_(log_weights[self.columns])
+
+    def exponentials(
+        self,
+        queries: Tensor,
+        transposed: Tensor,
+        weights: Tensor,
+        out: Tensor,
+        shifts: Tensor,
+        sums: Tensor,
+        bound: float | None,
+    ) -> None:
+        """Fill ``out`` with exp(logit - shift), and this block's column of ``shifts`` and ``sums``.
+
+        Args:
+            weights: log-weights, less ``bound`` where there is one. bound: of ``logit_bound``.
+        """
+        self.logits(queries, transposed, weights, out)
+        shift = shifts[self.rows, self.block]
+        if bound is None:
+            self.hide(out, -torch.inf)
+            torch.amax(out, 1, keepdim=True, out=shift)
+            _exp(out, shift)
+        else:
+            shift.fill_(bound)
+            out.exp_()
+        self.hide(out, 0.0)
+        torch.sum(out, 1, keepdim=True, out=sums[self.rows, self.block])
+
+    def add_gradients(
+        self,
+        out: Tensor,
+        scale: Tensor,
+        queries: Tensor,
+        candidates: Tensor,
+        grad_queries: Tensor,
+        grad_candidates: Tensor,
+    ) -> None:
+        """Add what ``scale`` [R, 1] times the exponentials of the tile pull at both sides."""
+        grad_queries[self.rows].addcmul_(out @ candidates[self.columns], scale)
+        into = grad_candidates[self.columns]
+        torch.addmm(into, out.T, queries[self.rows] * scale, out=into)
 
     def hide(self, out: Tensor, value: float) -> None:
         """Write ``value`` at the masked pairs."""
@@ -237,39 +282,48 @@ class _Tile:
             out.view(-1).index_fill_(0, self.masked, value)
 
 
-class _Tiles:
-    """All tiles, row by row: blocks of columns of equal width, rows of equal height."""
+class Tiles:
+    """All tiles, row by row: blocks of columns of equal width, rows of equal height.
+
+    Args:
+        whole_rows: all blocks of a row are needed at a time; they may take somewhat more room.
+    """
 
     def __init__(
         self,
         num_rows: int,
         num_columns: int,
         device: torch.device,
-        rows: Tensor | None,
-        columns: Tensor | None,
+        mask: PairMask | None,
+        *,
+        whole_rows: bool = False,
     ) -> None:
         self.num_rows, self.num_columns = num_rows, num_columns
         blocks = -(-num_columns // _MAX_WIDTH[device.type])
         self.width = -(-num_columns // (blocks * _ALIGN)) * _ALIGN
         self.num_blocks = -(-num_columns // self.width)
-        height = max(16, _TILE_BYTES[device.type] // (4 * self.width))
+        room, together = _TILE_BYTES[device.type], self.width
+        if whole_rows:
+            together = num_columns
+            room = min(max(room, 4 * _ROWS * num_columns), _MAX_FACTOR * room)
+        height = max(16, room // (4 * together))
         self.height = min(height, max(num_rows, 1))
-        self.places, self.bounds = self._places(rows, columns)
+        self.places, self.bounds = self._places(mask)
 
     def room(self, store: bool) -> int:
-        """Elements of the buffer that ``_Tile.place`` needs."""
+        """Elements of the buffer that ``Tile.place`` needs."""
         if store:
             return self.num_rows * self.num_columns
         return self.height * min(self.width, self.num_columns)
 
-    def __iter__(self) -> Iterator[_Tile]:
+    def __iter__(self) -> Iterator[Tile]:
         number = 0
         for top in range(0, self.num_rows, self.height):
             bottom = min(top + self.height, self.num_rows)
             for block, left in enumerate(range(0, self.num_columns, self.width)):
                 right = min(left + self.width, self.num_columns)
                 low, high = self.bounds[number], self.bounds[number + 1]
-                yield _Tile(
+                yield Tile(
                     slice(top, bottom),
                     slice(left, right),
                     slice(block, block + 1),
@@ -278,11 +332,12 @@ class _Tiles:
                 )
                 number += 1
 
-    def _places(self, rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor, list[int]]:
+    def _places(self, mask: PairMask | None) -> tuple[Tensor, list[int]]:
         """Masked pairs as flat places within their tile, tile by tile, and where each begins."""
         num_tiles = self.num_blocks * -(-self.num_rows // self.height)
-        if rows is None or columns is None:
+        if mask is None:
             return torch.empty(0, dtype=torch.int64), [0] * (num_tiles + 1)
+        rows, columns = mask.rows, mask.columns
         top, left = rows // self.height, columns // self.width
         widths = (self.num_columns - left * self.width).clamp(max=self.width)
         # One flat index: filling by (row, column) costs ten times as much.

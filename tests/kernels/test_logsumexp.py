@@ -55,10 +55,12 @@ def assert_twins(case, upstream=None):
         upstream = torch.linspace(-1.0, 2.0, len(queries))
     expected, expected_grads = value_and_gradients(masked_logsumexp_reference, *case, upstream)
     found, found_grads = value_and_gradients(masked_logsumexp, *case, upstream)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # What two orders of summing a float32 product may differ by, wherever terms cancel.
+    rounding = 5e-7 * float(queries.norm(dim=1).max() * case[1].norm(dim=1).max())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 + rounding)
     for ours, theirs in zip(found_grads, expected_grads, strict=True):
         scale = float(theirs.abs().max().clamp_min(1.0)) if theirs.numel() else 1.0
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5 * scale)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=(2e-5 + rounding) * scale)
 
 
 @given(
@@ -239,13 +241,13 @@ def test_the_pool_stays_small(monkeypatch):
 @pytest.mark.parametrize(("width", "held"), [(2048, 25 * 48), (16, 75 * 16), (32, 37 * 32)])
 def test_with_recomputation_only_a_tile_is_ever_held(width, held, monkeypatch):
     borrowed = []
-    original = tiled._borrow
+    original = tiled.borrow
 
     def spy(size, device):
         borrowed.append(size)
         return original(size, device)
 
-    monkeypatch.setattr(tiled, "_borrow", spy)
+    monkeypatch.setattr(tiled, "borrow", spy)
     monkeypatch.setattr(tiled, "_STORE_BYTES", 0)
     monkeypatch.setitem(tiled._TILE_BYTES, "cpu", 4 * 48 * 25)
     monkeypatch.setitem(tiled._MAX_WIDTH, "cpu", width)

@@ -1,0 +1,128 @@
+"""Contrastive loss whose gradient is computed while the probabilities are in cache.
+
+Shape letters: B queries, C candidates, D dimension.
+
+The slope of the loss by a row's log-partition follows from that number and the positive's logit, so
+the two gradient GEMMs of a few rows can follow their logits at once: 6·B·C·D multiply-adds and B·C
+exponentials, as with stored probabilities, without writing them to memory (the idea of fused linear
+cross-entropy, Liger kernels 2024). The backward pass only scales.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from recclr.kernels.reference import PairMask
+from recclr.kernels.tiled import (
+    Tiles,
+    borrow,
+    give_back,
+    joined,
+    logit_bound,
+    masked_logsumexp,
+    padded,
+    share_of_row,
+)
+from recclr.losses import contrastive_loss, contrastive_slopes
+
+# Rows of fewer than so many queries would be all that fits a tile: recomputing is cheaper then.
+_MIN_HEIGHT = 128
+
+
+def total_contrastive_loss(
+    queries: Tensor,
+    candidates: Tensor,
+    log_weights: Tensor,
+    positive_logits: Tensor,
+    row_weights: Tensor,
+    mask: PairMask | None = None,
+    *,
+    second_temperature: float | None = None,
+) -> Tensor:
+    """Σ row_weight · ``contrastive_loss``(positive logit, ``masked_logsumexp``), float32 scalar.
+
+    Args:
+        queries: float32 [B, D], divided by the temperature. candidates: float32 [C, D].
+        log_weights: float32 [C]; has no gradient here. mask: pairs to leave out.
+        positive_logits: float32 [B]. row_weights: float32 [B], no gradient; 1 / B for the mean.
+
+    Raises:
+        ShapeError: as ``masked_logsumexp`` and ``contrastive_loss``.
+    """
+    tracked = torch.is_grad_enabled() and any(
+        each.requires_grad for each in (queries, candidates, positive_logits)
+    )
+    if tracked and queries.device.type == "cpu" and len(queries) and len(candidates):
+        candidates, log_weights = padded(queries, candidates, log_weights)
+        tiles = Tiles(len(queries), len(candidates), queries.device, mask, whole_rows=True)
+        if tiles.height >= min(_MIN_HEIGHT, len(queries)):
+            result: Tensor = _TotalLoss.apply(  # type: ignore[no-untyped-call]
+                queries,
+                candidates,
+                log_weights,
+                positive_logits,
+                row_weights,
+                tiles,
+                second_temperature,
+            )
+            return result
+    log_partition = masked_logsumexp(queries, candidates, log_weights, mask)
+    loss = contrastive_loss(positive_logits, log_partition, second_temperature=second_temperature)
+    return (loss * row_weights).sum()
+
+
+class _TotalLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        candidates: Tensor,
+        log_weights: Tensor,
+        positive_logits: Tensor,
+        row_weights: Tensor,
+        tiles: Tiles,
+        second_temperature: float | None,
+    ) -> Tensor:
+        grad_queries, grad_candidates = torch.zeros_like(queries), torch.zeros_like(candidates)
+        grad_positives = torch.empty_like(positive_logits)
+        losses = torch.empty_like(positive_logits)
+        scratch = borrow(tiles.height * tiles.num_columns, queries.device)
+        transposed = candidates.T.contiguous()
+        bound = logit_bound(queries, candidates, log_weights)
+        weights = log_weights if bound is None else log_weights - bound
+        shifts = queries.new_empty((len(queries), tiles.num_blocks))
+        sums = torch.empty_like(shifts)
+        for origin, group in groupby(tiles, lambda tile: tile.rows.start * tiles.num_columns):
+            blocks = list(group)
+            rows = blocks[0].rows
+            for tile in blocks:
+                out = tile.place(scratch, origin)
+                tile.exponentials(queries, transposed, weights, out, shifts, sums, bound)
+            result = joined(sums[rows], shifts[rows])
+            pair = positive_logits[rows], result.squeeze(1)
+            losses[rows] = contrastive_loss(*pair, second_temperature=second_temperature)
+            by_positive, by_partition = contrastive_slopes(
+                *pair, second_temperature=second_temperature
+            )
+            grad_positives[rows] = by_positive * row_weights[rows]
+            scale = (by_partition * row_weights[rows]).unsqueeze(1)
+            scale = scale * share_of_row(shifts[rows], result)
+            for tile in blocks:
+                out = tile.place(scratch, origin)
+                share = scale[:, tile.block]
+                tile.add_gradients(out, share, queries, candidates, grad_queries, grad_candidates)
+        give_back(scratch)
+        ctx.save_for_backward(grad_queries, grad_candidates, grad_positives)
+        return (losses * row_weights).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        queries, candidates, positives = ctx.saved_tensors
+        return queries * grad, candidates * grad, None, positives * grad, None, None, None
