@@ -15,6 +15,7 @@ import typer
 from recclr import __version__
 from recclr.console import (
     RunProgress,
+    print_batch_sizes,
     print_frame,
     print_json,
     print_results,
@@ -79,13 +80,25 @@ def check(
     items: Annotated[str | None, typer.Option(help="Table of items.")] = None,
     config: Annotated[Path | None, typer.Option(help="Check the data of this file.")] = None,
     overrides: Set = [],  # noqa: B006 - typer copies it
+    batch_sizes: Annotated[
+        bool, typer.Option(help="Try steps of rising batch size: speed and memory of each.")
+    ] = False,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Read the data and say what a run would find: rows per step, bad rows, split, features."""
     from recclr.checking import check_data
 
-    with working("reading"):
-        found = check_data(events, users=users, items=items, config=config, overrides=overrides)
+    with working("trying batch sizes" if batch_sizes else "reading"):
+        found = check_data(
+            events,
+            users=users,
+            items=items,
+            config=config,
+            overrides=overrides,
+            batch_sizes=batch_sizes,
+            device=device,
+        )
     if as_json:
         print_json(found)
         return
@@ -100,6 +113,8 @@ def check(
         ],
         f"split by {found['split']['by']}",
     )
+    if batch_sizes:
+        print_batch_sizes(found["batch_sizes"], found["fastest_batch_size"])
     for reason, count in found["quarantined"].items():
         say(f"bad rows: {count:,} {reason}")
     for note in found["notes"]:

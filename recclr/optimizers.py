@@ -35,7 +35,11 @@ class Optimizers:
             self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.dense_lr)
 
     def rate(self, step: int) -> float:
-        """Share of the peak rate at a step: linear warm-up, then decay to ``final_lr``."""
+        """What the given rates are multiplied by at a step: linear warm-up, decay, batch size."""
+        return self._schedule(step) * _batch_scale(self.settings)
+
+    def _schedule(self, step: int) -> float:
+        """Share of the peak rate: linear warm-up, then decay to ``final_lr``."""
         settings = self.settings
         warmup = settings.warmup * self.total_steps
         if step < warmup:
@@ -113,3 +117,9 @@ class Optimizers:
                     f"{'none' if shape is None else wanted}, found {shapes}; was the model changed?"
                 )
         return found
+
+
+def _batch_scale(settings: TrainSettings) -> float:
+    """Linear for SGD (Goyal et al. 2017), square root for Adam (Krizhevsky 2014; Malladi 2022)."""
+    power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[settings.lr_scaling]
+    return float((settings.batch_size / settings.base_batch_size) ** power)

@@ -211,6 +211,11 @@ class TrainSettings:
     """What Adam's moments of the tables are stored in; bfloat16 halves their memory."""
     table_lr: float = 0.005
     dense_lr: float = 0.001
+    lr_scaling: Literal["none", "sqrt", "linear"] = "none"
+    """How both rates grow with the batch: as given, or times (batch_size / base_batch_size) to the
+    power 1/2 (for Adam) or 1 (for SGD)."""
+    base_batch_size: int = 4096
+    """The batch that the rates are meant for, where they are scaled."""
     weight_decay: float = 0.01
     """Decoupled decay of the dense layers; tables have none."""
     warmup: float = 0.02
@@ -240,6 +245,7 @@ class TrainSettings:
         _check(
             self,
             batch_size=(1, 1 << 24),
+            base_batch_size=(1, 1 << 24),
             epochs=(0.001, 1e6),
             table_lr=(0.0, 1e4),
             dense_lr=(0.0, 1e3),

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "recclr"
 # DESIGN, "Layout": a module imports only from its own floor or from floors below.
 FLOORS = {
-    0: {"errors", "settings", "config", "files", "order"},
+    0: {"errors", "settings", "config", "files", "memory", "order"},
     1: {"data", "metrics", "bootstrap"},
     2: {"statistics", "optim", "parts", "towers", "losses", "negatives", "known_positives"}
     | {"kernels", "batches", "objective", "optimizers", "ranking"},
@@ -20,6 +20,7 @@ FLOORS = {
     4: {"train", "evaluate", "baselines", "export", "recommend"},
     5: {
         "api",
+        "batch_size",
         "checking",
         "cli",
         "console",
