@@ -145,6 +145,7 @@ def _joined(row: Row, results: Sequence[Measured]) -> dict[str, Any]:
             "repeats": len(seconds),
             "rounds": len(measured),
             "per_s": known["amount"] / median,
+            "cores": statistics.median(result["cores"] for result in measured),
             "peak_memory_mb": max(result["peak_memory_mb"] for result in measured),
             "gemm": [result["gemm"] for result in measured if "gemm" in result],
             "copy": [result["copy"] for result in measured if "copy" in result],

@@ -19,7 +19,8 @@ _TITLES = {
 _NOTE = (
     "floor: the longer of 6·B·C·d (rankings 2·Q·V·d) operations at the GEMM rate and the table "
     "rows' traffic at the copy rate; C: distinct items among the N drawn. memory: peak of the "
-    "row's own process while it is measured, interpreter included. Times are medians."
+    "row's own process while it is measured, interpreter included. cores: processor seconds used "
+    "per second. Times are medians."
 )
 
 
@@ -48,7 +49,16 @@ def _table(title: str, rows: Sequence[dict[str, Any]], *, peers: bool) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("what")
     last = "recclr is" if peers else "bound"
-    for name in ("rate", "measured", "floor", "floor / measured", last, "memory", "repeats"):
+    for name in (
+        "rate",
+        "measured",
+        "floor",
+        "floor / measured",
+        last,
+        "memory",
+        "cores",
+        "repeats",
+    ):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(escape(_name(row)), *_cells(row, peers=peers))
@@ -74,5 +84,6 @@ def _cells(row: dict[str, Any], *, peers: bool) -> list[str]:
         f"{row['ratio']:.2f}" if floor else "",
         last,
         f"{row['peak_memory_mb']:,.0f} MB",
+        f"{row['cores']:.1f}",
         str(row["repeats"]),
     ]

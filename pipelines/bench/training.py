@@ -31,8 +31,9 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     model, step = make_step(task)
     counts: dict[str, int] = {}
     step(0, counts)
+    preparation_mb = memory.peak_mb(device)
     memory.reset_peak(device)
-    seconds = repeated(lambda number: step(number + 1), task["seconds"], device)
+    times = repeated(lambda number: step(number + 1), task["seconds"], device)
     work = training_work(
         batch_size=counts["batch_size"],
         num_candidates=counts["num_candidates"],
@@ -41,19 +42,20 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         num_touched=counts["num_touched"],
         optimizer=task["optimizer"],
     )
-    return {
-        "seconds": seconds,
+    measured = {
         "amount": counts["batch_size"],
         "unit": "positives/s",
         "flop": work.flop,
         "row_bytes": work.row_bytes,
         "peak_memory_mb": memory.peak_mb(device),
+        "preparation_peak_mb": preparation_mb,
         "gemm": rates.gemm,
         "copy": rates.copy,
         "device": machine.device_name(device),
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()),
-    } | counts
+    }
+    return times | measured | counts
 
 
 def make_step(task: dict[str, Any]) -> tuple[TwoTower, Any]:

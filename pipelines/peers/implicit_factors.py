@@ -27,9 +27,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     with threadpool_limits(1, "blas"):
         model.fit(matrix, show_progress=False)
         memory.reset_peak()
-        seconds = repeated(lambda number: model.fit(matrix, show_progress=False), task["seconds"])
-    return {
-        "seconds": seconds,
+        times = repeated(lambda number: model.fit(matrix, show_progress=False), task["seconds"])
+    return times | {
         "amount": matrix.nnz,
         "unit": "positives/s",
         "version": implicit.__version__,

@@ -61,8 +61,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
     steps(0)
     memory.reset_peak()
-    return {
-        "seconds": repeated(steps, task["seconds"]),
+    return repeated(steps, task["seconds"]) | {
         "amount": size,
         "unit": "positives/s",
         "version": version("LibRecommender"),

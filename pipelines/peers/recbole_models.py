@@ -44,8 +44,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
         step(0)
         memory.reset_peak()
-        return {
-            "seconds": repeated(step, task["seconds"]),
+        return repeated(step, task["seconds"]) | {
             "amount": task["batch_size"],
             "unit": "positives/s",
             "version": recbole.__version__,

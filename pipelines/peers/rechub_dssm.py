@@ -52,8 +52,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
     steps(0)
     memory.reset_peak()
-    return {
-        "seconds": repeated(steps, task["seconds"]),
+    return repeated(steps, task["seconds"]) | {
         "amount": _BATCHES * batch_size,
         "unit": "positives/s",
         "version": version("torch-rechub"),

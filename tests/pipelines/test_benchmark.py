@@ -13,7 +13,17 @@ from typer import Typer
 from typer.testing import CliRunner
 
 SECTIONS = {"ids", "features", "evaluation", "growth", "peers"}
-FIELDS = {"measured_s", "floor_s", "ratio", "per_s", "unit", "peak_memory_mb", "repeats", "bound"}
+FIELDS = {
+    "measured_s",
+    "floor_s",
+    "ratio",
+    "per_s",
+    "unit",
+    "peak_memory_mb",
+    "repeats",
+    "bound",
+    "cores",
+}
 RATE, COPY = 1e9, 1e8
 
 
@@ -151,8 +161,10 @@ def test_warm_up_is_no_measurement(bench, monkeypatch, takes_s, warm_ups, measur
         now[0] += takes_s
 
     monkeypatch.setattr(bench.timing.time, "perf_counter", lambda: round(now[0], 6))
-    seconds = bench.timing.repeated(work, 1.0)
-    assert seconds == pytest.approx([takes_s] * measured)
+    monkeypatch.setattr(bench.timing.time, "process_time", lambda: round(2 * now[0], 6))
+    times = bench.timing.repeated(work, 1.0)
+    assert times["seconds"] == pytest.approx([takes_s] * measured)
+    assert times["cores"] == pytest.approx(2.0)
     assert calls == list(range(warm_ups + measured))
 
 
@@ -252,7 +264,8 @@ def test_rows_take_turns_and_a_failed_one_is_not_tried_again(bench, settings, lo
         turns.append(row.what)
         if row.what == "b":
             return "broken"
-        return {"seconds": [len(turns)], "amount": 6, "unit": "x/s", "peak_memory_mb": len(turns)}
+        turn = len(turns)
+        return {"seconds": [turn], "cores": 1, "amount": 6, "unit": "x/s", "peak_memory_mb": turn}
 
     row = bench.grid.evaluation_row("evaluation", log, settings, dim=8, k=5)
     rows = [replace(row, what=name) for name in ("a", "b", "c")]
