@@ -44,8 +44,17 @@ def contrastive_loss(
     return second_temperature * finite - positive_logits_B
 
 
-def weighted_mean(loss_B: Tensor, weight_B: Tensor | None) -> Tensor:
-    """Mean over positives, float32 scalar; by ``weight_B`` (positive, [B]) where it is given."""
+def weighted_mean(
+    loss_B: Tensor, weight_B: Tensor | None, *, total: Tensor | float | None = None
+) -> Tensor:
+    """Mean over positives, float32 scalar; by ``weight_B`` (positive, [B]) where it is given.
+
+    Args:
+        total: what to divide by where these are a part of the positives (or none): number or weight
+            of all; the parts then sum up to the mean.
+    """
+    if total is not None:
+        return (loss_B if weight_B is None else loss_B * weight_B).sum() / total
     if weight_B is None:
         return loss_B.mean()
     return (loss_B * weight_B).sum() / weight_B.sum()

@@ -8,7 +8,7 @@ summed in the order of the lookups.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -18,6 +18,9 @@ from torch.nn.functional import embedding_bag
 from recclr.errors import CheckpointError
 
 TableOptimizerKind = Literal["adam", "rowwise_adam", "rowwise_adagrad", "sgd"]
+
+# Name of a table, distinct rows int64 [R], the sum of each one's gradients [R, dim].
+RowGradients = tuple[str, Tensor, Tensor]
 
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
 
@@ -93,12 +96,23 @@ class TableOptimizer:
         return {name: weight.new_zeros(shape) for name, shape in shapes[self.kind].items()}
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Apply and forget the lookups of this step. ``lr``: absolute learning rate."""
+    def step(self, lr: float, gradients: Iterable[RowGradients] | None = None) -> None:
+        """Apply and forget the lookups of this step.
+
+        Args:
+            lr: absolute learning rate.
+            gradients: instead of the lookups' own, which were taken already.
+        """
+        for name, rows, grad in self.gradients() if gradients is None else gradients:
+            self._update(self.tables[name].weight, self.state[name], rows, grad, lr)
+
+    def gradients(self) -> Iterator[RowGradients]:
+        """Take the lookups of this step: what each table that had some has to learn."""
         for name, table in self.tables.items():
-            rows, grad = _summed(table)
-            if rows is not None and grad is not None:
-                self._update(table.weight, self.state[name], rows, grad, lr)
+            found = [(rows, v.grad) for rows, v in table.lookups if v.grad is not None]
+            table.lookups.clear()
+            if found:
+                yield name, *summed_rows(found)
 
     def _update(
         self, weight: Tensor, state: dict[str, Tensor], rows: Tensor, grad: Tensor, lr: float
@@ -169,15 +183,15 @@ def _left(beta: float, count: Tensor) -> Tensor:
     return torch.expm1(count * math.log(beta)).neg_()
 
 
-def _summed(table: Table) -> tuple[Tensor | None, Tensor | None]:
-    """Distinct rows of this step's lookups and the sum of their gradients."""
-    parts = [(rows, vectors.grad) for rows, vectors in table.lookups if vectors.grad is not None]
-    table.lookups.clear()
-    if not parts:
-        return None, None
+def summed_rows(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Distinct rows, rising, and the sum of each one's gradients in the order of ``parts``.
+
+    Args:
+        parts: one or more of (rows int64 [R], gradients [R, dim]).
+    """
     if len(parts) == 1 and bool((parts[0][0][1:] > parts[0][0][:-1]).all()):
         return parts[0]
-    grads = torch.cat([grad for _, grad in parts if grad is not None])
+    grads = torch.cat([grad for _, grad in parts])
     rows, order = torch.cat([rows for rows, _ in parts]).sort(stable=True)
     distinct, counts = torch.unique_consecutive(rows, return_counts=True)
     if len(distinct) == len(rows):

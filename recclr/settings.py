@@ -233,6 +233,8 @@ class TrainSettings:
     """Show users and items as they stood up to so many days before the event, drawn uniformly, as
     at an evaluation that freezes them at the cut-off."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    collective_timeout_s: float = 120.0
+    """With several processes: how long each waits for the others before it gives up."""
 
     def __post_init__(self) -> None:
         _check(
@@ -249,6 +251,7 @@ class TrainSettings:
             evaluate_every=(0.001, 1e6),
             checkpoint_every=(0.001, 1e6),
             staleness_d=(0.0, 1e5),
+            collective_timeout_s=(1.0, 1e6),
         )
 
 
