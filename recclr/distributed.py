@@ -246,8 +246,7 @@ class Ranks:
         """End as the rank that failed did, if one did."""
         assert self._store is not None
         if self._store.check([_FAILURE]):
-            word = json.loads(self._store.get(_FAILURE))
-            raise PeerError(f"rank {word['rank']} failed", exit_code=int(word["exit_code"]))
+            raise _peer(self._store.get(_FAILURE).decode())
 
     def _late(self, missing: Sequence[int], name: str, limit_s: float) -> RankError:
         who = _ranks(missing) if missing else "another process"
@@ -268,16 +267,17 @@ class Ranks:
                 return missing
             time.sleep(0.05)
 
-    def _fail(self, error: BaseException) -> bool:
-        """Leave word of a failure; whether this rank was the first to."""
+    def _fail(self, error: BaseException) -> PeerError | None:
+        """Leave word of a failure; that of another rank, if it was the first to fail."""
         assert self._store is not None
         known = {KeyboardInterrupt: 130}
         code = error.exit_code if isinstance(error, RecclrError) else known.get(type(error), 1)
         word = json.dumps({"rank": self.rank, "exit_code": code})
-        try:
-            return bool(self._store.compare_set(_FAILURE, "", word).decode() == word)
-        except RuntimeError:
-            return not isinstance(error, PeerError)
+        with contextlib.suppress(RuntimeError):
+            found = self._store.compare_set(_FAILURE, "", word).decode()
+            if found != word:
+                return _peer(found)
+        return None
 
     def _close(self, *, wait: bool) -> None:
         """Close both channels; with ``wait``, once all ranks do."""
@@ -289,7 +289,7 @@ class Ranks:
             end = time.monotonic() + _GRACE_S
             self._count(_ENDED, self.size if wait else 0, end)
             # Rank 0 may be the store's host, so it leaves last.
-            self._count(_LEFT, self.size if self.first else 0, end)
+            self._count(_LEFT, self.size if self.first else 0, end + 1.0)
 
     def _count(self, key: str, enough: int, end: float) -> None:
         """Be counted, and wait until ``enough`` ranks are or the time is over."""
@@ -320,12 +320,12 @@ def joined() -> Iterator[Ranks]:
     try:
         yield ranks
     except Exception as error:
-        first = _ended_by(ranks, error)
-        if isinstance(error, PeerError) or first:
-            if first and isinstance(error, RecclrError):
-                error.args = (f"rank {ranks.rank}: {error}",)
+        peer = _ended_by(ranks, error)
+        if peer is None and isinstance(error, RecclrError):
+            error.args = (f"rank {ranks.rank}: {error}",)
+        if peer is None or isinstance(error, PeerError):
             raise
-        raise PeerError("another rank failed first", exit_code=_code(ranks, error)) from error
+        raise peer from error
     except KeyboardInterrupt as error:
         _ended_by(ranks, error)
         raise
@@ -333,24 +333,14 @@ def joined() -> Iterator[Ranks]:
         ranks._close(wait=False)
 
 
-def _ended_by(ranks: Ranks, error: BaseException) -> bool:
-    """Tell the others, wait until they have heard; whether this rank was the first to fail."""
+def _ended_by(ranks: Ranks, error: BaseException) -> PeerError | None:
+    """Tell the others and wait until they have heard; the failure that came before this one."""
     if threading.current_thread() is threading.main_thread():
         # torchrun ends the others at the first exit, and they shall have their own exit codes.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    first = ranks._fail(error)
+    peer = ranks._fail(error)
     ranks._close(wait=True)
-    return first
-
-
-def _code(ranks: Ranks, error: Exception) -> int:
-    try:
-        ranks._heed()
-    except PeerError as peer:
-        return peer.exit_code
-    except RuntimeError:
-        pass
-    return error.exit_code if isinstance(error, RecclrError) else 1
+    return peer
 
 
 def _join() -> Ranks:
@@ -404,6 +394,11 @@ class _GatherRows(torch.autograd.Function):
         # All-reduce moves twice the bytes of reduce-scatter, which gloo has for equal parts only.
         whole = ranks.sum_(grad_outputs[0].clone(), f"gradient of {ctx.name}")
         return whole.split(counts)[ranks.rank], None, None, None
+
+
+def _peer(word: str) -> PeerError:
+    found = json.loads(word)
+    return PeerError(f"rank {found['rank']} failed", exit_code=int(found["exit_code"]))
 
 
 def _ranks(numbers: Sequence[int]) -> str:

@@ -20,7 +20,9 @@ slow = pytest.mark.slow
 def close(one, other, *, atol=ATOL):
     assert one.keys() == other.keys()
     for name, value in one.items():
-        torch.testing.assert_close(other[name], value, atol=atol, rtol=RTOL, msg=name)
+        torch.testing.assert_close(
+            other[name], value, atol=atol, rtol=RTOL, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -60,9 +62,7 @@ def test_ranks_without_any_row_do_not_stop_the_others(work, spread, tmp_path):
         pytest.param(3, "ids", "full_softmax", marks=slow),
     ],
 )
-def test_a_training_ends_in_the_weights_of_one_process(
-    work, spread, tmp_path, size, towers, loss
-):
+def test_a_training_ends_in_the_weights_of_one_process(work, spread, tmp_path, size, towers, loss):
     ended = spread("train", size, tmp_path, towers=towers, loss=loss, checkpoints="kept")
     assert ended.codes == [0] * size, ended.texts
     (tmp_path / "one").mkdir()
@@ -100,9 +100,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(
 
 
 @pytest.mark.parametrize(("size", "num_users"), [(2, 700), (3, 700), (3, 100)])
-def test_an_evaluation_is_the_same_for_any_number_of_ranks(
-    work, spread, tmp_path, size, num_users
-):
+def test_an_evaluation_is_the_same_for_any_number_of_ranks(work, spread, tmp_path, size, num_users):
     ended = spread("judge", size, tmp_path, num_users=num_users)
     assert ended.codes == [0] * size, ended.texts
     (tmp_path / "one").mkdir()

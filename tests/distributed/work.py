@@ -10,9 +10,16 @@ import time
 import torch
 from safetensors.torch import save_file
 
-from recclr.data.log import CategoricalColumn, Csr, DenseColumn, EncodedLog, FeatureTable, Prepared
-from recclr.data.log import RaggedColumn
 from recclr.batches import BatchSource
+from recclr.data.log import (
+    CategoricalColumn,
+    Csr,
+    DenseColumn,
+    EncodedLog,
+    FeatureTable,
+    Prepared,
+    RaggedColumn,
+)
 from recclr.distributed import ALONE
 from recclr.evaluate import EvaluationSet, evaluate
 from recclr.exchange import StepExchange
@@ -196,7 +203,7 @@ def judge(ranks, folder, *, num_users):
         ranker, examples, ks=(3, 80), progress=lambda done, total: shown.append(done), ranks=ranks
     )
     per_user = {
-        f"{part}/{metric}": value
+        f"{part}/{metric}": value.clone()
         for part, metrics in found.per_user.items()
         for metric, value in metrics.items()
     }
