@@ -149,7 +149,7 @@ def train(
     steps = []
 
     def judged(candidate):
-        users, items = candidate.all_vectors(None)
+        users, items = candidate.all_vectors(NUM_ROWS * DAY_S)
         return {"recall@20": float((users[:-1] @ items.T).abs().sum())}
 
     settings = TrainSettings(
