@@ -28,6 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from recclr.errors import ConfigError, PeerError, RankError, RecclrError
 
@@ -53,7 +55,7 @@ class Ranks:
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, *, local_rank: int = 0, store: dist.Store | None = None
+        self, rank: int = 0, size: int = 1, *, local_rank: int = 0, store: Store | None = None
     ) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self.timeout_s = _JOIN_S
@@ -82,7 +84,7 @@ class Ranks:
         with self._operation("the start"):
             dist.init_process_group(
                 backend,
-                store=dist.PrefixStore("tensors", self._store),
+                store=PrefixStore("tensors", self._store),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=timedelta(seconds=timeout_s),
@@ -137,11 +139,12 @@ class Ranks:
         padded = x.new_zeros((max(counts), *x.shape[1:]))
         padded[: len(x)] = x
         blocks = x.new_empty((self.size * max(counts), *x.shape[1:]))
+        each = torch.split(blocks, max(counts))
         with self._operation(name):
-            dist.all_gather(list(blocks.split(max(counts))), padded)
+            dist.all_gather(list(each), padded)
         if min(counts) == max(counts):
             return blocks
-        return torch.cat([b[:n] for b, n in zip(blocks.split(max(counts)), counts, strict=True)])
+        return torch.cat([b[:n] for b, n in zip(each, counts, strict=True)])
 
     def gather_rows(self, x: Tensor, counts: Sequence[int], name: str) -> Tensor:
         """As ``gather``; the gradient of a row is the sum of what all ranks made of it."""
@@ -157,7 +160,7 @@ class Ranks:
         data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
         ones = [1] * self.size
         lengths = self.gather(torch.tensor([len(data)]), ones, name).tolist()
-        parts = self.gather(data, lengths, name).split(lengths)
+        parts = torch.split(self.gather(data, lengths, name), lengths)
         return [json.loads(bytes(part.tolist())) for part in parts]
 
     def from_first(self, value: Any, name: str) -> Any:
@@ -270,8 +273,9 @@ class Ranks:
     def _fail(self, error: BaseException) -> PeerError | None:
         """Leave word of a failure; that of another rank, if it was the first to fail."""
         assert self._store is not None
-        known = {KeyboardInterrupt: 130}
-        code = error.exit_code if isinstance(error, RecclrError) else known.get(type(error), 1)
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        if isinstance(error, RecclrError):
+            code = error.exit_code
         word = json.dumps({"rank": self.rank, "exit_code": code})
         with contextlib.suppress(RuntimeError):
             found = self._store.compare_set(_FAILURE, "", word).decode()
@@ -358,16 +362,14 @@ def _join() -> Ranks:
         if "lo" in names:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
-        store, rank, size = next(
-            dist.rendezvous("env://", timeout=timedelta(seconds=_JOIN_S))  # type: ignore[no-untyped-call]
-        )
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=_JOIN_S)))
     except (RuntimeError, ValueError, OSError) as error:
         raise RankError(
             f"the processes cannot meet at {place['MASTER_ADDR']}:{place['MASTER_PORT']} "
             f"({_first_line(error)}); is the port taken, or the name unknown?"
         ) from error
     attempt = place.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"recclr/{attempt}", store)
+    store = PrefixStore(f"recclr/{attempt}", store)
     return Ranks(rank, size, local_rank=int(place["LOCAL_RANK"]), store=store)
 
 

@@ -31,8 +31,8 @@ SLICES = (
     "tail",
 )
 _CHUNK = 8192
-# Queries that stay together on one rank: a tile of ``topk``, so that every tile is scored by the same
-# multiplication, to the bit, on any number of ranks.
+# Queries that stay together on one rank: a tile of ``topk``, so that every tile is scored by the
+# same multiplication, to the bit, on any number of ranks.
 _BLOCK = 256
 _SHOWN = ("recall@", "ndcg@")
 _HEAD, _TORSO = 0.2, 0.8

@@ -51,9 +51,9 @@ class StepExchange:
         found = {name: (rows, grads) for name, rows, grads in own}
         for place, name in enumerate(tables):
             lengths[place, ranks.rank] = len(found[name][0]) if name in found else 0
-        few = [stats.loss.detach(), float(stats.num_masked), float(stopped)]
+        few = [float(stats.loss.detach()), float(stats.num_masked), float(stopped)]
         few += [float(p.grad is not None) for p in dense]
-        head = torch.tensor([float(value) for value in few], device=device)
+        head = torch.tensor(few, device=device)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in dense]
         flat = torch.cat([head, lengths.reshape(-1), *(grad.reshape(-1) for grad in grads)])
         ranks.sum_(flat, "gradients")
@@ -61,7 +61,7 @@ class StepExchange:
         counts = flat[len(few) : len(few) + lengths.numel()].view_as(lengths).long().tolist()
         present = head[3:].tolist()
         for p, grad, some in zip(
-            dense, rest.split([p.numel() for p in dense]), present, strict=True
+            dense, torch.split(rest, [p.numel() for p in dense]), present, strict=True
         ):
             # No gradient anywhere is not a gradient of zero: AdamW would decay the weight.
             p.grad = grad.view_as(p) if some else None
@@ -103,4 +103,5 @@ class StepExchange:
         """By rank and table, from what each rank has of all tables in one vector."""
         totals = [sum(of) for of in lengths]
         whole = self.ranks.gather(own, totals, name)
-        return [list(part.split(of)) for part, of in zip(whole.split(totals), lengths, strict=True)]
+        parts = torch.split(whole, totals)
+        return [list(torch.split(part, of)) for part, of in zip(parts, lengths, strict=True)]

@@ -136,9 +136,9 @@ class Keeper:
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names and bytes."""
+    """SHA-256 of names and bytes; safetensors reads the names of a file in any order."""
     found = hashlib.sha256()
-    for name, value in tensors.items():
+    for name, value in sorted(tensors.items()):
         found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -88,9 +88,9 @@ def test_half_an_environment_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"):
-        with distributed.joined():
-            pass
+    missing = "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"
+    with pytest.raises(ConfigError, match=missing), distributed.joined():
+        pass
 
 
 def test_restarts_through_the_store_of_the_agent_are_told_of(monkeypatch):

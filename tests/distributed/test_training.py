@@ -20,9 +20,9 @@ slow = pytest.mark.slow
 def close(one, other, *, atol=ATOL):
     assert one.keys() == other.keys()
     for name, value in one.items():
-        torch.testing.assert_close(
-            other[name], value, atol=atol, rtol=RTOL, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        assert other[name].shape == value.shape, name
+        odd = (other[name].double() - value.double()).abs() - RTOL * value.double().abs()
+        assert odd.numel() == 0 or odd.max() <= atol, (name, odd.max())
 
 
 @pytest.mark.parametrize("size", [2, 3])
