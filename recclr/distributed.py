@@ -263,7 +263,7 @@ class Ranks:
         assert self._store is not None
         keys = [f"{_LATE}/{rank}" for rank in range(self.size)]
         self._store.set(keys[self.rank], name)
-        end = time.monotonic() + 2.0
+        end = time.monotonic() + 1.0
         while True:
             missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
             if len(missing) <= 1 or time.monotonic() > end:

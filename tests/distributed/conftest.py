@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import runpy
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,8 +73,9 @@ def spread():
             )
             processes.append(server.Process(target=exec, args=(program, {})))
             processes[-1].start()
+        end = time.monotonic() + ends_s
         for process in processes:
-            process.join(ends_s)
+            process.join(max(end - time.monotonic(), 0.01))
         codes = [process.exitcode for process in processes]
         for process in processes:
             if process.exitcode is None:
