@@ -1,7 +1,8 @@
 """Forward pass of one step: candidates, towers, masks, loss.
 
 Of several ranks each takes its part of the rows and encodes its part of the items; batch,
-candidates and masks are those of one process, which every rank derives from (seed, step).
+candidates and masks are those of one process, which every rank derives from (seed, step). So is
+what dropout hides (``Rows.uniform``), unless a tower of one's own draws by other means.
 
 Shape letters: B positives of a step, C candidates, D dimension.
 """

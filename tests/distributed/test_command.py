@@ -117,6 +117,22 @@ def test_another_configuration_on_one_rank_is_refused(torchrun, small_config, tm
 
 
 @pytest.mark.slow
+def test_a_polite_signal_to_one_process_stops_both_with_a_checkpoint(
+    torchrun, small_config, small_run, tmp_path
+):
+    out = tmp_path / "run"
+    fault = 'if rank == 1: os.environ["RECCLR_FAULT"] = "train.step:8:term"'
+    stopped = torchrun(small_config, out, fault=fault)
+    assert stopped.stderr.count("exitcode  : 75") == 2, stopped.stderr
+    assert stopped.stderr.count("stopped by a signal after step 9") == 1
+    # Another number of processes goes on with it.
+    resumed = torchrun(small_config, out, "--resume", size=3)
+    assert resumed.returncode == 0, resumed.stderr
+    one = json.loads((small_run / "metrics.json").read_text())
+    close(one, json.loads((out / "metrics.json").read_text()))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("point", ["train.step:23", "checkpoint.manifest:2"])
 def test_a_killed_process_is_restarted_from_the_last_checkpoint(

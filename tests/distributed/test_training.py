@@ -99,6 +99,16 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(
     close(one, load_file(tmp_path / "weights-0.safetensors"), atol=2e-5)
 
 
+def test_a_bit_that_flips_on_one_rank_reaches_no_checkpoint(spread, tmp_path):
+    ended = spread("train", 3, tmp_path, towers="ids", checkpoints="kept", odd=2)
+    assert ended.codes == [4] * 3, ended.texts
+    said = [text for text in ended.texts if text]
+    assert len(said) == 1
+    assert "rank 2 and rank 0 do not agree on the weights" in said[0]
+    # The evaluation of step 5 is the first; the checkpoint of step 2 came before it.
+    assert {path.name for path in (tmp_path / "kept").glob("step-*")} == {"step-2", "step-4"}
+
+
 @pytest.mark.parametrize(("size", "num_users"), [(2, 700), (3, 700), (3, 100)])
 def test_an_evaluation_is_the_same_for_any_number_of_ranks(work, spread, tmp_path, size, num_users):
     ended = spread("judge", size, tmp_path, num_users=num_users)
