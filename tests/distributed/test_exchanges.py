@@ -1,10 +1,12 @@
 """The primitives between processes, and how processes end together."""
 
+import socket
+
 import pytest
 
 from recclr import distributed
 from recclr.distributed import ALONE, Ranks
-from recclr.errors import ConfigError
+from recclr.errors import ConfigError, RankError
 
 
 def test_a_process_alone_exchanges_nothing(work, tmp_path):
@@ -91,6 +93,18 @@ def test_half_an_environment_is_refused(monkeypatch):
     missing = "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"
     with pytest.raises(ConfigError, match=missing), distributed.joined():
         pass
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch):
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        port = str(holder.getsockname()[1])
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**place, "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RankError, match=f"127.0.0.1:{port}"), distributed.joined():
+            pass
 
 
 def test_restarts_through_the_store_of_the_agent_are_told_of(monkeypatch):
