@@ -23,7 +23,7 @@ from recclr.console import (
     say,
     working,
 )
-from recclr.errors import ConfigError, RecclrError
+from recclr.errors import ConfigError, PeerError, RecclrError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,6 +48,9 @@ def main() -> None:
     """Entry point of ``recclr``; returns by ``sys.exit`` with the code of DESIGN, "Commands"."""
     try:
         app()
+    except PeerError as error:
+        # The process that failed first has said why.
+        sys.exit(error.exit_code)
     except RecclrError as error:
         say(f"error: {error}")
         sys.exit(error.exit_code)
@@ -130,14 +133,21 @@ def train(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Train both towers, judge them against the baselines, report, export."""
+    """Train both towers, judge them against the baselines, report, export.
+
+    Under torchrun, its processes share the work.
+    """
     from recclr.config import load_config
+    from recclr.distributed import joined
     from recclr.run import train_run
     from recclr.run_folder import METRICS, read_json
 
-    settings = load_config(config, overrides)
-    with RunProgress(settings.evaluate.select) as progress:
-        train_run(settings, out, resume=resume, device=device, on_event=progress)
+    with joined() as ranks:
+        settings = load_config(config, overrides)
+        with RunProgress(settings.evaluate.select, quiet=not ranks.first) as progress:
+            train_run(settings, out, resume=resume, device=device, on_event=progress, ranks=ranks)
+    if not ranks.first:
+        return
     metrics = read_json(out / METRICS)
     if as_json:
         print_json(metrics)

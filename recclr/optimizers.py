@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from recclr.errors import CheckpointError
-from recclr.optim import TableOptimizer
+from recclr.optim import RowGradients, TableOptimizer
 from recclr.settings import TrainSettings
 from recclr.towers import TwoTower
 
@@ -52,9 +52,10 @@ class Optimizers:
         }[settings.decay]
         return settings.final_lr + (1 - settings.final_lr) * left
 
-    def step(self, step: int) -> None:
+    def step(self, step: int, gradients: Iterable[RowGradients] | None = None) -> None:
+        """Move every weight; ``gradients``: those of tables, where they are not the lookups'."""
         rate = self.rate(step)
-        self.tables.step(self.settings.table_lr * rate, number=step)
+        self.tables.step(self.settings.table_lr * rate, gradients, number=step)
         if self.adamw is not None:
             if self.settings.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.dense.values(), self.settings.clip_norm)

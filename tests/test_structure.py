@@ -13,10 +13,10 @@ PACKAGE = ROOT / "recclr"
 # DESIGN, "Layout": a module imports only from its own floor or from floors below.
 FLOORS = {
     0: {"errors", "settings", "config", "files", "memory", "order"},
-    1: {"data", "metrics", "bootstrap"},
+    1: {"data", "metrics", "bootstrap", "distributed"},
     2: {"statistics", "optim", "parts", "towers", "losses", "negatives", "known_positives"}
-    | {"kernels", "batches", "objective", "optimizers", "ranking"},
-    3: {"topk", "coarse", "selection", "checkpoint"},
+    | {"kernels", "batches", "objective", "optimizers", "ranking", "exchange"},
+    3: {"topk", "coarse", "selection", "checkpoint", "keeping", "watching"},
     4: {"train", "evaluate", "baselines", "export", "recommend"},
     5: {
         "api",
