@@ -1,12 +1,13 @@
 """Differentiable primitives whose plain PyTorch form loses its time in memory traffic.
 
 ``masked_logsumexp``, under every objective, has twins that agree in value and gradient: ``tiled``
-runs from cache and never needs B × N to survive in slow memory; ``reference`` is plain PyTorch, the
-oracle of the tests. ``unit_rows`` is cosine's normalisation.
+runs from a CPU's cache and never needs B × N to survive in slow memory; ``triton_logsumexp`` keeps
+its tiles in a GPU's registers; ``reference`` is plain PyTorch, the oracle of the tests.
+``unit_rows`` is cosine's normalisation.
 """
 
+from recclr.kernels.logsumexp import masked_logsumexp
 from recclr.kernels.reference import PairMask
-from recclr.kernels.tiled import masked_logsumexp
 from recclr.kernels.unit import unit_rows
 
 __all__ = ["PairMask", "masked_logsumexp", "unit_rows"]
