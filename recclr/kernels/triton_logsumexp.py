@@ -21,7 +21,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from recclr.kernels.reference import PairMask
 from recclr.kernels.triton_kernels import gradient_kernel, logsumexp_kernel
@@ -69,7 +68,7 @@ def masked_logsumexp_triton(
     *,
     bfloat16: bool = False,
 ) -> Tensor:
-    """As ``masked_logsumexp``, for arguments that it has checked, D ≤ 256 and at least one of each.
+    """As ``masked_logsumexp``, for arguments that it has checked and D from 1 to ``MAX_DIM``.
 
     Second derivatives are refused.
     """
@@ -106,8 +105,10 @@ class _MaskedLogSumExp(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # once_differentiable would drop them where nothing that is upstream needs a gradient.
+            raise RuntimeError("masked_logsumexp supports automatic differentiation only once")
         queries, candidates, log_weights, rows, columns, result = ctx.saved_tensors
         # A row without any candidate: its logits are -inf, and no shift may make them NaN.
         empty = result == -torch.inf
@@ -160,7 +161,7 @@ class _Walk:
         own = tensors[0]
         blocks, dim = self.blocks, own.shape[1]
         # Triton launches on the current device, whatever device its arguments are on.
-        with torch.cuda.device_of(own):
+        with torch.cuda.device_of(own):  # type: ignore[no-untyped-call]
             kernel[(triton.cdiv(self.num_own, blocks.size), self.num_parts)](
                 *tensors,
                 *(self.pairs or (own, own, own)),
