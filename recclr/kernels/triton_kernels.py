@@ -186,8 +186,7 @@ def gradient_kernel(
         other = _load_rows(other_rows, first, num_other, D, PAD_D, TILE)
         other_shift = _load_shifts(other_shifts, first, num_other, TILE)[None, :]
         logits = _product(own, tl.trans(other), PRECISION, WIDEN)
-        # log_weights first, as in the result: another order rounds huge logits to another value,
-        # and a probability of 1 comes out as 1.001.
+        # log_weights first, so that a huge logit is rounded as it was for the result.
         if OF_QUERIES:
             logits = (logits + other_shift) + own_shift
         else:

@@ -169,6 +169,17 @@ def test_weights_of_minus_infinity_leave_a_candidate_out(small):
     assert torch.equal(result, torch.full((35,), -math.inf))
 
 
+def test_the_probability_of_the_only_candidate_is_1_however_large_its_logit(small):
+    """Gradients round a logit as the result did: across 2²⁰ another order is off by 1 / 16."""
+    queries, weights = torch.full((20, 1), 2**20 - 0.0625), torch.tensor([0.53])
+    _, grads = value_and_gradients(
+        masked_logsumexp_triton, queries, torch.ones(1, 1), weights, None
+    )
+    upstream = torch.linspace(-1.0, 2.0, 20)
+    assert torch.equal(grads[0].squeeze(1), upstream)
+    torch.testing.assert_close(grads[2].squeeze(0), upstream.sum(), rtol=1e-6, atol=0)
+
+
 def test_no_query_at_all(small):
     result, grads = value_and_gradients(
         masked_logsumexp_triton, torch.empty(0, 3), torch.randn(18, 3), torch.zeros(18), None
