@@ -1,0 +1,1 @@
+"""The parts of ``benchmark.py``: rows, floors, child processes, and the table."""

@@ -1,0 +1,100 @@
+"""Whole training steps of recclr: batch, draws, towers, masks, loss, backward, update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bench import data, machine, memory
+from bench.floors import training_work
+from bench.timing import repeated
+from recclr.batches import BatchSource
+from recclr.objective import Objective
+from recclr.optimizers import Optimizers
+from recclr.settings import LossSettings, ModelSettings, NegativesSettings, TrainSettings
+from recclr.towers import TwoTower, build_model
+
+_TOTAL_STEPS = 10_000
+
+
+def measure(task: dict[str, Any]) -> dict[str, Any]:
+    """One row of the benchmark.
+
+    Args:
+        task: ``log`` (fields of LogSpec), ``dim``, ``batch_size``, ``negatives`` (uniform draws;
+            None: the full catalogue), ``in_batch`` (the batch's other items instead), ``features``,
+            ``optimizer``, ``device``, ``seconds``, ``gemm_size``.
+    """
+    device = task["device"]
+    rates = machine.rates(device, task["gemm_size"])
+    memory.reset_peak(device)
+    model, step = make_step(task)
+    counts: dict[str, int] = {}
+    step(0, counts)
+    setup_mb = memory.peak_mb(device)
+    memory.reset_peak(device)
+    seconds = repeated(lambda number: step(number + 1), task["seconds"], device)
+    work = training_work(
+        batch_size=counts["batch_size"],
+        num_candidates=counts["num_candidates"],
+        dim=task["dim"],
+        num_vectors=counts["num_vectors"],
+        num_touched=counts["num_touched"],
+        optimizer=task["optimizer"],
+    )
+    return {
+        "seconds": seconds,
+        "amount": counts["batch_size"],
+        "unit": "positives/s",
+        "flop": work.flop,
+        "row_bytes": work.row_bytes,
+        "peak_memory_mb": memory.peak_mb(device),
+        "setup_memory_mb": setup_mb,
+        "gemm": rates.gemm,
+        "copy": rates.copy,
+        "device": machine.device_name(device),
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    } | counts
+
+
+def make_step(task: dict[str, Any]) -> tuple[TwoTower, Any]:
+    """The model, and ``step(number, counts)`` that trains it and fills counts where asked."""
+    device = task["device"]
+    log = data.make_log(data.LogSpec(**task["log"]))
+    full = task["negatives"] is None
+    loss = LossSettings(temperature=0.08, kind="full_softmax" if full else "infonce")
+    in_batch = task["in_batch"]
+    uniform = 0 if full or in_batch else task["negatives"]
+    negatives = NegativesSettings(in_batch=in_batch or full, uniform=uniform)
+    train = TrainSettings(batch_size=task["batch_size"], table_optimizer=task["optimizer"])
+    model = make_model(task, log, loss).to(device).train()
+    log = log.to(device)
+    # A GPU's towers run in bfloat16 unless told otherwise, as train.fit has it.
+    objective = Objective(log, loss, negatives, seed=0, bfloat16=device.startswith("cuda"))
+    batches = BatchSource(log, train, seed=0, time_cells=False)
+    optimizers = Optimizers(model, train, _TOTAL_STEPS)
+
+    def step(number: int, counts: dict[str, int] | None = None) -> None:
+        batch = batches.batch(number)
+        stats = objective(model, batch, number)
+        stats.loss.backward()
+        if counts is not None:
+            lookups = [table.lookups for table in model.tables().values() if table.lookups]
+            counts["batch_size"] = stats.num_rows
+            counts["num_candidates"] = stats.num_candidates
+            counts["num_vectors"] = sum(len(one.vectors) for every in lookups for one in every)
+            counts["num_touched"] = sum(
+                len(torch.cat([one.rows for one in every]).unique()) for every in lookups
+            )
+        optimizers.step(number)
+
+    return model, step
+
+
+def make_model(task: dict[str, Any], log: data.EncodedLog, loss: LossSettings) -> TwoTower:
+    """Fresh towers, on the CPU."""
+    prepared, user, item = (data.with_features if task["features"] else data.ids_only)(log)
+    model = ModelSettings(embedding_dim=task["dim"])
+    return build_model(prepared, user=user, item=item, model=model, loss=loss, seed=0)
