@@ -1,15 +1,15 @@
 """Speed and memory of training and exact ranking, beside the machine's floors and other trainers.
 
-    python pipelines/benchmark.py                    the table, in about two minutes
-    python pipelines/benchmark.py --peers            with other trainers on the same log
+    python pipelines/benchmark.py                    the tables, in about two minutes
+    python pipelines/benchmark.py --peers            with other trainers; five minutes more
     python pipelines/benchmark.py --full             every d, B and N, with and without features
     python pipelines/benchmark.py --only growth --most-rows 100_000_000
     python pipelines/benchmark.py --json FILE        the same as JSON
 
 Each row is measured in a process of its own. Floors use the rates of a matrix product and of a copy
 measured in the same run; times are medians. An embedding table alone stands beside PyTorch's and
-TorchRec's. Uses Gowalla's log where RECCLR_DATA holds it, a
-generated log of its size elsewhere. Threads are as the environment sets them (OMP_NUM_THREADS).
+TorchRec's. The log is Gowalla's where RECCLR_DATA holds it, a generated one of its size elsewhere.
+Threads are as the environment sets them (OMP_NUM_THREADS).
 
 Other trainers are used where they are installed. Those that cannot live beside recclr's versions go
 into an environment of their own, named by --peer-python; the first that has a library is taken.

@@ -13,7 +13,7 @@ SECTIONS = ("ids", "features", "evaluation", "tables", "growth", "peers")
 DIMS = (64, 128, 256)
 BATCH_SIZES = (2_048, 8_192, 32_768, 131_072)
 NEGATIVES = (1_024, 8_192, None)
-# (dim, batch size, negatives) of the rows that the default shows: every value of each at least once.
+# (dim, batch size, negatives) that the default shows: every value of each at least once.
 STANDARD = (
     (64, 2_048, 1_024),
     (64, 8_192, 1_024),

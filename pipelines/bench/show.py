@@ -44,22 +44,23 @@ def show(report: dict[str, Any], console: Console) -> None:
     for section, title in _TITLES.items():
         rows = [row for row in report["rows"] if row["section"] == section]
         if rows:
-            console.print(_table(title, rows, _SPECIAL.get(section, "bound")))
+            console.print(_table(title, rows, _SPECIAL.get(section, "bound"), report["torch"]))
     console.print(_NOTE)
 
 
-def _table(title: str, rows: Sequence[dict[str, Any]], special: str) -> Table:
+def _table(title: str, rows: Sequence[dict[str, Any]], special: str, torch: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("what")
     for name in ("rate", "measured", "floor", "floor / measured", special, "memory", "repeats"):
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(escape(_name(row)), *_cells(row, special))
+        table.add_row(escape(_name(row, torch)), *_cells(row, special))
     return table
 
 
-def _name(row: dict[str, Any]) -> str:
-    version = f" ({row['version']})" if "version" in row else ""
+def _name(row: dict[str, Any], torch: str) -> str:
+    """With the version of other libraries; that of PyTorch stands above the tables."""
+    version = f" ({row['version']})" if row.get("version", torch) != torch else ""
     skipped = f"\n  not measured: {row['skipped']}" if "skipped" in row else ""
     return row["what"] + version + skipped
 
