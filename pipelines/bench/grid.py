@@ -30,11 +30,11 @@ _GROWTH_QUERIES = 2_048
 
 # Bytes: of an interpreter with its libraries; of a row of the log while the index of known
 # positives is made; of a user or item, beside its vectors; vectors of a step per embedded row.
-_PROCESS, _PER_ROW, _PER_ENTITY, _PER_STEP_ROW = 500 << 20, 64, 80, 12
+_PROCESS, _PER_ROW, _PER_ENTITY, _PER_STEP_ROW = 500 << 20, 72, 80, 12
 # Table-sized tensors, the weights included, that an optimiser keeps.
 _COPIES = {"adam": 3, "rowwise_adam": 2, "rowwise_adagrad": 1, "sgd": 1}
-# Peak of an exact ranking: score tiles, and the corpus once more for its layout.
-_TILES, _CORPUS_COPIES = 256 << 20, 2
+# Peak of an exact ranking: score tiles, and the corpus once more for its coarse copy and layout.
+_TILES, _CORPUS_COPIES = 256 << 20, 1
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench import bags, machine, memory
 from bench.floors import Work, table_bytes
@@ -22,17 +24,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     """
     device, dim = task["device"], task["dim"]
     rates = machine.rates(device, task["gemm_size"])
-    drawn, starts, gradient = bags.draw(task)
-    values = [torch.from_numpy(one).to(device) for one in drawn]
-    offsets, grad = (torch.from_numpy(one).to(device) for one in (starts, gradient))
-    table = Table(task["num_rows"], dim, std=0.1, generator=torch.Generator().manual_seed(0))
-    table = table.to(device)
-    optimizer = TableOptimizer({"table": table}, task["optimizer"])
-
-    def step(number: int) -> None:
-        table.bag(values[number % len(values)], offsets).backward(grad)
-        optimizer.step(_LR, number=number)
-
+    values, _, step = make_step(task)
     step(0)
     memory.reset_peak(device)
     seconds = repeated(step, task["seconds"], device)
@@ -55,3 +47,20 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "device": machine.device_name(device),
         "threads": torch.get_num_threads(),
     }
+
+
+def make_step(task: dict[str, Any]) -> tuple[list[Tensor], Table, Callable[[int], None]]:
+    """The rows of each batch of bags, the table, and ``step(number)`` that trains it."""
+    device = task["device"]
+    drawn, starts, gradient = bags.draw(task)
+    values = [torch.from_numpy(one).to(device) for one in drawn]
+    offsets, grad = (torch.from_numpy(one).to(device) for one in (starts, gradient))
+    draws = torch.Generator().manual_seed(0)
+    table = Table(task["num_rows"], task["dim"], std=0.1, generator=draws).to(device)
+    optimizer = TableOptimizer({"table": table}, task["optimizer"])
+
+    def step(number: int) -> None:
+        table.bag(values[number % len(values)], offsets).backward(grad)
+        optimizer.step(_LR, number=number)
+
+    return values, table, step

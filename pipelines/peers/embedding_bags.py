@@ -5,6 +5,7 @@ Its accumulator is of the table's size; PyTorch has none with one number per row
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,21 @@ from torch import nn
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
     """Lookups, gradients and updates of bags; see ``bench.bags`` for the task."""
+    device = task["device"]
+    _, step = make_step(task)
+    step(0)
+    memory.reset_peak(device)
+    return {
+        "seconds": repeated(step, task["seconds"], device),
+        "amount": task["num_bags"],
+        "unit": "bags/s",
+        "version": torch.__version__,
+        "peak_memory_mb": memory.peak_mb(device),
+    }
+
+
+def make_step(task: dict[str, Any]) -> tuple[nn.EmbeddingBag, Callable[[int], None]]:
+    """The table, and ``step(number)`` that trains it."""
     device = task["device"]
     drawn, starts, gradient = bags.draw(task)
     values = [torch.from_numpy(one).to(device) for one in drawn]
@@ -27,12 +43,4 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         table(values[number % len(values)], offsets).backward(grad)
         optimizer.step()
 
-    step(0)
-    memory.reset_peak(device)
-    return {
-        "seconds": repeated(step, task["seconds"], device),
-        "amount": task["num_bags"],
-        "unit": "bags/s",
-        "version": torch.__version__,
-        "peak_memory_mb": memory.peak_mb(device),
-    }
+    return table, step

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bench import bags, data, floors, grid, memory, runner, tables, timing, training
+from peers import embedding_bags
 
 SETTINGS = grid.Settings("cpu", 0.01, gemm_size=64)
 LOG = data.LogSpec(70, 50, 900)
@@ -84,6 +86,18 @@ def test_a_table_counts_its_bags():
     touched = len(set(bags.draw(asked)[0][0].tolist()))
     assert found["row_bytes"] == 12 * 8 * 8 + touched * 12 * 8
     assert (found["amount"], found["flop"]) == (12, 0)
+
+
+def test_tables_really_train():
+    asked = {"num_rows": 90, "dim": 8, "num_bags": 12, "bag_size": 5, "device": "cpu"}
+    values, table, step = tables.make_step(asked | {"optimizer": "rowwise_adagrad"})
+    other, other_step = embedding_bags.make_step(asked)
+    touched = set(values[1].tolist())
+    assert 0 < len(touched) < 90
+    for weight, do in ((table.weight, step), (other.weight, other_step)):
+        before = weight.detach().clone()
+        do(1)
+        assert set((before != weight).any(1).nonzero().squeeze(1).tolist()) == touched
 
 
 def test_bags_are_the_same_for_all():
@@ -245,6 +259,11 @@ def test_calls_are_repeated_for_the_time_asked():
     assert len(times) >= 3
     assert len(numbers) - len(times) >= 1
     assert sum(times) <= 0.2
+
+
+def test_slow_calls_are_repeated_three_times_and_very_slow_ones_once():
+    assert len(timing.repeated(lambda number: time.sleep(0.11), 0.1)) == 3
+    assert len(timing.repeated(lambda number: time.sleep(0.06), 0.01)) == 1
 
 
 def test_a_log_is_generated_where_there_are_no_data(monkeypatch, tmp_path):
