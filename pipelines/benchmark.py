@@ -1,6 +1,6 @@
 """Speed and memory of training and exact ranking, beside the machine's floors and other trainers.
 
-    python pipelines/benchmark.py                    the tables, in about two minutes
+    python pipelines/benchmark.py                    the tables, in two to three minutes
     python pipelines/benchmark.py --peers            with other trainers; five minutes more
     python pipelines/benchmark.py --full             every d, B and N, with and without features
     python pipelines/benchmark.py --only growth --most-rows 100_000_000
@@ -71,13 +71,18 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="rounds over the rows that are compared")] = 3,
     limit: Annotated[
         float, typer.Option(min=1, help="seconds after which a row is given up")
-    ] = 300,
+    ] = 300.0,
 ) -> None:
     """Measure, and print one line per setting."""
     chosen = Preset.full if full else preset
     wanted = set(only or grid.SECTIONS)
     if unknown := wanted - set(grid.SECTIONS):
         raise typer.BadParameter(f"--only {sorted(unknown)}: choose of {', '.join(grid.SECTIONS)}")
+    with_peers = peers or "peers" in (only or [])
+    if with_peers and device != "cpu":
+        raise typer.BadParameter(
+            "--peers: other trainers are measured on the CPU, as is recclr then"
+        )
     require_device(device)
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise typer.BadParameter(f"--json {json_file}: there is no folder {json_file.parent}")
@@ -85,7 +90,7 @@ def main(
     report = run(
         chosen,
         grid.Settings(device, seconds, gemm_size=256 if chosen == Preset.smoke else 2_048),
-        sections=wanted if peers or "peers" in (only or []) else wanted - {"peers"},
+        sections=wanted | {"peers"} if with_peers else wanted - {"peers"},
         most_rows=most_rows,
         rounds=rounds,
         measure=partial(in_child, limit_s=limit, interpreters=pythons),

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from recclr.batch_size import fastest, try_batch_sizes
 from recclr.config import Config, apply_override, load_config, parse_config
 from recclr.data.interactions import Log, read_log
 from recclr.data.prepare import PreparedLog, prepare
@@ -14,6 +15,7 @@ from recclr.data.split import Split
 from recclr.errors import ConfigError
 from recclr.evaluate import EvaluationSet
 from recclr.judge import judged_by
+from recclr.load import pick_device
 
 
 @dataclass(frozen=True)
@@ -86,19 +88,43 @@ def check_data(
     items: str | None = None,
     config: Path | None = None,
     overrides: Sequence[str] = (),
+    batch_sizes: bool = False,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Read, split and encode as a run would, and train nothing.
 
+    Args:
+        batch_sizes: also try steps of rising batch size on ``device``, on a model thrown away.
+
     Returns:
-        JSON values: log, steps, quarantined, notes, split, encoded counts.
+        JSON values: log, steps, quarantined, notes, split, encoded counts; where asked for,
+        batch_sizes (one object per size) and fastest_batch_size.
 
     Raises:
-        ConfigError: neither or both of ``events`` and ``config``. DataError: the data are refused.
+        ConfigError: neither or both of ``events`` and ``config``; no such device; no batch fits.
+        DataError: the data are refused.
     """
-    data = read_data(_config(events, users, items, config, overrides), inputs={})
+    settings = _config(events, users, items, config, overrides)
+    data = read_data(settings, inputs={})
     found = data.to_json()
     del found["inputs"]
-    return found | {"encoded": data.prepared.counts}
+    found["encoded"] = data.prepared.counts
+    if batch_sizes:
+        found |= _batch_sizes(settings, data, device)
+    return found
+
+
+def _batch_sizes(config: Config, data: Data, device: str) -> dict[str, Any]:
+    trials = try_batch_sizes(config, data.prepared.tensors, device=pick_device(device))
+    if not trials:
+        raise ConfigError(
+            "not even a step of 256 rows fits the memory that is free; lower model.embedding_dim "
+            "or negatives, or free some"
+        )
+    return {
+        "batch_sizes": [asdict(trial) for trial in trials],
+        "fastest_batch_size": fastest(trials).batch_size,
+    }
 
 
 def _long_rankings(config: Config, num_items: int) -> list[str]:

@@ -15,6 +15,7 @@ import typer
 from recclr import __version__
 from recclr.console import (
     RunProgress,
+    print_batch_sizes,
     print_frame,
     print_json,
     print_results,
@@ -22,7 +23,7 @@ from recclr.console import (
     say,
     working,
 )
-from recclr.errors import ConfigError, RecclrError
+from recclr.errors import ConfigError, PeerError, RecclrError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,6 +48,9 @@ def main() -> None:
     """Entry point of ``recclr``; returns by ``sys.exit`` with the code of DESIGN, "Commands"."""
     try:
         app()
+    except PeerError as error:
+        # The process that failed first has said why.
+        sys.exit(error.exit_code)
     except RecclrError as error:
         say(f"error: {error}")
         sys.exit(error.exit_code)
@@ -79,13 +83,25 @@ def check(
     items: Annotated[str | None, typer.Option(help="Table of items.")] = None,
     config: Annotated[Path | None, typer.Option(help="Check the data of this file.")] = None,
     overrides: Set = [],  # noqa: B006 - typer copies it
+    batch_sizes: Annotated[
+        bool, typer.Option(help="Try steps of rising batch size: speed and memory of each.")
+    ] = False,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Read the data and say what a run would find: rows per step, bad rows, split, features."""
     from recclr.checking import check_data
 
-    with working("reading"):
-        found = check_data(events, users=users, items=items, config=config, overrides=overrides)
+    with working("trying batch sizes" if batch_sizes else "reading"):
+        found = check_data(
+            events,
+            users=users,
+            items=items,
+            config=config,
+            overrides=overrides,
+            batch_sizes=batch_sizes,
+            device=device,
+        )
     if as_json:
         print_json(found)
         return
@@ -100,6 +116,8 @@ def check(
         ],
         f"split by {found['split']['by']}",
     )
+    if batch_sizes:
+        print_batch_sizes(found["batch_sizes"], found["fastest_batch_size"])
     for reason, count in found["quarantined"].items():
         say(f"bad rows: {count:,} {reason}")
     for note in found["notes"]:
@@ -115,14 +133,21 @@ def train(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Train both towers, judge them against the baselines, report, export."""
+    """Train both towers, judge them against the baselines, report, export.
+
+    Under torchrun, its processes share the work.
+    """
     from recclr.config import load_config
+    from recclr.distributed import joined
     from recclr.run import train_run
     from recclr.run_folder import METRICS, read_json
 
-    settings = load_config(config, overrides)
-    with RunProgress(settings.evaluate.select) as progress:
-        train_run(settings, out, resume=resume, device=device, on_event=progress)
+    with joined() as ranks:
+        settings = load_config(config, overrides)
+        with RunProgress(settings.evaluate.select, quiet=not ranks.first) as progress:
+            train_run(settings, out, resume=resume, device=device, on_event=progress, ranks=ranks)
+    if not ranks.first:
+        return
     metrics = read_json(out / METRICS)
     if as_json:
         print_json(metrics)

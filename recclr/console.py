@@ -162,6 +162,23 @@ def print_results(metrics: Mapping[str, Any], k: str) -> None:
         return
 
 
+def print_batch_sizes(trials: Sequence[Mapping[str, Any]], fastest: int) -> None:
+    """Speed and memory of each batch size that fits."""
+    rows = [
+        [
+            f"{trial['batch_size']:,}",
+            f"{trial['positives_per_s']:,.0f}",
+            "" if trial["peak_bytes"] is None else f"{trial['peak_bytes'] / 1e6:,.0f} MB",
+        ]
+        for trial in trials
+    ]
+    print_table(["batch size", "positives/s", "peak memory"], rows, "steps by batch size")
+    say(
+        f"{fastest:,} rows are as fast as it gets; {trials[-1]['batch_size']:,} is the largest "
+        'tried that fits. train.lr_scaling = "sqrt" takes the rates along.'
+    )
+
+
 def print_frame(frame: pl.DataFrame) -> None:
     """The first rows of a result on stdout."""
     head = frame.head(_PREVIEW_ROWS)

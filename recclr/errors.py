@@ -62,6 +62,20 @@ class InterruptedTraining(RecclrError, RuntimeError):
     exit_code = 75
 
 
+class RankError(RecclrError, RuntimeError):
+    """Another process of the run was lost or late; safe to retry with --resume (exit code 75)."""
+
+    exit_code = 75
+
+
+class PeerError(RecclrError, RuntimeError):
+    """Another process of the run failed, says why itself, and this one ends with its exit code."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def require(module: str, extra: str) -> object:
     """Import an optional library, or say which extra installs it.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recclr.bootstrap import bootstrap_interval
 from recclr.data.log import Csr, EncodedLog, Prepared
+from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, DivergedError
 from recclr.metrics import ranking_metrics
 from recclr.ranking import Ranker
@@ -30,6 +31,9 @@ SLICES = (
     "tail",
 )
 _CHUNK = 8192
+# Queries that stay together on one rank: a tile of ``topk``, so that every tile is scored by the
+# same multiplication, to the bit, on any number of ranks.
+_BLOCK = 256
 _SHOWN = ("recall@", "ndcg@")
 _HEAD, _TORSO = 0.2, 0.8
 
@@ -174,6 +178,7 @@ def evaluate(
     seed: int = 0,
     slices: Sequence[str] = SLICES,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Rank the whole corpus for every query, once, and judge every slice of it.
 
@@ -183,12 +188,14 @@ def evaluate(
 
     Args:
         ks: cut-offs; may exceed the corpus. num_bootstrap: resamples per interval; 0 for none.
-        progress: called with (queries done, queries).
+        progress: called with (queries done, queries), of this rank.
+        ranks: processes that share the queries; all of them get the whole result.
 
     Raises:
         DivergedError: the ranker's scores are NaN.
     """
-    top = _ranked(ranker, examples, examples.user_idx, examples.seen, max(ks), None, progress)
+    ranked = _Ranked(ranker, max(ks), ranks)
+    top = ranked(examples.user_idx, examples.seen, progress=progress)
     metrics: dict[str, dict[str, Tensor]] = {}
     counts: dict[str, dict[str, float]] = {}
 
@@ -225,8 +232,8 @@ def evaluate(
             users = examples.user_idx[queries]
             # Nobody has a cold item from train, but some from the rows between (``also_seen``).
             seen = None if examples.seen is None else examples.seen.take(queries)
-            ranked = _ranked(ranker, examples, users, seen, max(ks), cold, None)
-            add("cold_items_among_cold", queries, relevant, ranked, len(cold))
+            best = ranked(users, seen, items=cold)
+            add("cold_items_among_cold", queries, relevant, best, len(cold))
             choices = len(cold) - _num_seen(seen, bands["cold_items"], len(queries))
             for k in ks:
                 chance = float((k / choices).clamp(max=1).mean())
@@ -263,28 +270,39 @@ def with_intervals(
     ]
 
 
-def _ranked(
-    ranker: Ranker,
-    examples: EvaluationSet,
-    user_idx: Tensor,
-    seen: Csr | None,
-    k: int,
-    items: Tensor | None,
-    progress: Callable[[int, int], None] | None,
-) -> Tensor:
-    """int64 [Q, k] ranked items, in chunks of queries so that memory stays bounded."""
-    parts = []
-    for start in range(0, len(user_idx), _CHUNK):
-        rows = torch.arange(start, min(start + _CHUNK, len(user_idx)))
-        found = ranker.top_k(
-            user_idx[rows], k, seen=None if seen is None else seen.take(rows), items=items
-        )
-        if torch.isnan(found.scores).any():
-            raise DivergedError(f"the ranker {ranker.name!r} produced NaN scores")
-        parts.append(found.item_idx.cpu())
-        if progress is not None:
-            progress(int(rows[-1]) + 1, len(user_idx))
-    return torch.cat(parts)
+class _Ranked:
+    """Rankings of a ranker for all queries, whichever rank makes them."""
+
+    def __init__(self, ranker: Ranker, k: int, ranks: Ranks) -> None:
+        self.ranker, self.k, self.ranks = ranker, k, ranks
+
+    def __call__(
+        self,
+        user_idx: Tensor,
+        seen: Csr | None,
+        *,
+        items: Tensor | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """int64 [Q, k] ranked items, in chunks of queries so that memory stays bounded."""
+        num_queries, num_blocks = len(user_idx), -(-len(user_idx) // _BLOCK)
+        first, last = self.ranks.part(num_blocks)
+        first, last = min(first * _BLOCK, num_queries), min(last * _BLOCK, num_queries)
+        parts = [torch.empty((0, self.k), dtype=torch.int64)]
+        for start in range(first, last, _CHUNK):
+            stop = min(start + _CHUNK, last)
+            rows = torch.arange(start, stop)
+            taken = None if seen is None else seen.take(rows)
+            found = self.ranker.top_k(user_idx[rows], self.k, seen=taken, items=items)
+            if torch.isnan(found.scores).any():
+                raise DivergedError(f"the ranker {self.ranker.name!r} produced NaN scores")
+            parts.append(found.item_idx.cpu())
+            if progress is not None:
+                progress(stop - first, last - first)
+        # The last block may be shorter than the others.
+        counts = [_BLOCK * blocks for blocks in self.ranks.counts(num_blocks)]
+        counts[-1] -= _BLOCK * num_blocks - num_queries
+        return self.ranks.gather(torch.cat(parts), counts, "rankings")
 
 
 def _hits(ranked_QK: Tensor, relevant: Csr, num_items: int) -> Tensor:

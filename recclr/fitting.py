@@ -8,6 +8,7 @@ from typing import Any
 
 from recclr.config import Config
 from recclr.data.log import Prepared
+from recclr.distributed import ALONE, Ranks
 from recclr.load import fresh_model, ranker_of
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
@@ -27,13 +28,14 @@ def fit_model(
     checkpoints: Path | None = None,
     resume: bool = False,
     stop: Callable[[], bool] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[TwoTower, FitResult]:
     """The model of a configuration after its training, and what the training came to.
 
     Args:
         judge: metrics on validation of the model as it would be served; None without validation.
-        num_steps, checkpoints, resume, device, on_event, stop: see ``train.fit``, which also says
-            what is raised.
+        num_steps, checkpoints, resume, device, on_event, stop, ranks: see ``train.fit``, which also
+            says what is raised.
     """
     model = fresh_model(config, prepared)
 
@@ -56,5 +58,6 @@ def fit_model(
         device=device,
         on_event=on_event,
         stop=stop,
+        ranks=ranks,
     )
     return model, result

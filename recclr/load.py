@@ -12,10 +12,10 @@ from recclr.config import Config
 from recclr.data.log import Prepared
 from recclr.data.prepared import PreparedLog
 from recclr.errors import CheckpointError, ConfigError
+from recclr.keeping import load_weights
 from recclr.run_folder import read_config
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower, build_model
-from recclr.train import load_weights
 
 
 def load_run(run: Path) -> tuple[Config, PreparedLog, TwoTower]:

@@ -55,12 +55,20 @@ def contrastive_slopes(
     return torch.full_like(positive_logits_B, -1.0), second_temperature * some.float()
 
 
-def mean_weights(num_rows: int, weight_B: Tensor | None, *, device: torch.device) -> Tensor:
-    """What each positive's loss counts in their mean, float32 [B], summing to 1.
+def mean_weights(
+    num_rows: int,
+    weight_B: Tensor | None,
+    *,
+    device: torch.device,
+    total: Tensor | float | None = None,
+) -> Tensor:
+    """What each positive's loss counts in their mean, float32 [B].
 
     Args:
-        num_rows: B, at least 1. weight_B: positive, [B]; None for equal weights.
+        num_rows: B. weight_B: positive, [B]; None for equal weights.
+        total: what to divide by where these are a part of the positives (or none): number or weight
+            of all. By default their own, so that the result sums to 1.
     """
     if weight_B is None:
-        return torch.full((num_rows,), 1.0 / num_rows, device=device)
-    return weight_B / weight_B.sum()
+        return torch.full((num_rows,), 1.0, device=device) / (num_rows if total is None else total)
+    return weight_B / (weight_B.sum() if total is None else total)

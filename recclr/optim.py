@@ -8,7 +8,7 @@ summed in the order of the lookups.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,9 @@ from recclr.order import generator as keyed_generator
 
 TableOptimizerKind = Literal["adam", "rowwise_adam", "rowwise_adagrad", "sgd"]
 StateKind = Literal["float32", "bfloat16"]
+
+# Name of a table, distinct rows int64 [R], the sum of each one's gradients [R, dim].
+RowGradients = tuple[str, Tensor, Tensor]
 
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
 _ROUNDING = 31
@@ -130,19 +133,34 @@ class TableOptimizer:
         }
 
     @torch.no_grad()
-    def step(self, lr: float, *, number: int = 0) -> None:
+    def step(
+        self, lr: float, gradients: Iterable[RowGradients] | None = None, *, number: int = 0
+    ) -> None:
         """Apply and forget the lookups of this step.
 
         Args:
             lr: absolute learning rate. number: of the step; keys the rounding of the moments.
+            gradients: instead of the lookups' own, which were taken already.
         """
-        for place, (name, table) in enumerate(self.tables.items()):
-            rows, grad = _summed(table)
-            if rows is not None and grad is not None:
-                # Written back by copy: rows are distinct, and adding to places is single-threaded.
-                moved = table.weight.index_select(0, rows)
-                self._move(moved, self.state[name], rows, grad, lr, (number, place))
-                table.weight.index_copy_(0, rows, moved)
+        places = {name: place for place, name in enumerate(self.tables)}
+        for name, rows, grad in self.gradients() if gradients is None else gradients:
+            # Written back by copy: rows are distinct, and adding to places is single-threaded.
+            weight = self.tables[name].weight
+            moved = weight.index_select(0, rows)
+            self._move(moved, self.state[name], rows, grad, lr, (number, places[name]))
+            weight.index_copy_(0, rows, moved)
+
+    def gradients(self) -> Iterator[RowGradients]:
+        """Take the lookups of this step: what each table that had some has to learn."""
+        for name, table in self.tables.items():
+            found = [
+                (each.rows, each.vectors.grad, each.places)
+                for each in table.lookups
+                if each.vectors.grad is not None
+            ]
+            table.lookups.clear()
+            if found:
+                yield name, *summed_rows(found)
 
     def _move(
         self,
@@ -238,31 +256,32 @@ def _left(beta: float, count: Tensor) -> Tensor:
     return torch.expm1(count * math.log(beta)).neg_()
 
 
-def _summed(table: Table) -> tuple[Tensor | None, Tensor | None]:
-    """Distinct rows of this step's lookups and the sum of their gradients."""
-    parts = [lookup for lookup in table.lookups if lookup.vectors.grad is not None]
-    table.lookups.clear()
-    if not parts:
-        return None, None
-    first = parts[0]
-    if len(parts) == 1 and first.places is None and bool((first.rows.diff() > 0).all()):
-        return first.rows, first.vectors.grad
-    grads = torch.cat([part.vectors.grad for part in parts if part.vectors.grad is not None])
-    rows, order = torch.cat([part.rows for part in parts]).sort(stable=True)
+def summed_rows(
+    parts: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor]:
+    """Distinct rows, rising, and the sum of each one's gradients in the order of ``parts``.
+
+    Args:
+        parts: one or more of (rows int64 [n], gradients [M, dim], places int64 [n]): which gradient
+            each row has; None where n = M and each row has its own.
+    """
+    first_rows, first_grads, first_places = parts[0]
+    if len(parts) == 1 and first_places is None and bool((first_rows.diff() > 0).all()):
+        return first_rows, first_grads
+    grads = torch.cat([grad for _, grad, _ in parts])
+    rows, order = torch.cat([rows for rows, _, _ in parts]).sort(stable=True)
     distinct, counts = torch.unique_consecutive(rows, return_counts=True)
     # Sums each row's gradients in the order of the lookups, on all cores.
     starts = counts.cumsum(0) - counts
     return distinct, embedding_bag(_places(parts)[order], grads, starts, mode="sum")
 
 
-def _places(parts: list[Lookup]) -> Tensor:
-    """Where the gradient of each looked-up row stands among those of all parts, int64 [n]."""
+def _places(parts: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
+    """Where the gradient of each row stands among those of all parts, int64 [n]."""
     found, before = [], 0
-    for part in parts:
-        num_vectors = len(part.vectors)
-        places = part.places
+    for rows, grads, places in parts:
         if places is None:
-            places = torch.arange(num_vectors, device=part.rows.device)
+            places = torch.arange(len(grads), device=rows.device)
         found.append(places + before)
-        before += num_vectors
+        before += len(grads)
     return torch.cat(found)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from recclr.errors import CheckpointError
-from recclr.optim import TableOptimizer
+from recclr.optim import RowGradients, TableOptimizer
 from recclr.settings import TrainSettings
 from recclr.towers import TwoTower
 
@@ -35,7 +35,11 @@ class Optimizers:
             self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.dense_lr)
 
     def rate(self, step: int) -> float:
-        """Share of the peak rate at a step: linear warm-up, then decay to ``final_lr``."""
+        """What the given rates are multiplied by at a step: linear warm-up, decay, batch size."""
+        return self._schedule(step) * _batch_scale(self.settings)
+
+    def _schedule(self, step: int) -> float:
+        """Share of the peak rate: linear warm-up, then decay to ``final_lr``."""
         settings = self.settings
         warmup = settings.warmup * self.total_steps
         if step < warmup:
@@ -48,9 +52,10 @@ class Optimizers:
         }[settings.decay]
         return settings.final_lr + (1 - settings.final_lr) * left
 
-    def step(self, step: int) -> None:
+    def step(self, step: int, gradients: Iterable[RowGradients] | None = None) -> None:
+        """Move every weight; ``gradients``: those of tables, where they are not the lookups'."""
         rate = self.rate(step)
-        self.tables.step(self.settings.table_lr * rate, number=step)
+        self.tables.step(self.settings.table_lr * rate, gradients, number=step)
         if self.adamw is not None:
             if self.settings.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.dense.values(), self.settings.clip_norm)
@@ -113,3 +118,9 @@ class Optimizers:
                     f"{'none' if shape is None else wanted}, found {shapes}; was the model changed?"
                 )
         return found
+
+
+def _batch_scale(settings: TrainSettings) -> float:
+    """Linear for SGD (Goyal et al. 2017), square root for Adam (Krizhevsky 2014; Malladi 2022)."""
+    power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[settings.lr_scaling]
+    return float((settings.batch_size / settings.base_batch_size) ** power)

@@ -31,19 +31,37 @@ class Rows:
         at: int64 seconds, scalar or [M]; None in a log without time.
         without: int64 [M] item left out of the row's own history (its target), or None.
         generator: source of dropout; None at inference, when nothing is dropped.
+        whole: the rows of all ranks of which these are a part, or None. places: where these stand
+            among them. Draws are made for the whole, so that what is dropped does not depend on the
+            number of ranks.
     """
 
     idx: Tensor
     at: Tensor | None = None
     without: Tensor | None = None
     generator: torch.Generator | None = None
+    whole: Rows | None = None
+    places: Tensor | slice | None = None
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Rows ``start`` to ``stop`` of these, for one of several ranks."""
+        own = slice(start, stop)
+        at = self.at if self.at is None or self.at.ndim == 0 else self.at[own]
+        without = None if self.without is None else self.without[own]
+        return Rows(self.idx[own], at, without, self.generator, self, own)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Draws from [0, 1), float32 [M, *shape]; only where there is a generator."""
+        of = self if self.whole is None else self.whole
+        size = (len(of.idx), *shape)
+        draws = torch.rand(size, generator=self.generator, device=self.idx.device)
+        return draws if self.whole is None else draws[self.places]
 
     def dropped(self, probability: float) -> Tensor | None:
         """Bool [M]: rows whose part is hidden in this step; None for none."""
         if self.generator is None or probability == 0.0:
             return None
-        draws = torch.rand(len(self.idx), generator=self.generator, device=self.idx.device)
-        return draws < probability
+        return self.uniform() < probability
 
 
 class IdPart(nn.Module):
@@ -208,20 +226,14 @@ class HistoryPart(nn.Module):
         super().__init__()
         self.item_parts, self.index = nn.ModuleList(items), index
         self.length, self.half_life_d, self.dropout = length, half_life_d, dropout
+        self.items_drop = any(getattr(part, "dropout", 0.0) > 0 for part in items)
         offsets = torch.cat([user_items.offsets, user_items.offsets[-1:]])
         self.register_buffer("offsets", offsets, persistent=False)
         self.register_buffer("items", user_items.values, persistent=False)
         self.missing = nn.Parameter(torch.zeros(dim))
 
     def forward(self, rows: Rows) -> Tensor:
-        idx = rows.idx.clamp(max=len(self.offsets) - 2)
-        start, stop = self.offsets[idx], self.offsets[idx + 1]
-        if self.index is not None and rows.at is not None:
-            known = idx < len(self.index.first_seen)
-            rank = self.index.rank(torch.where(known, idx, 0), rows.at)
-            stop = torch.where(known, rank, stop)
-        start = torch.maximum(start, stop - self.length)
-        positions = _ranges(start, stop)
+        positions = self._positions(rows)
         items = self.items[positions.values]
         weights = self._weights(positions)
         timeless = self.index is None or rows.at is None
@@ -230,21 +242,43 @@ class HistoryPart(nn.Module):
             weights = weights * (items != rows.without[owner])
         return self._pooled(Csr(positions.offsets, items), weights, rows)
 
+    def _positions(self, rows: Rows) -> Csr:
+        """Where in ``items`` the history of each row stands."""
+        idx = rows.idx.clamp(max=len(self.offsets) - 2)
+        start, stop = self.offsets[idx], self.offsets[idx + 1]
+        if self.index is not None and rows.at is not None:
+            known = idx < len(self.index.first_seen)
+            rank = self.index.rank(torch.where(known, idx, 0), rows.at)
+            stop = torch.where(known, rank, stop)
+        return _ranges(torch.maximum(start, stop - self.length), stop)
+
     def _pooled(self, bags: Csr, weights: Tensor, rows: Rows) -> Tensor:
         distinct, inverse = torch.unique(bags.values.long(), return_inverse=True)
         squares = torch.zeros(bags.num_rows, device=weights.device)
         squares.index_add_(0, bags.row_numbers(), weights**2)
         hidden = rows.dropped(self.dropout)
         absent = squares <= 0 if hidden is None else (squares <= 0) | hidden
+        wanted = self._wanted(distinct, rows)
+        if not len(distinct) and wanted.whole is None:
+            return self.missing.expand(bags.num_rows, -1)
+        vectors = torch.stack([part(wanted) for part in self.item_parts]).sum(0)
         if not len(distinct):
             return self.missing.expand(bags.num_rows, -1)
-        wanted = Rows(distinct, generator=rows.generator)
-        vectors = torch.stack([part(wanted) for part in self.item_parts]).sum(0)
         pooled = nn.functional.embedding_bag(
             inverse, vectors, bags.offsets[:-1], mode="sum", per_sample_weights=weights
         )
         pooled = pooled / squares.sqrt().clamp_min(1e-12)[:, None]
         return torch.where(absent[:, None], self.missing, pooled)
+
+    def _wanted(self, distinct: Tensor, rows: Rows) -> Rows:
+        """The items of all histories; if they draw, as a part of those of the whole step."""
+        if rows.whole is None or rows.generator is None or not self.items_drop:
+            return Rows(distinct, generator=rows.generator)
+        every = torch.unique(self.items[self._positions(rows.whole).values].long())
+        if not len(every):
+            return Rows(distinct, generator=rows.generator)
+        places = torch.searchsorted(every, distinct)
+        return Rows(distinct, None, None, rows.generator, Rows(every), places)
 
     def _weights(self, positions: Csr) -> Tensor:
         num_items = len(positions.values)

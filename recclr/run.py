@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +23,7 @@ from recclr.config import Config
 from recclr.data.log import Prepared
 from recclr.data.prepare import PreparedLog, prepare
 from recclr.data.split import Split
+from recclr.distributed import ALONE, LONG_S, Ranks, restarts_are_safe
 from recclr.errors import InterruptedTraining
 from recclr.evaluate import SLICES, Evaluation, EvaluationSet, evaluate
 from recclr.files import clear_errors, write_bytes_atomic, write_json_atomic
@@ -36,11 +37,15 @@ from recclr.run_folder import (
     METRICS,
     REPORT,
     begin_run,
+    code_digest,
+    config_digest,
+    data_digest,
     fingerprints,
     locked,
     open_run,
     read_json,
     require_same_inputs,
+    require_shared,
 )
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
@@ -55,7 +60,8 @@ class Context:
 
     Attributes:
         out: the run folder. device: where the model lives. on_event: progress, one dict each.
-        stop: whether a signal asked to end.
+        stop: whether a signal asked to end. ranks: the processes of the run; the first of them
+            writes and shows, and does alone what is not shared.
     """
 
     config: Config
@@ -64,9 +70,12 @@ class Context:
     on_event: OnEvent
     resume: bool = False
     stop: Callable[[], bool] = field(default=lambda: False)
+    ranks: Ranks = ALONE
 
     def log(self, event: dict[str, Any]) -> None:
         """One line of log.jsonl, and the progress display."""
+        if not self.ranks.first:
+            return
         line = json.dumps({"time": round(time.time(), 3), **event}) + "\n"
         with clear_errors(self.out / LOG), (self.out / LOG).open("a", encoding="utf-8") as file:
             file.write(line)
@@ -79,7 +88,8 @@ class Context:
 
     def end_if_asked(self) -> None:
         """End here if a signal asked for it: what is done so far is in the folder."""
-        if self.stop():
+        # The others notice when the first one ends.
+        if self.ranks.first and self.stop():
             raise InterruptedTraining(
                 "stopped by a signal between two steps of the work; the same command with "
                 "--resume goes on from there"
@@ -93,6 +103,7 @@ def train_run(
     resume: bool = False,
     device: str = "auto",
     on_event: OnEvent | None = None,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Run a configuration into a folder, and return the folder.
 
@@ -103,32 +114,41 @@ def train_run(
         device: ``auto`` is the first GPU where there is one.
         on_event: gets every event of log.jsonl, {"kind": "stage", "name": …}, and what else
             ``console.RunProgress`` shows.
+        ranks: the processes that share the run, all of which call this with the same arguments.
+            Training and the model's evaluations are shared; the first one does the rest.
 
     Raises:
         RecclrError: its class says what went wrong (see ``errors``); the folder resumes.
     """
-    device = pick_device(device)
+    device = pick_device(ranks.own_device(device))
     _require_targets(config)
     existed = out.exists()
-    emit = on_event or (lambda event: None)
-    if not open_run(out, config, resume=resume):
-        if not (out / REPORT).exists():
+    emit = on_event if on_event is not None and ranks.first else lambda event: None
+    ranks.start(device, config.train.collective_timeout_s)
+    if ranks.size > 1:
+        ranks.agree({"the configuration": config_digest(config), "the code": code_digest()})
+    opened = ranks.first and open_run(out, config, resume=resume)
+    if not ranks.from_first(opened, "opening the run folder"):
+        if ranks.first and not (out / REPORT).exists():
             _write_report(out, emit)
         return out
     try:
-        with locked(out), _signals() as stop:
-            context = Context(config, out, device, emit, resume, stop)
+        with locked(out) if ranks.first else nullcontext(), _signals() as stop:
+            context = Context(config, out, device, emit, resume, stop, ranks)
+            require_shared(out, ranks)
             data = _read(context)
             _begin(context, data)
             selected = _select(context, data)
             final = _final_stage(context, data.split, selected)
             results = _judge(context, data.split, selected, final)
-            _export(context, final)
-            # Last of all: its presence is what makes a run a finished one.
-            write_json_atomic(out / METRICS, results)
-            _write_report(out, emit)
+            if ranks.first:
+                _export(context, final)
+                # Last of all: its presence is what makes a run a finished one.
+                write_json_atomic(out / METRICS, results)
+                _write_report(out, emit)
+            ranks.meet("the end of the run", LONG_S)
     finally:
-        if not existed:
+        if ranks.first and not existed:
             with suppress(OSError):  # no longer empty
                 out.rmdir()
     return out
@@ -150,13 +170,19 @@ def _read(context: Context) -> Data:
     """Read, split and encode, and refuse what cannot be trained on or judged; writes nothing."""
     context.enter("read")
     inputs = fingerprints(context.config)
-    if (context.out / DATA).exists():
+    if context.ranks.first and (context.out / DATA).exists():
         require_same_inputs(context.out, inputs)
-    return read_data(context.config, inputs)
+    data = read_data(context.config, inputs)
+    if context.ranks.size > 1:
+        context.ranks.meet("reading the data", LONG_S)
+        context.ranks.agree(data_digest(data.prepared, inputs))
+    return data
 
 
 def _begin(context: Context, data: Data) -> None:
     """Make the folder that of this run; data.json, quarantine.parquet."""
+    if not context.ranks.first:
+        return
     begin_run(context.out, context.config, data.to_json(), context.device)
     quarantine = data.log.quarantine
     if quarantine.height:
@@ -164,7 +190,13 @@ def _begin(context: Context, data: Data) -> None:
         quarantine.write_parquet(buffer)
         write_bytes_atomic(context.out / "quarantine.parquet", buffer.getvalue())
     context.on_event({"kind": "data", "log": repr(data.log), "split": data.split.by})
-    for note in data.notes:
+    notes = list(data.notes)
+    if not restarts_are_safe():
+        notes.append(
+            "processes that torchrun restarts may not find each other again; set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where it is started"
+        )
+    for note in notes:
         context.on_event({"kind": "note", "text": note})
 
 
@@ -177,13 +209,20 @@ def _select(context: Context, data: Data) -> Stage:
     model, steps = _fit(context, "selection", folder, prepared, examples, None)
     ranker = ranker_of(model, prepared.tensors.cutoff)
     stage = Stage(prepared, ranker, steps)
-    stage.choices, stage.skipped, judged = _choose_baselines(context, prepared.tensors, examples)
+    judged: dict[str, Evaluation] = {}
+    if context.ranks.first:
+        stage.choices, stage.skipped, judged = _choose_baselines(
+            context, prepared.tensors, examples
+        )
+    context.ranks.meet("the baselines", LONG_S)
     if examples is not None:
+        judged[ranker.name] = _evaluated(context, ranker, examples, ranks=context.ranks)
         # A resumed run has the choices, but not the evaluations that led to them.
         again = [choice for choice in stage.choices if choice.name not in judged]
-        for each in _rankers(context, ranker, again, prepared.tensors):
+        for each in _baselines(context, again, prepared.tensors):
             judged[each.name] = _evaluated(context, each, examples)
         stage.valid = [judged[name] for name in (ranker.name, *(c.name for c in stage.choices))]
+    context.ranks.meet("the validation of baselines", LONG_S)
     return stage
 
 
@@ -211,10 +250,11 @@ def _judge(context: Context, split: Split, selected: Stage, final: Stage) -> dic
         prepared, examples = judged_by(
             final.prepared, split.test, config, also=None if refitted else split.valid
         )
-        tables["test"] = [
-            _evaluated(context, ranker, examples)
-            for ranker in _rankers(context, final.ranker, final.choices, prepared)
-        ]
+        tables["test"] = [_evaluated(context, final.ranker, examples, ranks=context.ranks)]
+        for ranker in _baselines(context, final.choices, prepared):
+            tables["test"].append(_evaluated(context, ranker, examples))
+    if not context.ranks.first:
+        return {}
     results = collect_results(tables, config)
     results["baselines"] = {c.name: asdict(c) for c in final.choices}
     results["skipped_baselines"] = final.skipped
@@ -222,11 +262,10 @@ def _judge(context: Context, split: Split, selected: Stage, final: Stage) -> dic
     return results
 
 
-def _rankers(
-    context: Context, model: Ranker, choices: Sequence[BaselineChoice], prepared: Prepared
+def _baselines(
+    context: Context, choices: Sequence[BaselineChoice], prepared: Prepared
 ) -> Iterator[Ranker]:
-    """The model, then the baselines, each fitted when its turn comes."""
-    yield model
+    """The baselines, each fitted when its turn comes."""
     for choice in choices:
         context.end_if_asked()
         context.on_event({"kind": "judging", "name": choice.name})
@@ -238,6 +277,8 @@ def _evaluated(
     ranker: Ranker,
     examples: EvaluationSet,
     slices: Sequence[str] = SLICES,
+    *,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     context.end_if_asked()
 
@@ -247,7 +288,7 @@ def _evaluated(
 
     progress(0, len(examples.user_idx))
     ks = context.config.evaluate.ks
-    return evaluate(ranker, examples, ks=ks, slices=slices, progress=progress)
+    return evaluate(ranker, examples, ks=ks, slices=slices, progress=progress, ranks=ranks)
 
 
 def _fit(
@@ -260,14 +301,15 @@ def _fit(
 ) -> tuple[TwoTower, int]:
     """Train a stage, or load it if an earlier call finished it; the model and its best step."""
     config, done = context.config, folder / f"{stage}.json"
-    if done.exists():
+    if context.ranks.from_first(done.exists(), "looking for what is done"):
         model = load_model(config, prepared.tensors, folder / "checkpoints")
         return model, int(read_json(done)["best_step"])
     context.enter(stage)
 
     def judge(ranker: Ranker) -> dict[str, float]:
         assert examples is not None
-        return _evaluated(context, ranker, examples, ("all",)).metrics["all"]
+        found = _evaluated(context, ranker, examples, ("all",), ranks=context.ranks)
+        return found.metrics["all"]
 
     model, result = fit_model(
         config,
@@ -279,8 +321,10 @@ def _fit(
         checkpoints=folder / "checkpoints",
         resume=context.resume,
         stop=context.stop,
+        ranks=context.ranks,
     )
-    write_json_atomic(done, asdict(result))
+    if context.ranks.first:
+        write_json_atomic(done, asdict(result))
     return model, result.best_step
 
 
@@ -322,7 +366,7 @@ def _choose_baselines(
 
 def _save(context: Context, prepared: PreparedLog, folder: Path) -> None:
     """Once per run: a resumed one prepares the same again."""
-    if not (context.resume and (folder / "prepared.json").exists()):
+    if context.ranks.first and not (context.resume and (folder / "prepared.json").exists()):
         prepared.save(folder)
 
 

@@ -8,9 +8,11 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import socket
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,8 @@ from typing import Any, BinaryIO
 
 from recclr.config import Config, dump_toml, load_config
 from recclr.data.files import resolve_files
+from recclr.data.prepare import PreparedLog
+from recclr.distributed import Ranks
 from recclr.errors import CheckpointError, ConfigError, DataError
 from recclr.files import (
     clear_errors,
@@ -36,6 +40,9 @@ ENVIRONMENT, REPORT = "environment.json", "report.html"
 _LOCK = ".lock"
 _LIBRARIES = ("recclr", "torch", "numpy", "polars", "pyarrow", "scikit-learn", "implicit")
 _FOOTER_BYTES = 1 << 16
+_SHOWN_S = 10.0
+# Of how a run is carried out, not of what comes out of it.
+_FREE = {"train.collective_timeout_s"}
 # Checkpoints, prepared tensors and exports of a small run; larger ones are told when they fail.
 _MIN_BYTES = 200 << 20
 
@@ -196,6 +203,65 @@ def require_same_inputs(run: Path, prints: dict[str, dict[str, Any]]) -> None:
         )
 
 
+def require_shared(out: Path, ranks: Ranks) -> None:
+    """Refuse processes that see other disks at ``out``: they could not resume one run.
+
+    Raises:
+        ConfigError: names the ranks that do not see what the first one wrote.
+    """
+    if ranks.size == 1:
+        return
+    # Of a name that a killed process may leave behind.
+    marker = out / ranks.from_first(f".ranks.tmp-{secrets.token_hex(6)}", "the name of a marker")
+    if ranks.first:
+        write_bytes_atomic(marker, b"recclr\n")
+    ranks.meet("the marker on the disk")
+    end = time.monotonic() + _SHOWN_S
+    # Network disks show new files late.
+    while not (seen := marker.exists()) and time.monotonic() < end:
+        time.sleep(0.1)
+    blind = [r for r, found in enumerate(ranks.gather_json(seen, "the disk")) if not found]
+    if ranks.first:
+        marker.unlink(missing_ok=True)
+    if blind:
+        raise ConfigError(
+            f"rank {', '.join(map(str, blind))} does not see what rank 0 writes to {out}; give an "
+            "--out that all processes share"
+        )
+
+
+def config_digest(config: Config) -> str:
+    """SHA-256 of a complete configuration."""
+    return hashlib.sha256(dump_toml(config).encode()).hexdigest()
+
+
+def code_digest() -> str:
+    """SHA-256 of recclr's own files and the version of PyTorch."""
+    import torch
+
+    found = hashlib.sha256(torch.__version__.encode())
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        found.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def data_digest(prepared: PreparedLog, inputs: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """SHA-256 of what every process has read by itself, by what it is of."""
+    train = prepared.tensors.train
+    rows = hashlib.sha256()
+    for column in (train.user_idx, train.item_idx, train.timestamp, train.weight):
+        rows.update(b"-" if column is None else column.contiguous().numpy().tobytes())
+    ids = hashlib.sha256()
+    for vocabulary in (prepared.users, prepared.items):
+        ids.update(json.dumps(vocabulary.ids.to_list()).encode())
+    return {
+        "the input files": hashlib.sha256(json.dumps(inputs).encode()).hexdigest(),
+        "the vocabulary": ids.hexdigest(),
+        "the rows of train": rows.hexdigest(),
+    }
+
+
 def _fingerprint(path: Path) -> dict[str, Any]:
     try:
         size = path.stat().st_size
@@ -253,7 +319,7 @@ def _refuse_changes(stored: Path, config: Config) -> None:
     changed = [
         f"{key} = {before.get(key, 'nothing')} there, {now.get(key, 'nothing')} here"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and key not in _FREE
     ]
     if changed:
         raise ConfigError(

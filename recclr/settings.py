@@ -211,6 +211,9 @@ class TrainSettings:
     """What Adam's moments of the tables are stored in; bfloat16 halves their memory."""
     table_lr: float = 0.005
     dense_lr: float = 0.001
+    lr_scaling: Literal["none", "sqrt", "linear"] = "none"
+    """Both rates times (batch_size / base_batch_size) to the power 0, 1/2 (Adam) or 1 (SGD)."""
+    base_batch_size: int = 4096
     weight_decay: float = 0.01
     """Decoupled decay of the dense layers; tables have none."""
     warmup: float = 0.02
@@ -235,11 +238,14 @@ class TrainSettings:
     """Show users and items as they stood up to so many days before the event, drawn uniformly, as
     at an evaluation that freezes them at the cut-off."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    collective_timeout_s: float = 120.0
+    """With several processes: how long each waits for the others before it gives up."""
 
     def __post_init__(self) -> None:
         _check(
             self,
             batch_size=(1, 1 << 24),
+            base_batch_size=(1, 1 << 24),
             epochs=(0.001, 1e6),
             table_lr=(0.0, 1e4),
             dense_lr=(0.0, 1e3),
@@ -251,6 +257,7 @@ class TrainSettings:
             evaluate_every=(0.001, 1e6),
             checkpoint_every=(0.001, 1e6),
             staleness_d=(0.0, 1e5),
+            collective_timeout_s=(1.0, 1e6),
         )
 
 

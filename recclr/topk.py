@@ -24,6 +24,8 @@ from recclr.selection import Fold, merge, select
 _TILE_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 _MAX_ROWS = {"cpu": 256, "cuda": 1 << 16}
 _MAX_COLUMNS = 1 << 16
+# Elements of the corpus (which may be mapped from a file) that are copied at a time: 1 GiB.
+_HELD_ELEMENTS = {"cpu": 1 << 28, "cuda": 1 << 32}
 
 # (row, column) of what was seen, both int64, rows counted within a tile.
 SeenPairs = tuple[Tensor, Tensor]
@@ -42,7 +44,8 @@ def top_k(
 
     Args:
         queries: float [Q, D]. Q may be 0.
-        corpus: float [V, D], row = item index, on the same device.
+        corpus: float [V, D], row = item index, on the same device; may be mapped from a file that
+            exceeds the memory, of which a stretch is read at a time.
         k: at least 1; may exceed the number of candidates.
         seen: Q rows of item indices to leave out, or None.
         items: int64 [C], strictly rising: rank only these. None ranks all V.
@@ -55,18 +58,35 @@ def top_k(
         ShapeError: shapes do not fit. DivergedError: a score is NaN.
     """
     _check(queries, corpus, k, seen)
-    positions = None
-    if items is not None:
-        positions = _positions(items, len(corpus))
-        corpus = corpus[items]
-    scan = _scan(queries, corpus, k)
-    parts = []
-    for start in range(0, len(queries), scan.rows):
-        stop = min(start + scan.rows, len(queries))
-        parts.append(scan(queries[start:stop], _pairs(seen, start, stop, positions)))
-        if progress is not None:
-            progress(stop, len(queries))
-    return _join(parts, k, items, queries.device)
+    positions = None if items is None else _positions(items, len(corpus))
+    num_candidates = len(corpus) if items is None else len(items)
+    stretches = _stretches(num_candidates, corpus)
+    best: TopK | None = None
+    for number, (low, high) in enumerate(stretches):
+        part = corpus[low:high] if items is None else corpus[items[low:high]]
+        scan = _scan(queries, part, k)
+        parts = []
+        for start in range(0, len(queries), scan.rows):
+            stop = min(start + scan.rows, len(queries))
+            pairs = _pairs(seen, start, stop, positions)
+            # What does not reach the K-th score of the stretches before need not be found.
+            floor = None if best is None else best.scores[start:stop, -1]
+            here = _inside(pairs, low, high - low, num_candidates)
+            parts.append(scan(queries[start:stop], here, floor))
+            if progress is not None:
+                progress((number * len(queries) + stop) // len(stretches), len(queries))
+        found = _join(parts, k, None, queries.device)
+        found = TopK(found.item_idx + low * (found.item_idx >= 0), found.scores)
+        best = found if best is None else merge([best, found], k)
+    assert best is not None
+    return _join([best], k, items, queries.device)
+
+
+def _stretches(num_candidates: int, corpus: Tensor) -> list[tuple[int, int]]:
+    """Bounds of the stretches of the corpus that are held in memory, and rearranged, at a time."""
+    size = max(_HELD_ELEMENTS[corpus.device.type] // max(corpus.shape[1], 1), 1)
+    starts = range(0, max(num_candidates, 1), size)
+    return [(start, min(start + size, num_candidates)) for start in starts]
 
 
 def top_k_of_scores(
@@ -185,7 +205,9 @@ class Float32Scan:
         self.rows = min(max(1, _TILE_ELEMENTS[kind] // self.columns), _MAX_ROWS[kind])
         self.buffer = corpus.new_empty(self.rows * self.columns)
 
-    def __call__(self, queries: Tensor, seen: SeenPairs | None) -> TopK:
+    def __call__(
+        self, queries: Tensor, seen: SeenPairs | None, floor: Tensor | None = None
+    ) -> TopK:
         """At most ``rows`` queries; merged over chunks when the corpus is wider than a tile."""
         best: list[TopK] = []
         width = self.transposed.shape[1]
@@ -233,13 +255,18 @@ class BFloat16Scan:
         self.buffer = chunks[0].buffer(self.rows)
         self.float32: Float32Scan | None = None
 
-    def __call__(self, queries: Tensor, seen: SeenPairs | None) -> TopK:
+    def __call__(
+        self, queries: Tensor, seen: SeenPairs | None, floor: Tensor | None = None
+    ) -> TopK:
+        """At most ``rows`` queries; results below their ``floor`` [R] may be left out."""
         open_rows = torch.zeros(len(queries), dtype=torch.bool)
         best: TopK | None = None
         start = 0
         for chunk in self.chunks:
             here = _inside(seen, start, len(chunk.vectors), len(self.corpus))
-            floor = None if best is None else best.scores[:, -1]
+            if best is not None:
+                found_before = best.scores[:, -1]
+                floor = found_before if floor is None else torch.maximum(floor, found_before)
             found, undecided = coarse_top_k(
                 queries.float(), chunk, self.k, self.buffer, hidden=here, floor=floor
             )

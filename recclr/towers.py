@@ -90,8 +90,7 @@ class Tower(nn.Module):
         for block in self.blocks:
             x = block(x)
         if rows.generator is not None and self.dropout > 0:
-            draws = torch.rand(x.shape, generator=rows.generator, device=x.device)
-            x = x * (draws >= self.dropout) / (1 - self.dropout)
+            x = x * (rows.uniform(x.shape[1]) >= self.dropout) / (1 - self.dropout)
         return x
 
 

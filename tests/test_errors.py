@@ -24,6 +24,9 @@ def test_exit_codes_are_those_of_the_contract():
         "DivergedError": 6,
         "GateError": 7,
         "InterruptedTraining": 75,
+        "RankError": 75,
+        # Until it is made with that of the process that failed first.
+        "PeerError": 1,
     }
 
 

@@ -68,6 +68,13 @@ def test_the_rate_warms_up_then_decays_to_its_end(decay, final_lr):
     assert found[40] == pytest.approx(1.0 if decay == "none" else final_lr)
 
 
+@pytest.mark.parametrize(("scaling", "factor"), [("none", 1.0), ("sqrt", 3.0), ("linear", 9.0)])
+def test_rates_grow_with_the_batch_where_asked(scaling, factor):
+    batch = {"batch_size": 900, "base_batch_size": 100, "lr_scaling": scaling}
+    plain = rates(12, warmup=0.3)
+    assert rates(12, warmup=0.3, **batch) == pytest.approx([factor * rate for rate in plain])
+
+
 def test_without_warm_up_the_first_step_is_at_the_peak_and_one_step_is_enough():
     assert rates(1, warmup=0.0)[0] == 1.0
     assert rates(1, warmup=1.0)[0] == 0.5

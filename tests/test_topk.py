@@ -140,6 +140,32 @@ def test_a_subset_less_what_was_seen_is_ranked_in_tiles_too(columns, monkeypatch
     assert torch.equal(ranker.item_idx, found.item_idx)
 
 
+@pytest.mark.parametrize("with_items", [False, True])
+@pytest.mark.parametrize("smallest", [1, 1 << 30])
+def test_a_corpus_in_a_file_is_ranked_stretch_by_stretch(
+    with_items, smallest, monkeypatch, tmp_path
+):
+    generator = torch.Generator().manual_seed(12)
+    queries = torch.randint(-3, 4, (31, 5), generator=generator).float()
+    corpus = torch.randint(-3, 4, (1409, 5), generator=generator).float()
+    seen = random_seen(31, 1409, generator)
+    items = (torch.rand(1409, generator=generator) < 0.6).nonzero().squeeze(1)
+    items = items if with_items else None
+    expected = by_stable_sort(queries @ corpus.T, 7, seen, items)
+    (tmp_path / "corpus").write_bytes(corpus.numpy().tobytes())
+    mapped = torch.from_file(str(tmp_path / "corpus"), size=1409 * 5).view(1409, 5)
+    # Stretches of 300 items; by way of bfloat16 scores where the processor has them, and without.
+    monkeypatch.setitem(topk_module._HELD_ELEMENTS, "cpu", 1500)
+    monkeypatch.setattr(topk_module, "smallest_corpus", lambda k: max(smallest, 32 * k))
+    calls = []
+    found = top_k(
+        queries, mapped, 7, seen=seen, items=items, progress=lambda *call: calls.append(call)
+    )
+    assert found.item_idx.tolist() == expected.tolist()
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert calls[-1] == (31, 31)
+
+
 def test_vectors_of_different_width_are_refused():
     with pytest.raises(ShapeError, match="one dimension"):
         EmbeddingRanker("x", torch.ones(3, 4), torch.ones(5, 2))

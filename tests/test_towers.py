@@ -17,6 +17,7 @@ from recclr.data.log import (
     RaggedColumn,
 )
 from recclr.errors import ConfigError
+from recclr.keeping import load_weights
 from recclr.parts import Rows
 from recclr.settings import (
     FeatureSettings,
@@ -30,7 +31,7 @@ from recclr.settings import (
 )
 from recclr.statistics import DAY_S
 from recclr.towers import ResidualBlock, Tower, TwoTower, build_model
-from recclr.train import fit, load_weights
+from recclr.train import fit
 
 NUM_USERS, NUM_ITEMS, DIM = 7, 11, 5
 CUTOFF = 60 * DAY_S

@@ -17,6 +17,7 @@ from recclr.errors import (
     InterruptedTraining,
     StoreError,
 )
+from recclr.keeping import load_weights
 from recclr.parts import Rows
 from recclr.settings import (
     FeatureSettings,
@@ -30,7 +31,7 @@ from recclr.settings import (
 )
 from recclr.statistics import DAY_S
 from recclr.towers import TwoTower, build_model
-from recclr.train import fit, load_weights, needs_time_cells
+from recclr.train import fit, needs_time_cells
 
 pytestmark = pytest.mark.usefixtures("no_power_cut")
 
@@ -609,7 +610,7 @@ def test_events_tell_of_the_first_step_and_of_every_evaluation(tmp_path):
 
 
 def test_steps_are_logged_as_time_passes(monkeypatch):
-    monkeypatch.setattr("recclr.train._LOG_EVERY_S", 0.0)
+    monkeypatch.setattr("recclr.watching._LOG_EVERY_S", 0.0)
     events = []
     run(model_of(), on_event=events.append)
     assert [event["step"] for event in events] == list(range(1, 11))

@@ -1,1 +1,1 @@
-"""The parts of ``benchmark.py``: rows, floors, child processes, and the table."""
+"""The parts of ``benchmark.py``: what is measured, how, beside which floors, and the tables."""

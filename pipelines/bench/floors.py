@@ -10,16 +10,18 @@ from dataclasses import dataclass
 
 # Bytes that the update of one touched row reads and writes, as (per dimension, per row).
 UPDATE_BYTES = {
-    "adam": (24, 8),
-    "rowwise_adam": (16, 16),
+    "adam": (24, 0),
+    "rowwise_adam": (16, 8),
     "rowwise_adagrad": (8, 8),
     "sgd": (8, 0),
 }
+# A distinct row is read at least once; a vector of the batch is written, and its gradient read.
+_READ_BYTES, _VECTOR_BYTES = 4, 8
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine does at best: ``gemm`` operations/s, ``copy`` bytes/s, read + write."""
+    """The machine at its best: ``gemm`` in operations/s, ``copy`` in bytes/s, read + write."""
 
     gemm: float
     copy: float
@@ -65,7 +67,9 @@ def training_work(
 
     Args:
         num_candidates: scored by every row; an item that was drawn twice is scored once.
-        num_vectors, num_touched, optimizer: see ``table_bytes``.
+        num_vectors: that tables give to the model, repeats counted; a bag is one.
+        num_touched: distinct rows read and updated.
+        optimizer: of the tables.
     """
     row_bytes = table_bytes(
         dim=dim, num_vectors=num_vectors, num_touched=num_touched, optimizer=optimizer
@@ -74,17 +78,10 @@ def training_work(
 
 
 def table_bytes(*, dim: int, num_vectors: int, num_touched: int, optimizer: str) -> float:
-    """Traffic of lookups, their gradient and the update.
-
-    A row that is looked up twice is read once: the second time it may come from cache.
-
-    Args:
-        num_vectors: that the lookups gave, written forward and their gradients read backward; a
-            bag gives one. num_touched: distinct rows read and updated.
-        optimizer: of the tables.
-    """
+    """Traffic of lookups, their gradients and the update; for the arguments see above."""
     per_dim, per_row = UPDATE_BYTES[optimizer]
-    return float(num_vectors * 8 * dim + num_touched * ((4 + per_dim) * dim + per_row))
+    row_bytes = num_touched * ((_READ_BYTES + per_dim) * dim + per_row)
+    return float(row_bytes + num_vectors * _VECTOR_BYTES * dim)
 
 
 def ranking_work(*, num_queries: int, num_items: int, dim: int) -> Work:

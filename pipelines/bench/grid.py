@@ -28,8 +28,8 @@ STANDARD_FEATURES = ((64, 8_192, 1_024), (128, 8_192, 8_192))
 SMOKE = ((8, 64, 32),)
 _GROWTH_QUERIES = 2_048
 
-# Bytes: of an interpreter with its libraries; of a row of the log while the index of known
-# positives is made; of a user or item, beside its vectors; vectors of a step per embedded row.
+# Bytes: of an interpreter with its libraries; of a row of the log while it is indexed; of a user
+# or item beside its vectors. Vectors that a step makes of an embedded row.
 _PROCESS, _PER_ROW, _PER_ENTITY, _PER_STEP_ROW = 500 << 20, 72, 80, 12
 # Table-sized tensors, the weights included, that an optimiser keeps.
 _COPIES = {"adam": 3, "rowwise_adam": 2, "rowwise_adagrad": 1, "sgd": 1}

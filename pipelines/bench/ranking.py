@@ -28,20 +28,19 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     draws = torch.Generator().manual_seed(0)
     queries = torch.randn(num_queries, dim, generator=draws).to(device)
     corpus = torch.randn(log.num_items, dim, generator=draws).to(device)
-    setup_mb = memory.peak_mb(device)
+    preparation_mb = memory.peak_mb(device)
     memory.reset_peak(device)
-    seconds = repeated(
+    times = repeated(
         lambda number: top_k(queries, corpus, task["k"], seen=seen), task["seconds"], device
     )
     work = ranking_work(num_queries=num_queries, num_items=log.num_items, dim=dim)
-    return {
-        "seconds": seconds,
+    return times | {
         "amount": num_queries,
         "unit": "users/s",
         "flop": work.flop,
         "row_bytes": work.row_bytes,
         "peak_memory_mb": memory.peak_mb(device),
-        "setup_memory_mb": setup_mb,
+        "preparation_peak_mb": preparation_mb,
         "gemm": rates.gemm,
         "copy": rates.copy,
         "device": machine.device_name(device),

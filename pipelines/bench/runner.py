@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,19 @@ def run_rows(
         one entry per row: what it measured in all rounds together, or ``skipped``, the reason.
     """
     found: list[list[Measured]] = [[] for _ in rows]
+    walls = [0.0] * len(rows)
     for number in range(rounds):
-        for row, results in zip(rows, found, strict=True):
+        for place, (row, results) in enumerate(zip(rows, found, strict=True)):
             if results and isinstance(results[-1], str):
                 continue
             say(f"{row.section}: {row.what}" + f" (round {number + 1} of {rounds})" * (rounds > 1))
+            began = time.perf_counter()
             results.append(_too_large(row) or measure(row))
-    return [_joined(row, results) for row, results in zip(rows, found, strict=True)]
+            walls[place] += time.perf_counter() - began
+    return [
+        _joined(row, results) | {"wall_s": wall}
+        for row, results, wall in zip(rows, found, walls, strict=True)
+    ]
 
 
 def _too_large(row: Row) -> str | None:
@@ -138,6 +145,7 @@ def _joined(row: Row, results: Sequence[Measured]) -> dict[str, Any]:
             "repeats": len(seconds),
             "rounds": len(measured),
             "per_s": known["amount"] / median,
+            "cores": statistics.median(result["cores"] for result in measured),
             "peak_memory_mb": max(result["peak_memory_mb"] for result in measured),
             "gemm": [result["gemm"] for result in measured if "gemm" in result],
             "copy": [result["copy"] for result in measured if "copy" in result],

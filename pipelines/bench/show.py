@@ -18,12 +18,12 @@ _TITLES = {
     "peers": "Beside other trainers: same log, negatives and threads, rows measured in turn",
 }
 # What a section shows beside the columns of all.
-_SPECIAL = {"tables": "recclr is", "peers": "recclr is", "growth": "set-up"}
+_SPECIAL = {"tables": "recclr is", "peers": "recclr is", "growth": "preparing"}
 _NOTE = (
     "floor: the longer of 6·B·C·d (rankings 2·Q·V·d) operations at the GEMM rate and the table "
     "rows' traffic at the copy rate; C: distinct items among the N drawn. memory: peak of the "
-    "row's own process while it is measured, interpreter included; set-up: before that, while the "
-    "log and the model are made. Times are medians."
+    "row's own process while it is measured, interpreter included; preparing: before that, while "
+    "the log and the model are made. cores: processor seconds used per second. Times are medians."
 )
 
 
@@ -51,7 +51,16 @@ def show(report: dict[str, Any], console: Console) -> None:
 def _table(title: str, rows: Sequence[dict[str, Any]], special: str, torch: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("what")
-    for name in ("rate", "measured", "floor", "floor / measured", special, "memory", "repeats"):
+    for name in (
+        "rate",
+        "measured",
+        "floor",
+        "floor / measured",
+        special,
+        "memory",
+        "cores",
+        "repeats",
+    ):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(escape(_name(row, torch)), *_cells(row, special))
@@ -69,10 +78,11 @@ def _cells(row: dict[str, Any], special: str) -> list[str]:
     if "skipped" in row:
         return []
     floor = "floor_s" in row
+    prepared = "preparation_peak_mb" in row
     shown = {
         "bound": row.get("bound", ""),
         "recclr is": f"{row['recclr_times']:.1f} x" if "recclr_times" in row else "",
-        "set-up": f"{row['setup_memory_mb']:,.0f} MB" if "setup_memory_mb" in row else "",
+        "preparing": f"{row['preparation_peak_mb']:,.0f} MB" if prepared else "",
     }
     return [
         f"{row['per_s']:,.0f} {row['unit']}",
@@ -81,5 +91,6 @@ def _cells(row: dict[str, Any], special: str) -> list[str]:
         f"{row['ratio']:.2f}" if floor else "",
         shown[special],
         f"{row['peak_memory_mb']:,.0f} MB",
+        f"{row['cores']:.1f}",
         str(row["repeats"]),
     ]

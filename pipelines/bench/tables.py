@@ -27,7 +27,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     values, _, step = make_step(task)
     step(0)
     memory.reset_peak(device)
-    seconds = repeated(step, task["seconds"], device)
+    times = repeated(step, task["seconds"], device)
     row_bytes = table_bytes(
         dim=dim,
         num_vectors=task["num_bags"],
@@ -35,8 +35,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         optimizer=task["optimizer"],
     )
     work = Work(0.0, row_bytes)
-    return {
-        "seconds": seconds,
+    return times | {
         "amount": task["num_bags"],
         "unit": "bags/s",
         "flop": work.flop,

@@ -20,20 +20,24 @@ def timed(work: Callable[[], Any], device: str = "cpu") -> float:
     return time.perf_counter() - began
 
 
-def repeated(work: Callable[[int], Any], seconds: float, device: str = "cpu") -> list[float]:
-    """Seconds of each call ``work(number)`` after warm-up, for about ``seconds``.
+def repeated(work: Callable[[int], Any], seconds: float, device: str = "cpu") -> dict[str, Any]:
+    """Time calls ``work(number)`` after warm-up, for about ``seconds``.
 
     At least three calls, or one where three would take six times as long as asked.
+
+    Returns:
+        ``seconds`` of each call, and ``cores``: seconds of processors used per second, which shows
+        a library that takes more threads than it was given.
     """
     number, began = 0, time.perf_counter()
     while not number or (number < _WARM_UPS and time.perf_counter() - began < 0.3 * seconds):
         timed(lambda number=number: work(number), device)
         number += 1
     times: list[float] = []
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     while True:
         times.append(timed(lambda number=number: work(number), device))
         number += 1
         elapsed = time.perf_counter() - began
         if elapsed >= seconds and (len(times) >= 3 or elapsed >= 6 * seconds):
-            return times
+            return {"seconds": times, "cores": (time.process_time() - used) / elapsed}

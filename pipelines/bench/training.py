@@ -32,9 +32,9 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     model, step = make_step(task)
     counts: dict[str, int] = {}
     step(0, counts)
-    setup_mb = memory.peak_mb(device)
+    preparation_mb = memory.peak_mb(device)
     memory.reset_peak(device)
-    seconds = repeated(lambda number: step(number + 1), task["seconds"], device)
+    times = repeated(lambda number: step(number + 1), task["seconds"], device)
     work = training_work(
         batch_size=counts["batch_size"],
         num_candidates=counts["num_candidates"],
@@ -43,20 +43,20 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         num_touched=counts["num_touched"],
         optimizer=task["optimizer"],
     )
-    return {
-        "seconds": seconds,
+    measured = {
         "amount": counts["batch_size"],
         "unit": "positives/s",
         "flop": work.flop,
         "row_bytes": work.row_bytes,
         "peak_memory_mb": memory.peak_mb(device),
-        "setup_memory_mb": setup_mb,
+        "preparation_peak_mb": preparation_mb,
         "gemm": rates.gemm,
         "copy": rates.copy,
         "device": machine.device_name(device),
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()),
-    } | counts
+    }
+    return times | measured | counts
 
 
 def make_step(task: dict[str, Any]) -> tuple[TwoTower, Any]:
@@ -81,16 +81,21 @@ def make_step(task: dict[str, Any]) -> tuple[TwoTower, Any]:
         stats = objective(model, batch, number)
         stats.loss.backward()
         if counts is not None:
-            lookups = [table.lookups for table in model.tables().values() if table.lookups]
-            counts["batch_size"] = stats.num_rows
-            counts["num_candidates"] = stats.num_candidates
-            counts["num_vectors"] = sum(len(one.vectors) for every in lookups for one in every)
-            counts["num_touched"] = sum(
-                len(torch.cat([one.rows for one in every]).unique()) for every in lookups
-            )
+            counts |= {"batch_size": stats.num_rows, "num_candidates": stats.num_candidates}
+            counts |= count_rows(model)
         optimizers.step(number)
 
     return model, step
+
+
+def count_rows(model: TwoTower) -> dict[str, int]:
+    """Vectors that the tables gave to the step under way, and the distinct rows behind them."""
+    tables = [table for table in model.tables().values() if table.lookups]
+    rows = [torch.cat([lookup.rows for lookup in table.lookups]).unique() for table in tables]
+    return {
+        "num_vectors": sum(len(lookup.vectors) for table in tables for lookup in table.lookups),
+        "num_touched": sum(map(len, rows)),
+    }
 
 
 def make_model(task: dict[str, Any], log: data.EncodedLog, loss: LossSettings) -> TwoTower:

@@ -20,8 +20,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     _, step = make_step(task)
     step(0)
     memory.reset_peak(device)
-    return {
-        "seconds": repeated(step, task["seconds"], device),
+    return repeated(step, task["seconds"], device) | {
         "amount": task["num_bags"],
         "unit": "bags/s",
         "version": torch.__version__,

@@ -25,20 +25,17 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             ``adam`` or ``fused_adam``), ``loader`` (``dataloader``, or ``slices`` of a permuted
             tensor).
     """
-    device = task["device"]
     pairs = [torch.from_numpy(np.load(task[name])).long() for name in ("users", "items")]
-    if task["loader"] == "slices":
-        pairs = [column.to(device) for column in pairs]
     model = TwoTower(
         task["num_users"], task["num_items"], task["dim"], sparse=task["optimizer"] == "sparse_adam"
-    ).to(device)
+    )
     optimizer = make_optimizer(model, task["optimizer"])
     batches = (from_loader if task["loader"] == "dataloader" else from_slices)(
         *pairs, task["batch_size"]
     )
 
     def step(number: int) -> None:
-        users, items = (column.to(device) for column in next(batches))
+        users, items = next(batches)
         logits, labels = model(users, items, None if task["in_batch"] else task["negatives"])
         loss = functional.cross_entropy(logits, labels)
         optimizer.zero_grad()
@@ -46,13 +43,12 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         optimizer.step()
 
     step(0)
-    memory.reset_peak(device)
-    return {
-        "seconds": repeated(step, task["seconds"], device),
+    memory.reset_peak()
+    return repeated(step, task["seconds"]) | {
         "amount": task["batch_size"],
         "unit": "positives/s",
         "version": torch.__version__,
-        "peak_memory_mb": memory.peak_mb(device),
+        "peak_memory_mb": memory.peak_mb(),
     }
 
 
@@ -71,13 +67,12 @@ class TwoTower(nn.Module):
         queries = functional.normalize(self.users(users))
         positives = functional.normalize(self.items(items))
         if num_negatives is None:
-            labels = torch.arange(len(users), device=users.device)
-            return queries @ positives.T / _TEMPERATURE, labels
-        drawn = torch.randint(self.items.num_embeddings, (num_negatives,), device=users.device)
+            return queries @ positives.T / _TEMPERATURE, torch.arange(len(users))
+        drawn = torch.randint(self.items.num_embeddings, (num_negatives,))
         negatives = functional.normalize(self.items(drawn))
         own = (queries * positives).sum(1, keepdim=True)
         logits = torch.cat([own, queries @ negatives.T], dim=1) / _TEMPERATURE
-        return logits, torch.zeros_like(users)
+        return logits, torch.zeros(len(users), dtype=torch.int64)
 
 
 def make_optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
@@ -98,7 +93,7 @@ def from_loader(users: Tensor, items: Tensor, batch_size: int) -> Iterator[list[
 def from_slices(users: Tensor, items: Tensor, batch_size: int) -> Iterator[list[Tensor]]:
     """The same without a DataLoader, whose collation of single rows costs more than the step."""
     while True:
-        order = torch.randperm(len(users), device=users.device)
+        order = torch.randperm(len(users))
         for start in range(0, len(users) - batch_size + 1, batch_size):
             rows = order[start : start + batch_size]
             yield [users[rows], items[rows]]

@@ -12,8 +12,6 @@ import numpy as np
 from bench import memory
 from bench.timing import repeated
 
-from peers import require_cpu
-
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
     """Batches through ``Trainer._train_epoch``.
@@ -21,7 +19,6 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     Args:
         task: see the package, and ``model`` (``BPR`` or ``SimpleX``).
     """
-    require_cpu(task)
     import recbole
     from recbole.config import Config
     from recbole.data import create_dataset, data_preparation
@@ -47,8 +44,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
         step(0)
         memory.reset_peak()
-        return {
-            "seconds": repeated(step, task["seconds"]),
+        return repeated(step, task["seconds"]) | {
             "amount": task["batch_size"],
             "unit": "positives/s",
             "version": recbole.__version__,

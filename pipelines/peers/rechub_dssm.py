@@ -25,7 +25,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     from torch_rechub.trainers import MatchTrainer
     from torch_rechub.utils.data import TorchDataset
 
-    dim, batch_size, device = task["dim"], task["batch_size"], task["device"]
+    dim, batch_size = task["dim"], task["batch_size"]
     model = DSSM(
         [SparseFeature("user", task["num_users"], dim)],
         [SparseFeature("item", task["num_items"], dim)],
@@ -34,12 +34,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         temperature=0.08,
     )
     trainer = MatchTrainer(
-        model,
-        mode=2,
-        in_batch_neg=True,
-        in_batch_neg_ratio=task["negatives"],
-        n_epoch=1,
-        device=device,
+        model, mode=2, in_batch_neg=True, in_batch_neg_ratio=task["negatives"], n_epoch=1
     )
     users, items = (torch.from_numpy(np.load(task[name])).long() for name in ("users", "items"))
     dataset = TorchDataset({"user": users, "item": items}, torch.zeros(len(users)))
@@ -56,11 +51,10 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             trainer.train_one_epoch(islice(batches, _BATCHES))
 
     steps(0)
-    memory.reset_peak(device)
-    return {
-        "seconds": repeated(steps, task["seconds"], device),
+    memory.reset_peak()
+    return repeated(steps, task["seconds"]) | {
         "amount": _BATCHES * batch_size,
         "unit": "positives/s",
         "version": version("torch-rechub"),
-        "peak_memory_mb": memory.peak_mb(device),
+        "peak_memory_mb": memory.peak_mb(),
     }

@@ -40,8 +40,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
     step(0)
     memory.reset_peak(task["device"])
-    return {
-        "seconds": repeated(step, task["seconds"], task["device"]),
+    return repeated(step, task["seconds"], task["device"]) | {
         "amount": task["num_bags"],
         "unit": "bags/s",
         "version": f"{version('torchrec')}, fbgemm {_fbgemm()}",

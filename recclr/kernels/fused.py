@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recclr.kernels.logsumexp import masked_logsumexp, require_shapes
 from recclr.kernels.reference import PairMask
 from recclr.kernels.tiled import (
     Tiles,
@@ -24,7 +25,6 @@ from recclr.kernels.tiled import (
     give_back,
     joined,
     logit_bound,
-    masked_logsumexp,
     padded,
     share_of_row,
 )
@@ -58,7 +58,8 @@ def total_contrastive_loss(
         each.requires_grad for each in (queries, candidates, positive_logits)
     )
     if tracked and queries.device.type == "cpu" and len(queries) and len(candidates):
-        candidates, log_weights = padded(queries, candidates, log_weights)
+        require_shapes(queries, candidates, log_weights)
+        candidates, log_weights = padded(candidates, log_weights)
         tiles = Tiles(len(queries), len(candidates), queries.device, mask, whole_rows=True)
         if tiles.height >= min(_MIN_HEIGHT, len(queries)):
             result: Tensor = _TotalLoss.apply(  # type: ignore[no-untyped-call]

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recclr.errors import ShapeError
 from recclr.kernels.reference import PairMask
 
 # One tile of logits. On a CPU it exceeds the second-level cache: larger GEMMs gain more than the
@@ -46,41 +45,20 @@ _pool: list[Tensor] = []
 _pool_lock = Lock()
 
 
-def masked_logsumexp(
+def masked_logsumexp_tiled(
     queries: Tensor, candidates: Tensor, log_weights: Tensor, mask: PairMask | None = None
 ) -> Tensor:
-    """As ``masked_logsumexp_reference``, which has the definition of arguments and result."""
-    candidates, log_weights = padded(queries, candidates, log_weights)
-    if len(candidates) == 0:
-        return queries.new_full((len(queries),), -torch.inf)
+    """As ``masked_logsumexp``, for arguments that it has checked and at least one candidate."""
+    candidates, log_weights = padded(candidates, log_weights)
     result: Tensor = _MaskedLogSumExp.apply(queries, candidates, log_weights, mask)  # type: ignore[no-untyped-call]
     return result
 
 
-def padded(queries: Tensor, candidates: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+def padded(candidates: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
     """Candidates and log-weights up to a whole number of cache lines per row of logits.
 
     The spare columns have weight 0.
-
-    Raises:
-        ShapeError: the three do not fit each other, or are not float32.
     """
-    if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1]:
-        raise ShapeError(
-            f"expected queries [B, D] and candidates [C, D], found {tuple(queries.shape)} and "
-            f"{tuple(candidates.shape)}"
-        )
-    if not queries.dtype == candidates.dtype == log_weights.dtype == torch.float32:
-        raise ShapeError(
-            f"expected float32, found queries {queries.dtype}, candidates {candidates.dtype}, "
-            f"log_weights {log_weights.dtype}"
-        )
-    if log_weights.shape != candidates.shape[:1]:
-        # Checked, not broadcast: a [B, 1] weight would shift rows, which softmax cannot see.
-        raise ShapeError(
-            f"log_weights needs one value per candidate: expected {tuple(candidates.shape[:1])}, "
-            f"found {tuple(log_weights.shape)}"
-        )
     spare = -len(candidates) % _ALIGN
     if spare:
         candidates = torch.nn.functional.pad(candidates, (0, 0, 0, spare))

@@ -1,0 +1,171 @@
+"""How large a batch may be: speed and memory of real steps at one size after the other.
+
+Sizes double until the memory would not suffice. On a CPU memory is the peak of the whole process,
+on a GPU what its allocator held.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from recclr.batches import BatchSource
+from recclr.config import Config
+from recclr.data.log import Prepared
+from recclr.load import fresh_model
+from recclr.memory import available_bytes
+from recclr.objective import Objective
+from recclr.optimizers import Optimizers
+from recclr.train import needs_time_cells
+
+_FIRST = 256
+_LAST = 1 << 20
+# What is left to others and to what a step was not seen to need.
+_SHARE = 0.8
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class BatchTrial:
+    """What one batch size came to.
+
+    Attributes:
+        batch_size: rows of a step. positives_per_s: over whole steps, the first left out.
+        peak_bytes: most memory held during them; None where the system does not say.
+    """
+
+    batch_size: int
+    positives_per_s: float
+    peak_bytes: int | None
+
+
+def try_batch_sizes(
+    config: Config,
+    prepared: Prepared,
+    *,
+    device: str,
+    seconds: float = 1.0,
+    memory_bytes: int | None = None,
+    on_trial: Callable[[BatchTrial], None] | None = None,
+) -> list[BatchTrial]:
+    """Train a few steps at 256 rows, 512 and so on, on a model that is thrown away.
+
+    Args:
+        seconds: time per size, at least one step after the first.
+        memory_bytes: what may be used; by default 80 % of what is free.
+
+    Returns:
+        The sizes that ran, rising. The last one is the largest that fits, or the whole log.
+
+    Raises:
+        ConfigError: the settings do not fit the log or the model.
+    """
+    budget = memory_bytes or int(_SHARE * _free_bytes(device))
+    most = min(len(prepared.train), _LAST)
+    size, trials = min(_FIRST, most), list[BatchTrial]()
+    while True:
+        try:
+            trial = _trial(config, prepared, size, device, seconds)
+        except (MemoryError, torch.OutOfMemoryError):
+            return trials
+        if trial.peak_bytes is not None and trial.peak_bytes > budget:
+            return trials
+        trials.append(trial)
+        if on_trial is not None:
+            on_trial(trial)
+        if size == most or _next_peak(trials) > budget:
+            return trials
+        size = min(2 * size, most)
+
+
+def fastest(trials: list[BatchTrial]) -> BatchTrial:
+    """The smallest size within 5 % of the highest speed: beyond it a larger batch only costs steps.
+
+    Args:
+        trials: at least one.
+    """
+    best = max(trial.positives_per_s for trial in trials)
+    return next(trial for trial in trials if trial.positives_per_s >= 0.95 * best)
+
+
+def _trial(
+    config: Config, prepared: Prepared, size: int, device: str, seconds: float
+) -> BatchTrial:
+    settings = replace(config.train, batch_size=size)
+    model = fresh_model(config, prepared).to(device).train()
+    log = prepared.train.to(device)
+    cells = needs_time_cells(model) if settings.time_cells is None else settings.time_cells
+    source = BatchSource(log, settings, seed=config.seed, time_cells=cells)
+    optimizers = Optimizers(model, settings, 1_000)
+    bfloat16 = device.startswith("cuda")
+    objective = Objective(log, config.loss, config.negatives, seed=config.seed, bfloat16=bfloat16)
+
+    def step(number: int) -> None:
+        loss = objective(model, source.batch(number), number).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizers.step(number)
+
+    _forget_peak(device)
+    step(0)
+    _wait(device)
+    began, number = time.perf_counter(), 0
+    while number == 0 or time.perf_counter() - began < seconds:
+        number += 1
+        step(number)
+        _wait(device)
+    rate = number * size / (time.perf_counter() - began)
+    return BatchTrial(size, rate, _peak_bytes(device))
+
+
+def _next_peak(trials: list[BatchTrial]) -> float:
+    """What twice the last size will need, if memory goes on growing as it did; 0 if unknown."""
+    peaks = [trial.peak_bytes for trial in trials[-2:] if trial.peak_bytes is not None]
+    if len(peaks) < 2:
+        return 0.0
+    # Doubling adds twice what the doubling before added.
+    return peaks[1] + 2.0 * max(peaks[1] - peaks[0], 0)
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def _free_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    available, held = available_bytes(), _proc_bytes(_STATUS, "VmRSS")
+    # Without the system's word, no limit but its own.
+    return 1 << 62 if available is None or held is None else available + held
+
+
+def _forget_peak(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5", "ascii")
+    except OSError:  # not Linux, or not allowed: the peak is that of all sizes so far
+        return
+
+
+def _peak_bytes(device: str) -> int | None:
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(device))
+    return _proc_bytes(_STATUS, "VmHWM")
+
+
+def _proc_bytes(path: Path, name: str) -> int | None:
+    """A figure in kB of a file of /proc; None where there is none."""
+    try:
+        lines = path.read_text("ascii").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,411 @@
+"""The processes of one run: who they are, what they exchange, and how they end together.
+
+``torchrun`` starts them with one command; each gets a ``Ranks`` and hands it on as an argument.
+A process alone is ``ALONE``, rank 0 of 1, which exchanges nothing.
+
+Two channels. Tensors go through collectives with a short time-out. Words of a few bytes go through
+the store that the processes met in: who failed and why, and who has arrived at a meeting that may
+take long. A rank that fails leaves its word there before it closes its connections, so the others,
+whose collectives then break, end with its exit code and leave the message to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from recclr.errors import ConfigError, PeerError, RankError, RecclrError
+
+# For what one process does alone while the others wait: baselines, export.
+LONG_S = 24 * 3600.0
+_JOIN_S = 120.0
+# How long an end waits for the others, who may be busy; torchrun ends those.
+_GRACE_S = 5.0
+_FAILURE, _LATE, _ENDED, _LEFT = "failure", "late", "ended", "left"
+
+
+class Ranks:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        rank: number of this process. size: how many there are.
+        local_rank: number on this machine, which picks the GPU.
+        timeout_s: of each collective, from ``start`` on.
+
+    Every method but ``part`` and ``own_device`` must be called by all ranks, in one order. ``name``
+    says in errors what was going on. They raise ``PeerError`` when another rank failed, and
+    ``RankError`` when one was lost or late.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, *, local_rank: int = 0, store: Store | None = None
+    ) -> None:
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.timeout_s = _JOIN_S
+        self._store = store
+        self._meetings = 0
+        self._watched = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes, prints and works alone."""
+        return self.rank == 0
+
+    def start(self, device: str, timeout_s: float) -> None:
+        """Open the channel of tensors: gloo on a CPU, NCCL beside it on GPUs."""
+        if self.size == 1:
+            return
+        self.timeout_s = timeout_s
+        self.meet("the start")
+        backend = "gloo"
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+            # Waiting in the call is what lets a time-out be an error that can be told.
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+            backend = "cpu:gloo,cuda:nccl"
+        assert self._store is not None
+        with self._operation("the start"):
+            dist.init_process_group(
+                backend,
+                store=PrefixStore("tensors", self._store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timedelta(seconds=timeout_s),
+            )
+
+    def own_device(self, device: str) -> str:
+        """The device of this rank, from what was asked for all.
+
+        Raises:
+            ConfigError: one GPU was named for several processes.
+        """
+        if self.size == 1 or device == "cpu" or not torch.cuda.is_available():
+            return device
+        if device in ("auto", "cuda"):
+            return f"cuda:{self.local_rank}"
+        raise ConfigError(
+            f"--device {device}: several processes cannot share one GPU; with auto or cuda each "
+            "takes the one of its local rank"
+        )
+
+    def part(self, count: int) -> tuple[int, int]:
+        """Start and stop of this rank's share of ``count`` rows; empty where there are too few."""
+        return self._share(count, self.rank)
+
+    def counts(self, count: int) -> list[int]:
+        """Length of every rank's share of ``count`` rows."""
+        shares = (self._share(count, rank) for rank in range(self.size))
+        return [stop - start for start, stop in shares]
+
+    def _share(self, count: int, rank: int) -> tuple[int, int]:
+        return count * rank // self.size, count * (rank + 1) // self.size
+
+    def sum_(self, x: Tensor, name: str) -> Tensor:
+        """``x`` summed over ranks, in place; the same bits everywhere."""
+        if self.size > 1:
+            with self._operation(name):
+                dist.all_reduce(x)
+        return x
+
+    def gather(self, x: Tensor, counts: Sequence[int], name: str) -> Tensor:
+        """Blocks of rows of all ranks, one below the other.
+
+        Args:
+            x: [counts[rank], ...]. counts: rows of each rank, known to all; may be 0.
+
+        Returns:
+            [Σ counts, ...]. Without gradient: see ``gather_rows``.
+        """
+        if self.size == 1 or not max(counts):
+            return x
+        # One shape for all: collectives of unequal lengths are where others wait for ever.
+        padded = x.new_zeros((max(counts), *x.shape[1:]))
+        padded[: len(x)] = x
+        blocks = x.new_empty((self.size * max(counts), *x.shape[1:]))
+        each = torch.split(blocks, max(counts))
+        with self._operation(name):
+            dist.all_gather(list(each), padded)
+        if min(counts) == max(counts):
+            return blocks
+        return torch.cat([b[:n] for b, n in zip(each, counts, strict=True)])
+
+    def gather_rows(self, x: Tensor, counts: Sequence[int], name: str) -> Tensor:
+        """As ``gather``; the gradient of a row is the sum of what all ranks made of it."""
+        if self.size == 1:
+            return x
+        rows: Tensor = _GatherRows.apply(x, self, tuple(counts), name)  # type: ignore[no-untyped-call]
+        return rows
+
+    def gather_json(self, value: Any, name: str) -> list[Any]:
+        """A JSON value of each rank, by rank."""
+        if self.size == 1:
+            return [value]
+        data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+        ones = [1] * self.size
+        lengths = self.gather(torch.tensor([len(data)]), ones, name).tolist()
+        parts = torch.split(self.gather(data, lengths, name), lengths)
+        return [json.loads(bytes(part.tolist())) for part in parts]
+
+    def from_first(self, value: Any, name: str) -> Any:
+        """The JSON value of rank 0; what the others give does not matter."""
+        return self.gather_json(value if self.first else None, name)[0]
+
+    def agree(self, values: Mapping[str, str], *, kind: type[RecclrError] = ConfigError) -> None:
+        """Refuse to go on unless all ranks have the same values.
+
+        Args:
+            values: digests by what they are of. kind: the error to raise.
+        """
+        if self.size == 1:
+            return
+        every = self.gather_json(dict(values), f"comparing {', '.join(values)}")
+        for name in values:
+            odd = [rank for rank, other in enumerate(every) if other[name] != every[0][name]]
+            if odd:
+                raise kind(
+                    f"{_ranks(odd)} and rank 0 do not agree on {name}; every process needs the "
+                    "same files, the same command and the same installation"
+                )
+
+    def meet(self, name: str, timeout_s: float | None = None) -> None:
+        """Go on when all ranks are here; for waits that may be long, such as for rank 0's work.
+
+        Args:
+            timeout_s: ``self.timeout_s`` if None.
+        """
+        if self.size == 1:
+            return
+        assert self._store is not None
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        keys = [f"meeting/{self._meetings}/{rank}" for rank in range(self.size)]
+        self._meetings += 1
+        with self._operation(name):
+            self._store.set(keys[self.rank], "here")
+            end, pause_s = time.monotonic() + limit_s, 0.005
+            while not self._store.check(keys):
+                self._heed()
+                if time.monotonic() > end:
+                    missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
+                    raise self._late(missing, name, limit_s)
+                time.sleep(pause_s)
+                pause_s = min(1.5 * pause_s, 0.5)
+
+    def watch(self) -> None:
+        """From here until the next collective a hang shows where it is: the stack on stderr."""
+        if self.size > 1 and sys.__stderr__ is not None:
+            faulthandler.dump_traceback_later(self.timeout_s, file=sys.__stderr__)
+            self._watched = True
+
+    def unwatch(self) -> None:
+        """What follows may take longer than a collective."""
+        if self._watched:
+            faulthandler.cancel_dump_traceback_later()
+            self._watched = False
+
+    @contextmanager
+    def _operation(self, name: str) -> Iterator[None]:
+        self.unwatch()
+        try:
+            yield
+        except RecclrError:
+            raise
+        # c10d and its stores raise RuntimeErrors, whose words are for those who know gloo.
+        except RuntimeError as error:
+            raise self._lost(name, error) from error
+
+    def _lost(self, name: str, error: RuntimeError) -> RecclrError:
+        """What a broken exchange says of the others."""
+        try:
+            self._heed()
+            if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+                return self._late(self._not_waiting(name), name, self.timeout_s)
+        except PeerError as known:
+            return known
+        except RuntimeError:
+            pass  # the store went with its host
+        return RankError(
+            f"another process was lost during '{name}' ({_first_line(error)}); run again with "
+            "--resume, or start torchrun with --max-restarts"
+        )
+
+    def _heed(self) -> None:
+        """End as the rank that failed did, if one did."""
+        assert self._store is not None
+        if self._store.check([_FAILURE]):
+            raise _peer(self._store.get(_FAILURE).decode())
+
+    def _late(self, missing: Sequence[int], name: str, limit_s: float) -> RankError:
+        who = _ranks(missing) if missing else "another process"
+        return RankError(
+            f"waited {limit_s:g} s at '{name}' for {who}; see what it did, raise "
+            "train.collective_timeout_s if it was only slow, and run again with --resume"
+        )
+
+    def _not_waiting(self, name: str) -> list[int]:
+        """Ranks that did not time out as well: they never arrived."""
+        assert self._store is not None
+        keys = [f"{_LATE}/{rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], name)
+        end = time.monotonic() + 1.0
+        while True:
+            missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
+            if len(missing) <= 1 or time.monotonic() > end:
+                return missing
+            time.sleep(0.05)
+
+    def _fail(self, error: BaseException) -> PeerError | None:
+        """Leave word of a failure; that of another rank, if it was the first to fail."""
+        assert self._store is not None
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        if isinstance(error, RecclrError):
+            code = error.exit_code
+        word = json.dumps({"rank": self.rank, "exit_code": code})
+        with contextlib.suppress(RuntimeError):
+            found = self._store.compare_set(_FAILURE, "", word).decode()
+            if found != word:
+                return _peer(found)
+        return None
+
+    def _close(self, *, wait: bool) -> None:
+        """Close both channels; with ``wait``, once all ranks do."""
+        assert self._store is not None
+        self.unwatch()
+        with contextlib.suppress(RuntimeError):
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            end = time.monotonic() + _GRACE_S
+            self._count(_ENDED, self.size if wait else 0, end)
+            # Rank 0 may be the store's host, so it leaves last.
+            self._count(_LEFT, self.size if self.first else 0, end + 1.0)
+
+    def _count(self, key: str, enough: int, end: float) -> None:
+        """Be counted, and wait until ``enough`` ranks are or the time is over."""
+        assert self._store is not None
+        count = self._store.add(key, 1)
+        while count < enough and time.monotonic() < end:
+            time.sleep(0.01)
+            count = self._store.add(key, 0)
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The processes that torchrun started together with this one; ``ALONE`` without it.
+
+    However the block ends, it ends for all: an error of one rank gets its number and is raised
+    there; the others raise ``PeerError`` with the same exit code.
+
+    Raises:
+        ConfigError: torchrun's environment is incomplete. RankError: the others cannot be reached.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    ranks = _join()
+    try:
+        yield ranks
+    except Exception as error:
+        peer = _ended_by(ranks, error)
+        if peer is None and isinstance(error, RecclrError):
+            error.args = (f"rank {ranks.rank}: {error}",)
+        if peer is None or isinstance(error, PeerError):
+            raise
+        raise peer from error
+    except KeyboardInterrupt as error:
+        _ended_by(ranks, error)
+        raise
+    else:
+        ranks._close(wait=False)
+
+
+def _ended_by(ranks: Ranks, error: BaseException) -> PeerError | None:
+    """Tell the others and wait until they have heard; the failure that came before this one."""
+    if threading.current_thread() is threading.main_thread():
+        # torchrun ends the others at the first exit, and they shall have their own exit codes.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    peer = ranks._fail(error)
+    ranks._close(wait=True)
+    return peer
+
+
+def _join() -> Ranks:
+    """Meet the others at the address that torchrun gave."""
+    place = os.environ
+    missing = [n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in place]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {place['WORLD_SIZE']}, but {', '.join(missing)} is not set; start "
+            "several processes with torchrun, or unset WORLD_SIZE"
+        )
+    if place.get("LOCAL_WORLD_SIZE") == place["WORLD_SIZE"]:
+        # On one machine no name has to resolve and nobody outside can connect.
+        names = [name for _, name in socket.if_nameindex()]
+        if "lo" in names:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=_JOIN_S)))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise RankError(
+            f"the processes cannot meet at {place['MASTER_ADDR']}:{place['MASTER_PORT']} "
+            f"({_first_line(error)}); is the port taken, or the name unknown?"
+        ) from error
+    attempt = place.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"recclr/{attempt}", store)
+    return Ranks(rank, size, local_rank=int(place["LOCAL_RANK"]), store=store)
+
+
+def restarts_are_safe() -> bool:
+    """Whether processes that torchrun restarts can meet again.
+
+    Through the store of its agent they may find the addresses of those before them and hang
+    (pytorch #135712); ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` beside torchrun gives them their
+    own.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return restarts == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks, counts: tuple[int, ...], name: str) -> Tensor:
+        ctx.ranks, ctx.counts, ctx.name = ranks, counts, name
+        return ranks.gather(x, counts, name)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        ranks, counts = ctx.ranks, ctx.counts
+        # All-reduce moves twice the bytes of reduce-scatter, which gloo has for equal parts only.
+        whole = ranks.sum_(grad_outputs[0].clone(), f"gradient of {ctx.name}")
+        return whole.split(counts)[ranks.rank], None, None, None
+
+
+def _peer(word: str) -> PeerError:
+    found = json.loads(word)
+    return PeerError(f"rank {found['rank']} failed", exit_code=int(found["exit_code"]))
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,90 @@
+"""The log-sum-exp under every objective: arguments checked once, then the twin for the device.
+
+Shape letters: B queries, C candidates, D dimension.
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from recclr.errors import ShapeError
+from recclr.kernels.reference import PairMask
+from recclr.kernels.tiled import masked_logsumexp_tiled
+
+
+class _Twin(Protocol):
+    def __call__(
+        self, queries: Tensor, candidates: Tensor, log_weights: Tensor, mask: PairMask | None
+    ) -> Tensor: ...
+
+
+def masked_logsumexp(
+    queries: Tensor,
+    candidates: Tensor,
+    log_weights: Tensor,
+    mask: PairMask | None = None,
+    *,
+    bfloat16: bool = False,
+) -> Tensor:
+    """As ``masked_logsumexp_reference``, which has the definition of arguments and result.
+
+    On a GPU with Triton, for D up to 256, in Triton's kernels: nothing waits for the device, and
+    shapes follow from those of the arguments. Everywhere else in tiles of PyTorch.
+
+    Args:
+        queries, candidates, log_weights, mask: as there.
+        bfloat16: lets Triton's kernels multiply in bfloat16 with float32 sums, which tensor cores
+            do some ten times faster; queries, candidates and probabilities are then rounded to 8
+            bits. The other twin computes in float32 all the same.
+
+    Raises:
+        ShapeError: shapes do not belong together, or something is not float32.
+    """
+    require_shapes(queries, candidates, log_weights)
+    if len(candidates) == 0:
+        return queries.new_full((len(queries),), -torch.inf)
+    twin = _twin_for(queries.device, queries.shape[1], bfloat16)
+    return twin(queries, candidates, log_weights, mask)
+
+
+def require_shapes(queries: Tensor, candidates: Tensor, log_weights: Tensor) -> None:
+    """Refuse arguments that do not fit each other, or are not float32, with a ShapeError."""
+    if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1]:
+        raise ShapeError(
+            f"expected queries [B, D] and candidates [C, D], found {tuple(queries.shape)} and "
+            f"{tuple(candidates.shape)}"
+        )
+    if not queries.dtype == candidates.dtype == log_weights.dtype == torch.float32:
+        raise ShapeError(
+            f"expected float32, found queries {queries.dtype}, candidates {candidates.dtype}, "
+            f"log_weights {log_weights.dtype}"
+        )
+    if log_weights.shape != candidates.shape[:1]:
+        # Checked, not broadcast: a [B, 1] weight would shift rows, which softmax cannot see.
+        raise ShapeError(
+            f"log_weights needs one value per candidate: expected {tuple(candidates.shape[:1])}, "
+            f"found {tuple(log_weights.shape)}"
+        )
+
+
+def _twin_for(device: torch.device, dim: int, bfloat16: bool) -> _Twin:
+    if device.type == "cuda" and _has_triton():
+        from recclr.kernels.triton_logsumexp import MAX_DIM, masked_logsumexp_triton
+
+        if 1 <= dim <= MAX_DIM:
+            return partial(masked_logsumexp_triton, bfloat16=bfloat16)
+    return masked_logsumexp_tiled
+
+
+@cache
+def _has_triton() -> bool:
+    """Whether Triton imports. PyTorch for CUDA brings it along on Linux."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True

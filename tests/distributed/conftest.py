@@ -1,0 +1,87 @@
+"""Starts ranks without torchrun, in processes that do not have to import PyTorch again."""
+
+import json
+import multiprocessing
+import runpy
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+WORK = Path(__file__).with_name("work.py")
+PRELOADED = ["torch._dynamo", "recclr.cli", "recclr.run", "recclr.report", "recclr.evaluate"]
+# Environment, stderr and function of one rank.
+PROGRAM = """
+import os, runpy, sys
+os.environ.update({environment!r})
+os.fsync = lambda descriptor: None
+os.dup2(os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+runpy.run_path({work!r})["main"]({function!r}, {folder!r}, {timeout_s!r}, {arguments!r})
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Exit code and stderr of every rank."""
+
+    codes: list[int | None]
+    texts: list[str]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def work():
+    """The functions of ``work.py``, for one process."""
+    return SimpleNamespace(**runpy.run_path(str(WORK)))
+
+
+@pytest.fixture(scope="session")
+def spread():
+    """Runs a function of ``work.py`` on several ranks and waits for all."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(PRELOADED)
+
+    def begin(function, size, folder, *, timeout_s=30.0, ends_s=60.0, **arguments):
+        folder.mkdir(exist_ok=True)
+        port, processes = free_port(), []
+        for rank in range(size):
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "LOCAL_WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "CUDA_VISIBLE_DEVICES": "",
+            }
+            program = PROGRAM.format(
+                environment=environment,
+                log=str(folder / f"stderr-{rank}.txt"),
+                work=str(WORK),
+                function=function,
+                folder=str(folder),
+                timeout_s=timeout_s,
+                arguments=json.loads(json.dumps(arguments)),
+            )
+            processes.append(server.Process(target=exec, args=(program, {})))
+            processes[-1].start()
+        end = time.monotonic() + ends_s
+        for process in processes:
+            process.join(max(end - time.monotonic(), 0.01))
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        texts = [(folder / f"stderr-{rank}.txt").read_text() for rank in range(size)]
+        return Ended(codes, texts)
+
+    return begin

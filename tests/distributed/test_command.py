@@ -1,0 +1,152 @@
+"""The command under torchrun: the same results, exit codes and messages, and recovery."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Runs the command line with a fault on one rank of the first attempt only.
+PROGRAM = """
+import os, sys
+os.fsync = lambda descriptor: None
+rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+{fault}
+from recclr.cli import main
+main()
+"""
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """``torchrun … train`` to its end; ``fault`` is Python that every rank runs first."""
+
+    def run(config, out, *extra, size=2, restarts=0, fault="", limit_s=120):
+        script = tmp_path / "command.py"
+        script.write_text(PROGRAM.format(fault=fault))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(size), "--max-restarts", str(restarts), str(script)]
+        command += ["train", "--config", str(config), "--out", str(out), "--device", "cpu", *extra]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        }
+        return subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=limit_s,
+        )
+
+    return run
+
+
+def close(one, other, path=""):
+    """JSON values equal, numbers up to what a few near ties among 60 users may change."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key, value in one.items():
+            close(value, other[key], f"{path}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), path
+        for number, value in enumerate(one):
+            close(value, other[number], f"{path}/{number}")
+    elif isinstance(one, float):
+        assert other == pytest.approx(one, abs=1e-6), path
+    else:
+        assert other == one, path
+
+
+def test_two_processes_come_to_the_metrics_of_one(torchrun, small_config, small_run, tmp_path):
+    out = tmp_path / "run"
+    done = torchrun(small_config, out)
+    assert done.returncode == 0, done.stderr
+    one = json.loads((small_run / "metrics.json").read_text())
+    close(one, json.loads((out / "metrics.json").read_text()))
+    ours = {str(path.relative_to(out)) for path in out.rglob("*")}
+    assert ours == {str(path.relative_to(small_run)) for path in small_run.rglob("*")}
+    # One of two prints.
+    assert done.stdout.count("item_knn") == 1
+    assert done.stderr.count("report: ") == 1
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_told_once_with_its_rank(torchrun, small_config, tmp_path):
+    fault = 'rank == 1 and os.environ.update(RECCLR_FAULT="train.step:2:enospc")'
+    fault = """
+from recclr.errors import StoreError
+import recclr.train
+def fails(name):
+    if rank == 1:
+        raise StoreError("the disk is odd")
+recclr.train.fault_point = fails
+"""
+    done = torchrun(small_config, tmp_path / "run", fault=fault)
+    assert done.returncode == 1  # torchrun's own, whatever the processes end with
+    assert done.stderr.count("error: rank 1: the disk is odd") == 1
+    assert done.stderr.count("error: ") == 1
+    assert "exitcode  : 5" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_disks_are_refused(torchrun, small_config, tmp_path):
+    fault = f"""
+import recclr.run_folder
+recclr.run_folder._SHOWN_S = 0.5
+if rank == 1:
+    sys.argv[sys.argv.index("--out") + 1] = {str(tmp_path / "other")!r}
+"""
+    done = torchrun(small_config, tmp_path / "run", fault=fault)
+    assert done.returncode == 1
+    assert "rank 1 does not see what rank 0 writes" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+
+
+@pytest.mark.slow
+def test_another_configuration_on_one_rank_is_refused(torchrun, small_config, tmp_path):
+    fault = 'if rank == 1: sys.argv += ["--set", "seed=4"]'
+    done = torchrun(small_config, tmp_path / "run", fault=fault)
+    assert done.returncode == 1
+    assert "rank 1 and rank 0 do not agree on the configuration" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_polite_signal_to_one_process_stops_both_with_a_checkpoint(
+    torchrun, small_config, small_run, tmp_path
+):
+    out = tmp_path / "run"
+    fault = 'if rank == 1: os.environ["RECCLR_FAULT"] = "train.step:8:term"'
+    stopped = torchrun(small_config, out, fault=fault)
+    assert stopped.stderr.count("exitcode  : 75") == 2, stopped.stderr
+    assert stopped.stderr.count("stopped by a signal after step 9") == 1
+    # Another number of processes goes on with it.
+    resumed = torchrun(small_config, out, "--resume", size=3)
+    assert resumed.returncode == 0, resumed.stderr
+    one = json.loads((small_run / "metrics.json").read_text())
+    close(one, json.loads((out / "metrics.json").read_text()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("point", ["train.step:23", "checkpoint.manifest:2"])
+def test_a_killed_process_is_restarted_from_the_last_checkpoint(
+    torchrun, small_config, small_run, tmp_path, rank, point
+):
+    if point.startswith("checkpoint") and rank == 1:
+        pytest.skip("only rank 0 writes")
+    fault = f"""
+if rank == {rank} and attempt == 0:
+    os.environ["RECCLR_FAULT"] = "{point}:kill"
+"""
+    out = tmp_path / "run"
+    done = torchrun(small_config, out, "--resume", fault=fault, restarts=2)
+    assert done.returncode == 0, done.stderr
+    assert "Signal 9" in done.stderr or "exitcode: -9" in done.stderr
+    one = json.loads((small_run / "metrics.json").read_text())
+    close(one, json.loads((out / "metrics.json").read_text()))

@@ -1,0 +1,117 @@
+"""The primitives between processes, and how processes end together."""
+
+import socket
+
+import pytest
+
+from recclr import distributed
+from recclr.distributed import ALONE, Ranks
+from recclr.errors import ConfigError, RankError
+
+
+def test_a_process_alone_exchanges_nothing(work, tmp_path):
+    work.alone("exchanges", tmp_path)
+    ALONE.agree({"a": "b"})
+    ALONE.start("cpu", 1.0)
+    assert ALONE.own_device("cuda:3") == "cuda:3"
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_blocks_of_unequal_lengths_arrive_whole_with_their_gradients(spread, tmp_path, size):
+    ended = spread("exchanges", size, tmp_path)
+    assert ended.codes == [0] * size, ended.texts
+    assert len(list(tmp_path.glob("done-*"))) == size
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_shares_cover_every_row_once(size):
+    for count in (0, 1, 2, 7, 100):
+        shares = [Ranks(rank, size).part(count) for rank in range(size)]
+        assert [start for start, _ in shares] == [0, *(stop for _, stop in shares[:-1])]
+        assert shares[-1][1] == count
+        assert Ranks(0, size).counts(count) == [stop - start for start, stop in shares]
+        assert max(Ranks(0, size).counts(count)) - min(Ranks(0, size).counts(count)) <= 1
+
+
+@pytest.mark.parametrize("odd", [[1], pytest.param([1, 2], marks=pytest.mark.slow)])
+def test_ranks_that_differ_are_refused_by_number(spread, tmp_path, odd):
+    ended = spread("disagrees", 3, tmp_path, odd=odd)
+    assert ended.codes == [2, 2, 2], ended.texts
+    said = [text for text in ended.texts if text]
+    assert len(said) == 1
+    named = "rank 1 and" if odd == [1] else "ranks 1, 2 and"
+    assert f"{named} rank 0 do not agree on shape" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "who", "where", "code"),
+    [
+        ("DataError", 1, "collective", 3),
+        ("StoreError", 0, "collective", 5),
+        ("CheckpointError", 1, "meeting", 4),
+        pytest.param("DivergedError", 0, "meeting", 6, marks=pytest.mark.slow),
+    ],
+)
+def test_an_error_of_one_rank_ends_all_with_its_code(spread, tmp_path, error, who, where, code):
+    ended = spread("fails", 2, tmp_path, who=who, error=error, where=where)
+    assert ended.codes == [code, code], ended.texts
+    assert ended.texts[who] == f"error: rank {who}: the third row is odd\n"
+    assert ended.texts[1 - who] == ""
+
+
+def test_a_bug_on_one_rank_shows_its_traceback_and_ends_all(spread, tmp_path):
+    ended = spread("fails", 2, tmp_path, who=1, error="none of ours", where="collective")
+    assert ended.codes == [1, 1], ended.texts
+    assert "ValueError: the third row is odd" in ended.texts[1]
+    assert ended.texts[0] == ""
+
+
+@pytest.mark.parametrize("where", ["collective", pytest.param("meeting", marks=pytest.mark.slow)])
+def test_a_rank_that_hangs_is_named_after_the_time_out(spread, tmp_path, where):
+    ended = spread("sleeps", 3, tmp_path, timeout_s=1.0, ends_s=5.0, who=1, where=where)
+    assert ended.codes == [75, None, 75], ended.texts
+    said = [text for text in (ended.texts[0], ended.texts[2]) if text]
+    assert len(said) == 1, ended.texts
+    name = "a sum" if where == "collective" else "a meeting"
+    assert f"waited 1 s at '{name}' for rank 1" in said[0]
+    # Where it hung.
+    assert "in sleeps" in ended.texts[1]
+
+
+def test_a_rank_that_was_killed_ends_the_others(spread, tmp_path):
+    ended = spread("dies", 2, tmp_path, who=0)
+    assert ended.codes[0] == -9
+    assert ended.codes[1] == 75, ended.texts
+    assert "lost during 'a sum'" in ended.texts[1]
+    assert "--resume" in ended.texts[1]
+
+
+def test_half_an_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    missing = "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"
+    with pytest.raises(ConfigError, match=missing), distributed.joined():
+        pass
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch):
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        port = str(holder.getsockname()[1])
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**place, "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RankError, match=f"127.0.0.1:{port}"), distributed.joined():
+            pass
+
+
+def test_restarts_through_the_store_of_the_agent_are_told_of(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
+    assert distributed.restarts_are_safe()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert not distributed.restarts_are_safe()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert distributed.restarts_are_safe()

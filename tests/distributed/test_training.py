@@ -1,0 +1,131 @@
+"""Two and three ranks against one process, on batches that do not divide evenly."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+# Sums in another order: a few float32 roundings (6e-8) of sums of about fifty terms near 1.
+# Probabilities have a relative precision of 2e-6 (``tiled._RANGE``), and ranks tile differently.
+ATOL, RTOL = 4e-6, 2e-5
+CASES = [
+    ("ids", "infonce", "mixed"),
+    ("rich", "bsl", "mixed"),
+    ("timed", "full_softmax", "mixed"),
+    ("rich", "own_only", "not_in_batch"),
+]
+slow = pytest.mark.slow
+
+
+def close(one, other, *, atol=ATOL):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert other[name].shape == value.shape, name
+        odd = (other[name].double() - value.double()).abs() - RTOL * value.double().abs()
+        assert odd.numel() == 0 or odd.max() <= atol, (name, odd.max())
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("towers", "loss", "negatives"), CASES)
+def test_loss_and_every_gradient_are_those_of_one_process(
+    work, spread, tmp_path, size, towers, loss, negatives
+):
+    settings = {"towers": towers, "loss": loss, "negatives": negatives}
+    ended = spread("gradients", size, tmp_path, **settings)
+    assert ended.codes == [0] * size, ended.texts
+    (tmp_path / "one").mkdir()
+    work.alone("gradients", tmp_path / "one", **settings)
+    one = load_file(tmp_path / "one" / "gradients-0.safetensors")
+    assert any(value.abs().max() > 1e-3 for name, value in one.items() if "gradients" in name)
+    first = load_file(tmp_path / "gradients-0.safetensors")
+    close(one, first)
+    for rank in range(1, size):
+        other = load_file(tmp_path / f"gradients-{rank}.safetensors")
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_ranks_without_any_row_do_not_stop_the_others(work, spread, tmp_path):
+    settings = {"towers": "rich", "loss": "infonce", "batch_size": 2}
+    ended = spread("gradients", 3, tmp_path, **settings)
+    assert ended.codes == [0] * 3, ended.texts
+    (tmp_path / "one").mkdir()
+    work.alone("gradients", tmp_path / "one", **settings)
+    one = load_file(tmp_path / "one" / "gradients-0.safetensors")
+    close(one, load_file(tmp_path / "gradients-1.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("size", "towers", "loss"),
+    [
+        (2, "rich", "infonce"),
+        pytest.param(3, "timed", "bsl", marks=slow),
+        pytest.param(3, "ids", "full_softmax", marks=slow),
+    ],
+)
+def test_a_training_ends_in_the_weights_of_one_process(work, spread, tmp_path, size, towers, loss):
+    ended = spread("train", size, tmp_path, towers=towers, loss=loss, checkpoints="kept")
+    assert ended.codes == [0] * size, ended.texts
+    (tmp_path / "one").mkdir()
+    work.alone("train", tmp_path / "one", towers=towers, loss=loss)
+    one = load_file(tmp_path / "one" / "weights-0.safetensors")
+    first = load_file(tmp_path / "weights-0.safetensors")
+    # Both optimisers divide by the size of gradients, which lifts roundings of the small ones.
+    close(one, first, atol=2e-5)
+    for rank in range(1, size):
+        other = load_file(tmp_path / f"weights-{rank}.safetensors")
+        assert all(torch.equal(first[name], other[name]) for name in first)
+    told = json.loads((tmp_path / "steps-0.json").read_text())
+    alone = json.loads((tmp_path / "one" / "steps-0.json").read_text())
+    assert told[0] == alone[0]
+    assert told[1][0]["loss"] == pytest.approx(alone[1][0]["loss"], rel=1e-6)
+    assert told[1][0]["masked_share"] == alone[1][0]["masked_share"]
+    assert told[1][0]["num_candidates"] == alone[1][0]["num_candidates"]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), pytest.param(1, 2, marks=slow)])
+def test_another_number_of_ranks_goes_on_with_the_same_batches(
+    work, spread, tmp_path, before, after
+):
+    for size, steps in ((before, 6), (after, None)):
+        arguments = {"towers": "rich", "checkpoints": "kept", "resume": True, "num_steps": steps}
+        if size == 1:
+            work.alone("train", tmp_path, **arguments)
+        else:
+            ended = spread("train", size, tmp_path, **arguments)
+            assert ended.codes == [0] * size, ended.texts
+    (tmp_path / "one").mkdir()
+    work.alone("train", tmp_path / "one", towers="rich")
+    one = load_file(tmp_path / "one" / "weights-0.safetensors")
+    close(one, load_file(tmp_path / "weights-0.safetensors"), atol=2e-5)
+
+
+def test_a_bit_that_flips_on_one_rank_reaches_no_checkpoint(spread, tmp_path):
+    ended = spread("train", 3, tmp_path, towers="ids", checkpoints="kept", odd=2)
+    assert ended.codes == [4] * 3, ended.texts
+    said = [text for text in ended.texts if text]
+    assert len(said) == 1
+    assert "rank 2 and rank 0 do not agree on the weights" in said[0]
+    # The evaluation of step 5 is the first; the checkpoint of step 2 came before it.
+    assert {path.name for path in (tmp_path / "kept").glob("step-*")} == {"step-2", "step-4"}
+
+
+@pytest.mark.parametrize(("size", "num_users"), [(2, 700), (3, 700), (3, 100)])
+def test_an_evaluation_is_the_same_for_any_number_of_ranks(work, spread, tmp_path, size, num_users):
+    ended = spread("judge", size, tmp_path, num_users=num_users)
+    assert ended.codes == [0] * size, ended.texts
+    (tmp_path / "one").mkdir()
+    work.alone("judge", tmp_path / "one", num_users=num_users)
+    one = load_file(tmp_path / "one" / "judged-0.safetensors")
+    means, counts, _ = json.loads((tmp_path / "one" / "judged-0.json").read_text())
+    assert len(means) == 9
+    for rank in range(size):
+        other = load_file(tmp_path / f"judged-{rank}.safetensors")
+        assert one.keys() == other.keys()
+        assert max((one[name] - other[name]).abs().max() for name in one) <= 1e-9
+        found = json.loads((tmp_path / f"judged-{rank}.json").read_text())
+        assert found[:2] == [means, counts]
+        # The work was shared: who had no queries showed no progress.
+        num_blocks = -(-num_users // 256)
+        has_some = num_blocks * rank // size < num_blocks * (rank + 1) // size
+        assert (found[2] > 0) == has_some

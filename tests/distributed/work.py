@@ -1,0 +1,308 @@
+"""What each rank of a test does; run by path in processes of its own, or alone in the test's.
+
+A function gets its ``Ranks``, a folder for results, and JSON arguments.
+"""
+
+import json
+import os
+import time
+
+import torch
+from safetensors.torch import save_file
+
+from recclr.batches import BatchSource
+from recclr.data.log import (
+    CategoricalColumn,
+    Csr,
+    DenseColumn,
+    EncodedLog,
+    FeatureTable,
+    Prepared,
+    RaggedColumn,
+)
+from recclr.distributed import ALONE
+from recclr.evaluate import EvaluationSet, evaluate
+from recclr.exchange import StepExchange
+from recclr.objective import Objective
+from recclr.optimizers import Optimizers
+from recclr.settings import (
+    FeatureSettings,
+    HistorySettings,
+    IdSettings,
+    LossSettings,
+    ModelSettings,
+    NegativesSettings,
+    PopularitySettings,
+    TowerSettings,
+    TrainSettings,
+)
+from recclr.statistics import DAY_S
+from recclr.topk import EmbeddingRanker
+from recclr.towers import build_model
+from recclr.train import fit, needs_time_cells
+
+NUM_USERS, NUM_ITEMS, NUM_ROWS, DIM = 11, 17, 53, 6
+
+LOSSES = {
+    "infonce": LossSettings(temperature="learned"),
+    "bsl": LossSettings(temperature=0.2, second_temperature=1.5),
+    "full_softmax": LossSettings(kind="full_softmax", temperature="learned"),
+    "own_only": LossSettings(mask_known_positives=False),
+}
+NEGATIVES = {
+    "mixed": NegativesSettings(uniform=5, popularity=PopularitySettings(count=3, alpha=0.7)),
+    "not_in_batch": NegativesSettings(in_batch=False, uniform=6),
+}
+IDS = (TowerSettings(), TowerSettings())
+# Everything that draws: dropout of ids, features, histories (of items that drop) and coordinates.
+RICH = (
+    TowerSettings(
+        id=IdSettings(dropout=0.2),
+        features={"tags": FeatureSettings(kind="multi_hot", dropout=0.2)},
+        history=HistorySettings(length=3, half_life_d=4.0, dropout=0.3, use="both"),
+        mlp=(5,),
+    ),
+    TowerSettings(
+        id=IdSettings(dropout=0.1),
+        features={
+            "kind": FeatureSettings(kind="categorical", dropout=0.2),
+            "image": FeatureSettings(kind="vector", dropout=0.1),
+        },
+        mlp=(5,),
+        dropout=0.2,
+    ),
+)
+RECENT = {"recent": FeatureSettings(kind="statistics", windows_d=(9.0,))}
+TOWERS = {
+    "ids": IDS,
+    "rich": RICH,
+    "timed": (RICH[0], TowerSettings(id=IdSettings(as_of=True), features=RECENT)),
+}
+
+
+def prepared():
+    generator = torch.Generator().manual_seed(0)
+    log = EncodedLog(
+        torch.randint(NUM_USERS, (NUM_ROWS,), generator=generator).int(),
+        torch.randint(NUM_ITEMS, (NUM_ROWS,), generator=generator).int(),
+        num_users=NUM_USERS,
+        num_items=NUM_ITEMS,
+        timestamp=torch.arange(NUM_ROWS) * DAY_S,
+        weight=1 + torch.rand(NUM_ROWS, generator=generator),
+    )
+    items = {
+        "kind": CategoricalColumn(torch.randint(4, (NUM_ITEMS,), generator=generator).int(), 4),
+        "image": DenseColumn(torch.randn(NUM_ITEMS, 7, generator=generator)),
+    }
+    lengths = torch.tensor([0, 2, 0, 3, 1, 0, 0, 1, 2, 1, 0])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    values = torch.randint(5, (int(offsets[-1]),), generator=generator).int()
+    users = {"tags": RaggedColumn(Csr(offsets, values), 5)}
+    return Prepared(log, FeatureTable(NUM_USERS, users), FeatureTable(NUM_ITEMS, items))
+
+
+def model_of(towers, loss):
+    user, item = TOWERS[towers]
+    settings = ModelSettings(embedding_dim=DIM)
+    return build_model(prepared(), user=user, item=item, model=settings, loss=loss, seed=2)
+
+
+def gradients(ranks, folder, *, towers, loss, negatives="mixed", batch_size=13, steps=(0, 3, 4)):
+    """Loss, masked pairs and every gradient of a few steps, before any update."""
+    model, found = model_of(towers, LOSSES[loss]), {}
+    log, train = prepared().train, TrainSettings(batch_size=batch_size)
+    model.train()
+    optimizers = Optimizers(model, train, 10)
+    objective = Objective(log, LOSSES[loss], NEGATIVES[negatives], seed=4, ranks=ranks)
+    source = BatchSource(log, train, seed=4, time_cells=needs_time_cells(model))
+    for step in steps:
+        stats, stopped = objective(model, source.batch(step), step), False
+        stats.loss.backward()
+        tables = optimizers.tables.gradients()
+        if ranks.size > 1:
+            asked = ranks.rank == 1 and step == steps[-1]
+            stats, tables, stopped = StepExchange(optimizers, ranks)(stats, stopped=asked)
+            assert stopped == (step == steps[-1])
+        found[f"{step}/loss"] = stats.loss.detach()
+        found[f"{step}/masked"] = torch.tensor(stats.num_masked)
+        for name, rows, grads in tables:
+            found[f"{step}/{name}/rows"], found[f"{step}/{name}/gradients"] = rows, grads
+        for name, p in model.dense_parameters().items():
+            if p.grad is not None:
+                found[f"{step}/{name}"] = p.grad.clone()
+        optimizers.forget()
+    save_file(found, folder / f"gradients-{ranks.rank}.safetensors")
+
+
+def train(
+    ranks,
+    folder,
+    *,
+    towers,
+    loss="infonce",
+    checkpoints=None,
+    resume=False,
+    num_steps=None,
+    odd=None,
+):
+    """A short training; the weights at its end, and the evaluations on the way.
+
+    ``odd``: the rank on which one bit of one weight flips at the first evaluation.
+    """
+    model, log = model_of(towers, LOSSES[loss]), prepared().train
+    steps = []
+
+    def judged(candidate):
+        if ranks.rank == odd:
+            weight = next(iter(candidate.tables().values())).weight
+            weight.view(torch.int32)[3, 2] ^= 1
+        users, items = candidate.all_vectors(NUM_ROWS * DAY_S)
+        return {"recall@20": float((users[:-1] @ items.T).abs().sum())}
+
+    settings = TrainSettings(
+        batch_size=13,
+        epochs=2.5,
+        table_optimizer="rowwise_adagrad",
+        table_lr=0.05,
+        dense_lr=0.01,
+        clip_norm=0.5,
+        checkpoint_every=0.5,
+    )
+    result = fit(
+        model,
+        log,
+        loss=LOSSES[loss],
+        negatives=NEGATIVES["mixed"],
+        train=settings,
+        seed=4,
+        evaluate=judged,
+        checkpoints=None if checkpoints is None else folder / checkpoints,
+        resume=resume,
+        num_steps=num_steps,
+        on_event=steps.append,
+        ranks=ranks,
+    )
+    weights = {name: value.detach().clone() for name, value in model.weights().items()}
+    save_file(weights, folder / f"weights-{ranks.rank}.safetensors")
+    (folder / f"steps-{ranks.rank}.json").write_text(json.dumps([result.steps, steps]))
+
+
+def judge(ranks, folder, *, num_users):
+    """Every slice of an evaluation, and what each user got."""
+    generator = torch.Generator().manual_seed(5)
+    num_items = 67
+    counts = torch.randint(0, 4, (num_items,), generator=generator)
+    lengths = torch.randint(1, 4, (num_users,), generator=generator)
+    rows = torch.arange(num_users).repeat_interleave(lengths)
+    pairs = torch.randint(num_items, (2 * len(rows),), generator=generator).int()
+    examples = EvaluationSet(
+        user_idx=torch.arange(num_users),
+        relevant=Csr.from_pairs(rows, pairs[: len(rows)], num_users),
+        seen=Csr.from_pairs(rows, pairs[len(rows) :], num_users),
+        item_counts=counts,
+        user_counts=torch.randint(0, 3, (num_users,), generator=generator),
+    )
+    # Coarse values: many ties, which every world size must break alike.
+    vectors = torch.randint(-2, 3, (num_users + 1 + num_items, 5), generator=generator).float()
+    ranker = EmbeddingRanker("model", vectors[: num_users + 1], vectors[num_users + 1 :])
+    shown = []
+    found = evaluate(
+        ranker, examples, ks=(3, 80), progress=lambda done, total: shown.append(done), ranks=ranks
+    )
+    per_user = {
+        f"{part}/{metric}": value.clone()
+        for part, metrics in found.per_user.items()
+        for metric, value in metrics.items()
+    }
+    save_file(per_user, folder / f"judged-{ranks.rank}.safetensors")
+    result = [found.metrics, found.counts, len(shown)]
+    (folder / f"judged-{ranks.rank}.json").write_text(json.dumps(result))
+
+
+def exchanges(ranks, folder):
+    """Each primitive against what it must give, with blocks of unequal lengths, some empty."""
+    counts = [(3, 0, 5)[rank] for rank in range(ranks.size)]
+    whole = torch.arange(sum(counts) * 2, dtype=torch.float64).view(-1, 2)
+    own = whole.split(counts)[ranks.rank].clone().requires_grad_(True)
+    gathered = ranks.gather_rows(own, counts, "blocks")
+    assert torch.equal(gathered, whole)
+    # Rank r weights the sum of squares by r + 1, so every row's gradient has a part of each rank.
+    ((ranks.rank + 1) * gathered.square().sum()).backward()
+    factor = sum(range(1, ranks.size + 1))
+    assert torch.equal(own.grad, 2 * factor * own.detach())
+    empty = ranks.gather(torch.empty(0, 4), [0] * ranks.size, "nothing")
+    assert empty.shape == (0, 4)
+    values = [{"text": "é" * (10 * rank), "rank": rank} for rank in range(ranks.size)]
+    assert ranks.gather_json(values[ranks.rank], "values") == values
+    assert ranks.from_first(f"of {ranks.rank}", "a value") == "of 0"
+    for count in (0, 1, 7):
+        own_part = torch.arange(*ranks.part(count))
+        parts = ranks.gather(own_part, ranks.counts(count), "parts")
+        assert torch.equal(parts, torch.arange(count))
+    for _ in range(3):
+        ranks.meet("a meeting")
+    (folder / f"done-{ranks.rank}").touch()
+
+
+def disagrees(ranks, folder, *, odd):
+    """Digests that one rank has otherwise."""
+    ranks.agree({"colour": "red", "shape": "round"})
+    ranks.agree({"colour": "red", "shape": "square" if ranks.rank in odd else "round"})
+
+
+def fails(ranks, folder, *, who, error, where):
+    """One rank raises while the others wait for it."""
+    from recclr import errors
+
+    if ranks.rank == who:
+        time.sleep(0.2)
+        raise getattr(errors, error, ValueError)("the third row is odd")
+    if where == "collective":
+        ranks.sum_(torch.ones(3), "a sum")
+    else:
+        ranks.meet("a long wait", 60.0)
+
+
+def sleeps(ranks, folder, *, who, where):
+    """One rank never arrives."""
+    if ranks.rank == who:
+        ranks.watch()
+        time.sleep(30)
+    if where == "collective":
+        ranks.sum_(torch.ones(3), "a sum")
+    else:
+        ranks.meet("a meeting")
+
+
+def dies(ranks, folder, *, who):
+    if ranks.rank == who:
+        os.kill(os.getpid(), 9)
+    ranks.sum_(torch.ones(3), "a sum")
+
+
+def alone(function, folder, **arguments):
+    """The same in this process."""
+    globals()[function](ALONE, folder, **arguments)
+
+
+def main(function, folder, timeout_s, arguments):
+    """One rank, ending as the command line would."""
+    import sys
+    from pathlib import Path
+
+    from recclr import distributed
+    from recclr.distributed import joined
+    from recclr.errors import PeerError, RecclrError
+
+    torch.set_num_threads(1)
+    # A rank that hangs or is dead will not say that it ends.
+    distributed._GRACE_S = 1.0
+    try:
+        with joined() as ranks:
+            ranks.start("cpu", timeout_s)
+            globals()[function](ranks, Path(folder), **arguments)
+    except PeerError as error:
+        sys.exit(error.exit_code)
+    except RecclrError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

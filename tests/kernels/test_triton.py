@@ -1,0 +1,408 @@
+"""The GPU's log-sum-exp against the plain one: in Triton's interpreter, or on a GPU where one is.
+
+``python -m pytest tests/kernels/test_triton.py`` on a machine with a GPU runs all of it compiled.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import recclr.kernels.logsumexp as dispatch
+from recclr.kernels import PairMask, masked_logsumexp
+from recclr.kernels.reference import masked_logsumexp_reference
+from recclr.kernels.tiled import masked_logsumexp_tiled
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+with pytest.MonkeyPatch.context() as _patch:
+    if DEVICE == "cpu":
+        # Read when a kernel is defined, those of Triton's own library included.
+        _patch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton", reason="needs Triton: pip install triton, or PyTorch for CUDA")
+    import recclr.kernels.triton_logsumexp as twin
+    from recclr.kernels.triton_logsumexp import masked_logsumexp_triton
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """Some of Triton's own modules are imported at the first launch."""
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(params=[1, 7])
+def small(request, monkeypatch):
+    """Blocks of 16 rows, so that small problems have several; walks whole and in parts."""
+    blocks = twin.Blocks(16, 16, num_warps=4, num_stages=2)
+    monkeypatch.setattr(twin, "_blocks_for", lambda dim, dtype: blocks)
+    monkeypatch.setattr(twin, "_num_programs", lambda device: request.param)
+    return request.param
+
+
+def problem(seed, num_queries, num_candidates, dim, *, share=0.2, scale=1.0, repeats=0):
+    draws = torch.Generator().manual_seed(seed)
+    queries = torch.randn(num_queries, dim, generator=draws) * scale
+    candidates = torch.randn(num_candidates, dim, generator=draws)
+    weights = torch.randn(num_candidates, generator=draws)
+    dead = torch.rand(num_queries, num_candidates, generator=draws) < share
+    rows, columns = dead.nonzero(as_tuple=True)
+    # Rows rising, columns in any order, some pairs again.
+    again = torch.randint(len(rows), (repeats,), generator=draws) if len(rows) else rows
+    mixed = torch.cat([torch.randperm(len(rows), generator=draws), again])
+    order = mixed[rows[mixed].sort(stable=True).indices]
+    return queries, candidates, weights, PairMask(rows[order], columns[order])
+
+
+def value_and_gradients(function, queries, candidates, weights, mask):
+    """On the function's device, brought back; upstream gradients differ from row to row."""
+    device = "cpu" if function is masked_logsumexp_reference else DEVICE
+    leaves = [t.to(device, copy=True).requires_grad_() for t in (queries, candidates, weights)]
+    pairs = None if mask is None else PairMask(mask.rows.to(device), mask.columns.to(device))
+    result = function(*leaves, pairs)
+    upstream = torch.linspace(-1.0, 2.0, len(queries), device=device)
+    alive = result > -math.inf
+    (torch.where(alive, result, 0.0) * upstream).sum().backward()
+    return result.detach().cpu(), [leaf.grad.cpu() for leaf in leaves]
+
+
+def rounded(queries, candidates, weights, mask):
+    return queries.bfloat16().float(), candidates.bfloat16().float(), weights, mask
+
+
+def in_bfloat16(*arguments):
+    return masked_logsumexp_triton(*arguments, bfloat16=True)
+
+
+def assert_twins(case, function=masked_logsumexp_triton, oracle=None, error=2e-5):
+    expected, expected_grads = value_and_gradients(masked_logsumexp_reference, *(oracle or case))
+    found, found_grads = value_and_gradients(function, *case)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(found_grads, expected_grads, strict=True):
+        scale = float(theirs.abs().max().clamp_min(1.0)) if theirs.numel() else 1.0
+        torch.testing.assert_close(ours, theirs, rtol=5 * error, atol=error * scale)
+
+
+random_problems = given(
+    seed=st.integers(0, 1000),
+    num_queries=st.integers(1, 45),
+    num_candidates=st.integers(1, 70),
+    dim=st.sampled_from([1, 3, 16, 21]),
+    share=st.sampled_from([0.0, 0.3, 0.97, 1.0]),
+    scale=st.sampled_from([1e-4, 1.0, 30.0, 1000.0]),
+    repeats=st.sampled_from([0, 5]),
+)
+few = settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@random_problems
+@few
+def test_the_twin_equals_the_plain_one(small, seed, num_queries, num_candidates, dim, **options):
+    assert_twins(problem(seed, num_queries, num_candidates, dim, **options))
+
+
+@random_problems
+@few
+def test_in_bfloat16_it_equals_the_plain_one_on_rounded_rows(
+    small, seed, num_queries, num_candidates, dim, **options
+):
+    case = problem(seed, num_queries, num_candidates, dim, **options)
+    # Products of rounded rows are exact, so values are; gradients see rounded probabilities.
+    assert_twins(case, in_bfloat16, rounded(*case), error=1e-2)
+
+
+@pytest.mark.parametrize("dim", [1, 64, 65, 200, 256])
+@pytest.mark.parametrize("function", [masked_logsumexp_triton, in_bfloat16])
+def test_with_the_blocks_of_every_dimension(dim, function):
+    case = problem(dim, 70, 131, dim, scale=dim**-0.5)
+    if function is in_bfloat16:
+        assert_twins(case, function, rounded(*case), error=1e-2)
+    else:
+        assert_twins(case)
+
+
+def test_without_a_mask_or_with_an_empty_one(small):
+    *leaves, _ = problem(2, 19, 37, 5)
+    nothing = torch.empty(0, dtype=torch.int64)
+    assert_twins((*leaves, None))
+    assert_twins((*leaves, PairMask(nothing, nothing)))
+
+
+def test_a_tile_with_more_pairs_than_a_chunk_and_one_with_exactly_that(small):
+    *leaves, _ = problem(3, 33, 40, 4)
+    rows = torch.tensor([0] * 16 + [1] * 40 + [17] * 32)
+    columns = torch.cat([torch.arange(16), torch.arange(39, -1, -1), torch.arange(4, 36)])
+    assert_twins((*leaves, PairMask(rows, columns)))
+
+
+def test_rows_without_candidates_pull_at_nothing(small):
+    queries, candidates, weights, _ = problem(4, 35, 20, 3)
+    mask = PairMask(torch.full((20,), 17), torch.arange(20))
+    result, grads = value_and_gradients(masked_logsumexp_triton, queries, candidates, weights, mask)
+    assert (result == -math.inf).tolist() == [row == 17 for row in range(35)]
+    assert torch.equal(grads[0][17], torch.zeros(3))
+    assert all(grad.isfinite().all() for grad in grads)
+    # An upstream gradient that is not a number stays out as well.
+    leaf = queries.to(DEVICE, copy=True).requires_grad_()
+    pairs = PairMask(mask.rows.to(DEVICE), mask.columns.to(DEVICE))
+    result = masked_logsumexp_triton(leaf, candidates.to(DEVICE), weights.to(DEVICE), pairs)
+    (upstream := torch.ones(35, device=DEVICE))[17] = math.nan
+    result.backward(upstream)
+    assert leaf.grad.isfinite().all()
+
+
+def test_weights_of_minus_infinity_leave_a_candidate_out(small):
+    queries, candidates, weights, mask = problem(5, 35, 33, 3)
+    weights[[2, 16, 32]] = -math.inf
+    assert_twins((queries, candidates, weights, mask))
+    nothing = torch.full((33,), -math.inf)
+    result, _ = value_and_gradients(masked_logsumexp_triton, queries, candidates, nothing, mask)
+    assert torch.equal(result, torch.full((35,), -math.inf))
+
+
+def test_the_probability_of_the_only_candidate_is_1_however_large_its_logit(small):
+    """Gradients round a logit as the result did: across 2²⁰ another order is off by 1 / 16."""
+    queries, weights = torch.full((20, 1), 2**20 - 0.0625), torch.tensor([0.53])
+    _, grads = value_and_gradients(
+        masked_logsumexp_triton, queries, torch.ones(1, 1), weights, None
+    )
+    upstream = torch.linspace(-1.0, 2.0, 20)
+    assert torch.equal(grads[0].squeeze(1), upstream)
+    torch.testing.assert_close(grads[2].squeeze(0), upstream.sum(), rtol=1e-6, atol=0)
+
+
+def test_no_query_at_all(small):
+    result, grads = value_and_gradients(
+        masked_logsumexp_triton, torch.empty(0, 3), torch.randn(18, 3), torch.zeros(18), None
+    )
+    assert result.shape == (0,)
+    assert torch.equal(grads[1], torch.zeros(18, 3))
+
+
+def test_not_a_number_is_passed_on_and_not_hidden(small):
+    queries = torch.ones(17, 2)
+    queries[16, 1] = math.nan
+    result, grads = value_and_gradients(
+        masked_logsumexp_triton, queries, torch.ones(40, 2), torch.zeros(40), None
+    )
+    assert result[:16].isfinite().all()
+    assert result[16].isnan()
+    assert grads[1].isnan().all()
+
+
+def test_the_same_bits_every_time(small):
+    case = problem(6, 40, 50, 7)
+    first, first_grads = value_and_gradients(masked_logsumexp_triton, *case)
+    again, again_grads = value_and_gradients(masked_logsumexp_triton, *case)
+    assert torch.equal(first, again)
+    assert all(map(torch.equal, first_grads, again_grads))
+
+
+def test_a_graph_is_walked_twice_and_second_derivatives_are_refused(small):
+    *leaves, mask = problem(7, 20, 33, 5)
+    leaves = [leaf.to(DEVICE).requires_grad_() for leaf in leaves]
+    mask = PairMask(mask.rows.to(DEVICE), mask.columns.to(DEVICE))
+    result = masked_logsumexp_triton(*leaves, mask).sum()
+    first = torch.autograd.grad(result, leaves, retain_graph=True)
+    second = torch.autograd.grad(result, leaves, retain_graph=True)
+    assert all(map(torch.equal, first, second))
+    with pytest.raises(RuntimeError, match="automatic differentiation"):
+        torch.autograd.grad(result, leaves, create_graph=True)
+
+
+def test_rows_that_are_not_contiguous(small):
+    queries, candidates, weights, mask = problem(8, 20, 33, 5)
+    expected, expected_grads = value_and_gradients(
+        masked_logsumexp_reference, queries, candidates, weights, mask
+    )
+
+    def of_columns(queries, candidates, weights, mask):
+        return masked_logsumexp_triton(
+            queries.T.contiguous().T, candidates.T.contiguous().T, weights, mask
+        )
+
+    found, grads = value_and_gradients(of_columns, queries, candidates, weights, mask)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+class Calls(TorchDispatchMode):
+    """Every PyTorch operation with the shapes it gives; those that wait for the device fail."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        assert not name.startswith(self.WAITING), name
+        if name.startswith("index"):
+            indices = [t for t in args[1] if t is not None]
+            assert all(t.dtype != torch.bool for t in indices), "indexing by a mask waits"
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.seen.append((name, tuple(result.shape), result.dtype))
+        return result
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_nothing_waits_for_the_device_and_shapes_do_not_follow_from_data(small, bfloat16):
+    """What a CUDA graph asks for."""
+
+    def calls(seed):
+        queries, candidates, weights, mask = problem(seed, 40, 50, 7)
+        pairs = PairMask(mask.rows[:90].to(DEVICE), mask.columns[:90].to(DEVICE))
+        leaves = [t.to(DEVICE).requires_grad_() for t in (queries, candidates, weights)]
+        with Calls() as mode:
+            masked_logsumexp_triton(*leaves, pairs, bfloat16=bfloat16).sum().backward()
+        return mode.seen
+
+    first = calls(9)
+    assert sum(name.startswith("searchsorted") for name, *_ in first) == 2
+    assert calls(10) == first
+
+
+def test_nothing_as_large_as_all_pairs_is_ever_made(small):
+    *leaves, mask = problem(11, 150, 250, 4, share=0.001)
+    leaves = [leaf.to(DEVICE).requires_grad_() for leaf in leaves]
+    mask = PairMask(mask.rows.to(DEVICE), mask.columns.to(DEVICE))
+    with Calls() as mode:
+        masked_logsumexp_triton(*leaves, mask).sum().backward()
+    largest = max(math.prod(shape) for _, shape, _ in mode.seen)
+    # The interpreter copies by bytes: 250 rows of 4 numbers of 4.
+    assert largest <= 250 * 4 * 4 < 150 * 250 // 8
+
+
+def test_which_twin_runs_where(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert dispatch._twin_for(cpu, 8, False) is masked_logsumexp_tiled
+    chosen = dispatch._twin_for(cuda, 256, True)
+    assert (chosen.func, chosen.keywords) == (masked_logsumexp_triton, {"bfloat16": True})
+    assert dispatch._twin_for(cuda, 257, False) is masked_logsumexp_tiled
+    monkeypatch.setitem(sys.modules, "triton", None)
+    dispatch._has_triton.cache_clear()
+    try:
+        assert dispatch._twin_for(cuda, 8, False) is masked_logsumexp_tiled
+    finally:
+        dispatch._has_triton.cache_clear()
+
+
+def test_a_cpu_computes_in_float32_whatever_is_allowed():
+    case = problem(12, 9, 14, 5)
+    assert torch.equal(masked_logsumexp(*case, bfloat16=True), masked_logsumexp(*case))
+
+
+# Both kernels for a real device, which needs Triton's compiler and no GPU.
+COMPILE = """
+import sys
+import torch, triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from recclr.kernels import triton_kernels, triton_logsumexp
+
+dim, capability = int(sys.argv[1]), int(sys.argv[2])
+for dtype, name, one in ((torch.float32, "fp32", tl.float32), (torch.bfloat16, "bf16", tl.float16)):
+    blocks = triton_logsumexp._blocks_for(dim, dtype)
+    for kernel in (triton_kernels.logsumexp_kernel, triton_kernels.gradient_kernel):
+        fixed = dict(D=dim, PAD_D=dim, SIZE=blocks.size, TILE=blocks.tile, PAIRS=True, ONE=one)
+        fixed |= dict(PRECISION="ieee", WIDEN=False, OF_QUERIES=False)
+        types = dict.fromkeys(kernel.arg_names, "*fp32")
+        types |= dict.fromkeys(("owns", "others", "edges"), "*i32")
+        for at in kernel.arg_names:
+            if at in ("queries", "candidates", "own_rows", "other_rows"):
+                types[at] = "*" + name
+            if at.startswith("num_") or at == "tiles_per_part":
+                types[at] = "i32"
+            if at in fixed:
+                types[at] = "constexpr"
+        fixed = {(at,): fixed[n] for at, n in enumerate(kernel.arg_names) if n in fixed}
+        aligned = {(at,): [["tt.divisibility", 16]] for at, n in enumerate(types.values())
+                   if n.startswith("*")}
+        made = triton.compile(
+            ASTSource(kernel, types, fixed, aligned),
+            target=GPUTarget("cuda", capability, 32),
+            options=dict(num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+                         enable_fp_fusion=True),
+        )
+        text = made.asm["ptx"]
+        print(made.metadata.shared, "cp.async" in text, "mma" in text)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "capability"), [(64, 80), (256, 90)])
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(dim, capability, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(dim), str(capability)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    # 99 KiB is what the smallest of current devices gives a program; tiles are loaded ahead, also
+    # with masked pairs; bfloat16 is multiplied by tensor cores.
+    assert all(int(shared) <= 99 * 1024 for shared, *_ in rows), rows
+    assert [loads for _, loads, _ in rows] == ["True"] * 4
+    assert [mma for *_, mma in rows[2:]] == ["True"] * 2
+
+
+@pytest.mark.gpu
+@gpu
+def test_memory_grows_with_rows_and_not_with_pairs_of_rows():
+    size, dim = 65536, 64
+    leaves = [torch.randn(size, dim, device="cuda", requires_grad=True) for _ in range(2)]
+    rows = torch.arange(size, device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    masked_logsumexp(
+        *leaves, torch.zeros(size, device="cuda"), PairMask(rows, rows)
+    ).sum().backward()
+    # All pairs would take 16 GiB.
+    assert torch.cuda.max_memory_allocated() - before < 16 * 4 * size * dim
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_cuda_graph_gives_what_eager_gives():
+    def arguments(seed):
+        queries, candidates, weights, mask = problem(seed, 300, 500, 64)
+        moved = [t.cuda() for t in (queries, candidates, weights, mask.rows, mask.columns)]
+        return moved[:3], [index[:9000] for index in moved[3:]]
+
+    def step(leaves, pairs):
+        result = masked_logsumexp(*leaves, PairMask(*pairs))
+        return result, *torch.autograd.grad(result.sum(), leaves)
+
+    leaves, pairs = arguments(1)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step(leaves, pairs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(leaves, pairs)
+    others, other_pairs = arguments(2)
+    with torch.no_grad():
+        for old, new in zip([*leaves, *pairs], [*others, *other_pairs], strict=True):
+            old.copy_(new)
+    graph.replay()
+    for ours, theirs in zip(captured, step(leaves, pairs), strict=True):
+        assert torch.equal(ours, theirs)
