@@ -1,14 +1,15 @@
 """Speed and memory of training and exact ranking, beside the machine's floors and other trainers.
 
-    python pipelines/benchmark.py                    the table, in about two minutes
-    python pipelines/benchmark.py --peers            with other trainers on the same log
+    python pipelines/benchmark.py                    the tables, in two to three minutes
+    python pipelines/benchmark.py --peers            with other trainers; five minutes more
     python pipelines/benchmark.py --full             every d, B and N, with and without features
     python pipelines/benchmark.py --only growth --most-rows 100_000_000
     python pipelines/benchmark.py --json FILE        the same as JSON
 
 Each row is measured in a process of its own. Floors use the rates of a matrix product and of a copy
-measured in the same run; times are medians. Uses Gowalla's log where RECCLR_DATA holds it, a
-generated log of its size elsewhere. Threads are as the environment sets them (OMP_NUM_THREADS).
+measured in the same run; times are medians. An embedding table alone stands beside PyTorch's and
+TorchRec's. The log is Gowalla's where RECCLR_DATA holds it, a generated one of its size elsewhere.
+Threads are as the environment sets them (OMP_NUM_THREADS).
 
 Other trainers are used where they are installed. Those that cannot live beside recclr's versions go
 into an environment of their own, named by --peer-python; the first that has a library is taken.
@@ -32,7 +33,7 @@ import typer
 from bench import data, grid, machine
 from bench.runner import Measure, add_floors, in_child, median_rates, run_rows
 from bench.show import show
-from bench.versus import peer_rows
+from bench.versus import peer_rows, table_rows
 from rich.console import Console
 
 from recclr.console import say
@@ -50,22 +51,27 @@ class Preset(StrEnum):
 
 def main(
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="write the rows here too")
+        Path | None, typer.Option("--json", dir_okay=False, help="write the rows here too")
     ] = None,
     preset: Annotated[Preset, typer.Option(help="how much is measured")] = Preset.standard,
     full: Annotated[bool, typer.Option("--full", help="the same as --preset full")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="measure other trainers too")] = False,
     peer_python: Annotated[
-        list[Path] | None, typer.Option(help="interpreter to look for other trainers in")
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="Python to look for others in; repeatable"),
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(grid.SECTIONS)}")] = None,
     most_rows: Annotated[
         int, typer.Option(help="grow generated logs to so many rows, items to a tenth")
     ] = 10_000_000,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    seconds: Annotated[float, typer.Option(help="time per row and round, after warm-up")] = 2.0,
-    rounds: Annotated[int, typer.Option(help="rounds over the rows that are compared")] = 3,
-    limit: Annotated[float, typer.Option(help="seconds after which a row is given up")] = 300.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.001, help="time per row and round, after warm-up")
+    ] = 2.0,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds over the rows that are compared")] = 3,
+    limit: Annotated[
+        float, typer.Option(min=1, help="seconds after which a row is given up")
+    ] = 300.0,
 ) -> None:
     """Measure, and print one line per setting."""
     chosen = Preset.full if full else preset
@@ -77,11 +83,14 @@ def main(
         raise typer.BadParameter(
             "--peers: other trainers are measured on the CPU, as is recclr then"
         )
+    require_device(device)
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"--json {json_file}: there is no folder {json_file.parent}")
     pythons = [sys.executable, *map(str, peer_python or [])]
     report = run(
         chosen,
         grid.Settings(device, seconds, gemm_size=256 if chosen == Preset.smoke else 2_048),
-        sections=wanted if with_peers else wanted - {"peers"},
+        sections=wanted | {"peers"} if with_peers else wanted - {"peers"},
         most_rows=most_rows,
         rounds=rounds,
         measure=partial(in_child, limit_s=limit, interpreters=pythons),
@@ -89,6 +98,13 @@ def main(
     show(report, Console(width=_WIDTH, highlight=False))
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+
+
+def require_device(device: str) -> None:
+    """Refuse what no row could be measured on."""
+    if device == "cpu" or (device.startswith("cuda") and torch.cuda.is_available()):
+        return
+    raise typer.BadParameter(f"--device {device}: use cpu, or cuda where PyTorch finds a GPU")
 
 
 def run(
@@ -105,6 +121,8 @@ def run(
     log = data.LogSpec(70, 50, 900) if preset == "smoke" else data.gowalla()
     own = grid.own_rows(preset, log, settings, most_rows=most_rows)
     entries = run_rows([row for row in own if row.section in sections], measure, say=tell)
+    if "tables" in sections:
+        entries += run_rows(table_rows(preset, settings), measure, rounds=rounds, say=tell)
     if "peers" in sections:
         with tempfile.TemporaryDirectory() as folder:
             arrays = data.write_arrays(log, Path(folder))

@@ -71,10 +71,17 @@ def training_work(
         num_touched: distinct rows read and updated.
         optimizer: of the tables.
     """
+    row_bytes = table_bytes(
+        dim=dim, num_vectors=num_vectors, num_touched=num_touched, optimizer=optimizer
+    )
+    return Work(6.0 * batch_size * num_candidates * dim, row_bytes)
+
+
+def table_bytes(*, dim: int, num_vectors: int, num_touched: int, optimizer: str) -> float:
+    """Traffic of lookups, their gradients and the update; for the arguments see above."""
     per_dim, per_row = UPDATE_BYTES[optimizer]
     row_bytes = num_touched * ((_READ_BYTES + per_dim) * dim + per_row)
-    row_bytes += num_vectors * _VECTOR_BYTES * dim
-    return Work(6.0 * batch_size * num_candidates * dim, float(row_bytes))
+    return float(row_bytes + num_vectors * _VECTOR_BYTES * dim)
 
 
 def ranking_work(*, num_queries: int, num_items: int, dim: int) -> Work:

@@ -9,18 +9,20 @@ from typing import Any
 
 from bench.data import HISTORY_LENGTH, LogSpec
 
-SECTIONS = ("ids", "features", "evaluation", "growth", "peers")
+SECTIONS = ("ids", "features", "evaluation", "tables", "growth", "peers")
 DIMS = (64, 128, 256)
 BATCH_SIZES = (2_048, 8_192, 32_768, 131_072)
 NEGATIVES = (1_024, 8_192, None)
-# (dim, batch size, negatives) of the rows that the default shows.
+# (dim, batch size, negatives) that the default shows: every value of each at least once.
 STANDARD = (
     (64, 2_048, 1_024),
     (64, 8_192, 1_024),
     (64, 32_768, 1_024),
+    (64, 131_072, 1_024),
     (64, 8_192, None),
     (128, 8_192, 1_024),
     (128, 8_192, 8_192),
+    (256, 8_192, 1_024),
 )
 STANDARD_FEATURES = ((64, 8_192, 1_024), (128, 8_192, 8_192))
 SMOKE = ((8, 64, 32),)
@@ -28,11 +30,11 @@ _GROWTH_QUERIES = 2_048
 
 # Bytes: of an interpreter with its libraries; of a row of the log while it is indexed; of a user
 # or item beside its vectors. Vectors that a step makes of an embedded row.
-_PROCESS, _PER_ROW, _PER_ENTITY, _PER_STEP_ROW = 500 << 20, 64, 80, 12
+_PROCESS, _PER_ROW, _PER_ENTITY, _PER_STEP_ROW = 500 << 20, 72, 80, 12
 # Table-sized tensors, the weights included, that an optimiser keeps.
 _COPIES = {"adam": 3, "rowwise_adam": 2, "rowwise_adagrad": 1, "sgd": 1}
-# Peak of an exact ranking: score tiles, and the corpus once more for its layout.
-_TILES, _CORPUS_COPIES = 256 << 20, 2
+# Peak of an exact ranking: score tiles, and the corpus once more for its coarse copy and layout.
+_TILES, _CORPUS_COPIES = 256 << 20, 1
 
 
 @dataclass(frozen=True)

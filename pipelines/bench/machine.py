@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
+from pathlib import Path
 
 import torch
 
@@ -34,5 +36,10 @@ def rates(device: str, size: int = 2048) -> Rates:
 
 
 def device_name(device: str) -> str:
-    """As it is printed above the table."""
-    return torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
+    """As it is printed above the table: a GPU's name, or a CPU's with the number of its cores."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"

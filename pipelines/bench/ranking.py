@@ -21,6 +21,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     """
     device, dim = task["device"], task["dim"]
     rates = machine.rates(device, task["gemm_size"])
+    memory.reset_peak(device)
     log = data.make_log(data.LogSpec(**task["log"]))
     num_queries = min(task["num_queries"] or log.num_users, log.num_users)
     seen = log.user_items().take(torch.arange(num_queries)).to(device)

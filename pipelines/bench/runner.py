@@ -62,7 +62,7 @@ def _one_child(row: Row, python: str, limit_s: float) -> Measured | None:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return f"took more than {limit_s:.0f} s"
+            return f"took more than {limit_s:g} s"
         except OSError as error:
             return f"{python}: {error.strerror}"
         if done.returncode == ABSENT:

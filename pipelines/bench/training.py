@@ -28,6 +28,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     """
     device = task["device"]
     rates = machine.rates(device, task["gemm_size"])
+    memory.reset_peak(device)
     model, step = make_step(task)
     counts: dict[str, int] = {}
     step(0, counts)

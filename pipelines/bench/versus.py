@@ -1,4 +1,4 @@
-"""The rows of other trainers, each beside recclr with the same log, batch and negatives."""
+"""The rows of others, each beside recclr at the same work: trainers, and embedding tables."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _PLAIN = (
     ("dataloader", "adam"),
     ("slices", "fused_adam"),
 )
+# A step of a table takes milliseconds.
+_TABLE_S = 1.0
 
 
 def peer_rows(
@@ -36,6 +38,30 @@ def peer_rows(
     if not small:
         rows += _references(told)
     return rows
+
+
+def table_rows(preset: str, settings: Settings) -> list[Row]:
+    """An embedding table alone: recclr's, PyTorch's and TorchRec's, on the same bags."""
+    small = preset == "smoke"
+    num_rows, dim, num_bags, size = (90, 8, 12, 5) if small else (100_000, 64, 4_096, 10)
+    task = {
+        "num_rows": num_rows,
+        "dim": dim,
+        "num_bags": num_bags,
+        "bag_size": size,
+        "optimizer": "rowwise_adagrad",
+        "seconds": min(settings.seconds, _TABLE_S),
+        "device": settings.device,
+        "gemm_size": settings.gemm_size,
+    }
+    shown = f"{num_rows:,} x {dim}, {num_bags:,} bags of {size}"
+    own = Row("tables", f"recclr, row-wise Adagrad, {shown}", "bench.tables", task)
+    torch_bags = "PyTorch EmbeddingBag(sparse=True), Adagrad"
+    return [
+        own,
+        _peer("embedding_bags", "torch", torch_bags, task, own),
+        _peer("torchrec_bags", "torchrec", "TorchRec fused, row-wise Adagrad", task, own),
+    ]
 
 
 def _own(
@@ -115,4 +141,5 @@ def _peer(
     module: str, library: str, what: str, task: dict[str, Any], own: Row | None = None
 ) -> Row:
     against = None if own is None else own.what
-    return Row("peers", what, f"peers.{module}", task, library=library, against=against)
+    section = "peers" if own is None else own.section
+    return Row(section, what, f"peers.{module}", task, library=library, against=against)
