@@ -6,6 +6,7 @@ A function gets its ``Ranks``, a folder for results, and JSON arguments.
 import json
 import os
 import time
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -275,8 +276,13 @@ def sleeps(ranks, folder, *, who, where):
 
 
 def dies(ranks, folder, *, who):
+    started = Path(folder) / "started"
     if ranks.rank == who:
+        # Not before the other is past the start, which it would rightly name instead.
+        while not started.exists():
+            time.sleep(0.01)
         os.kill(os.getpid(), 9)
+    started.touch()
     ranks.sum_(torch.ones(3), "a sum")
 
 
@@ -288,7 +294,6 @@ def alone(function, folder, **arguments):
 def main(function, folder, timeout_s, arguments):
     """One rank, ending as the command line would."""
     import sys
-    from pathlib import Path
 
     from recclr import distributed
     from recclr.distributed import joined
