@@ -9,24 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from recclr.batches import BatchSource
 from recclr.config import Config
 from recclr.data.log import Prepared
 from recclr.load import fresh_model
-from recclr.memory import available_bytes
-from recclr.objective import Objective
+from recclr.memory import available_bytes, forget_peak, held_bytes, peak_bytes
 from recclr.optimizers import Optimizers
-from recclr.train import needs_time_cells
+from recclr.train import step_parts
 
 _FIRST = 256
 _LAST = 1 << 20
 # What is left to others and to what a step was not seen to need.
 _SHARE = 0.8
-_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -97,28 +93,31 @@ def _trial(
 ) -> BatchTrial:
     settings = replace(config.train, batch_size=size)
     model = fresh_model(config, prepared).to(device).train()
-    log = prepared.train.to(device)
-    cells = needs_time_cells(model) if settings.time_cells is None else settings.time_cells
-    source = BatchSource(log, settings, seed=config.seed, time_cells=cells)
+    source, objective = step_parts(
+        model,
+        prepared.train.to(device),
+        loss=config.loss,
+        negatives=config.negatives,
+        train=settings,
+        seed=config.seed,
+    )
     optimizers = Optimizers(model, settings, 1_000)
-    bfloat16 = device.startswith("cuda")
-    objective = Objective(log, config.loss, config.negatives, seed=config.seed, bfloat16=bfloat16)
 
-    def step(number: int) -> None:
-        loss = objective(model, source.batch(number), number).loss
-        loss.backward()  # type: ignore[no-untyped-call]
+    def step(number: int) -> int:
+        stats = objective(model, source.batch(number), number)
+        stats.loss.backward()  # type: ignore[no-untyped-call]
         optimizers.step(number)
+        _wait(device)
+        return stats.num_rows
 
     _forget_peak(device)
     step(0)
-    _wait(device)
-    began, number = time.perf_counter(), 0
+    # The last batch of an epoch is smaller than the others.
+    began, number, num_rows = time.perf_counter(), 0, 0
     while number == 0 or time.perf_counter() - began < seconds:
         number += 1
-        step(number)
-        _wait(device)
-    rate = number * size / (time.perf_counter() - began)
-    return BatchTrial(size, rate, _peak_bytes(device))
+        num_rows += step(number)
+    return BatchTrial(size, num_rows / (time.perf_counter() - began), _peak_bytes(device))
 
 
 def _next_peak(trials: list[BatchTrial]) -> float:
@@ -138,7 +137,7 @@ def _wait(device: str) -> None:
 def _free_bytes(device: str) -> int:
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
-    available, held = available_bytes(), _proc_bytes(_STATUS, "VmRSS")
+    available, held = available_bytes(), held_bytes()
     # Without the system's word, no limit but its own.
     return 1 << 62 if available is None or held is None else available + held
 
@@ -146,26 +145,11 @@ def _free_bytes(device: str) -> int:
 def _forget_peak(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5", "ascii")
-    except OSError:  # not Linux, or not allowed: the peak is that of all sizes so far
-        return
+    else:
+        forget_peak()
 
 
 def _peak_bytes(device: str) -> int | None:
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated(device))
-    return _proc_bytes(_STATUS, "VmHWM")
-
-
-def _proc_bytes(path: Path, name: str) -> int | None:
-    """A figure in kB of a file of /proc; None where there is none."""
-    try:
-        lines = path.read_text("ascii").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    return None
+    return peak_bytes()

@@ -1,9 +1,11 @@
-"""How much memory this process may still take."""
+"""How much memory this process holds, has held, and may still take."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
+_STATUS = Path("/proc/self/status")
 _CGROUPS = Path("/sys/fs/cgroup")
 # Files of version 2, then of version 1; a limit is in the second of each line.
 _LIMITS = (
@@ -19,11 +21,8 @@ def available_bytes(*, proc: Path = Path("/proc"), cgroups: Path = _CGROUPS) -> 
     The least of what the machine has free or in caches, and what the limits of the process's
     control groups (containers, batch systems) leave it.
     """
-    found = [
-        1024 * int(line.split()[1])
-        for line in _lines(proc / "meminfo")
-        if line.startswith("MemAvailable:")
-    ]
+    free = _figure(proc / "meminfo", "MemAvailable")
+    found = [] if free is None else [free]
     for line in _lines(proc / "self" / "cgroup"):
         _, controllers, path = line.split(":", 2)
         for folder, limit, usage in _LIMITS:
@@ -34,6 +33,31 @@ def available_bytes(*, proc: Path = Path("/proc"), cgroups: Path = _CGROUPS) -> 
                     place = place / part
                     found += _left(place, limit, usage)
     return max(0, min(found)) if found else None
+
+
+def held_bytes() -> int | None:
+    """Resident memory of this process; None where the system does not say."""
+    return _figure(_STATUS, "VmRSS")
+
+
+def peak_bytes() -> int | None:
+    """The most that was resident since ``forget_peak``; None where the system does not say."""
+    return _figure(_STATUS, "VmHWM")
+
+
+def forget_peak() -> None:
+    """Measure the peak from here on; where that is not possible, it stays that of all the time."""
+    with suppress(OSError):
+        # 5 sets the high-water mark back to what is resident (proc(5)).
+        Path("/proc/self/clear_refs").write_text("5", "ascii")
+
+
+def _figure(path: Path, name: str) -> int | None:
+    """Bytes of an entry in kB of a file of /proc; None where there is none."""
+    for line in _lines(path):
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    return None
 
 
 def _left(group: Path, limit: str, usage: str) -> list[int]:

@@ -95,16 +95,13 @@ def fit(
     """
     began = time.perf_counter()
     model, log = model.to(device), log.to(device)
-    if loss.kind != "full_softmax":
-        require_negatives(negatives, log, batch_size=train.batch_size)
-    cells = _time_cells(model, train)
-    source = BatchSource(log, train, seed=seed, time_cells=cells)
+    source, objective = step_parts(
+        model, log, loss=loss, negatives=negatives, train=train, seed=seed, ranks=ranks
+    )
     per_epoch = source.steps_per_epoch
     total = max(1, round(train.epochs * per_epoch))
     end = total if num_steps is None else min(num_steps, total)
     optimizers = Optimizers(model, train, total)
-    bfloat16 = _use_bfloat16(train, torch.device(device))
-    objective = Objective(log, loss, negatives, seed=seed, bfloat16=bfloat16, ranks=ranks)
     exchange = StepExchange(optimizers, ranks) if ranks.size > 1 else None
     keeper = Keeper(model, optimizers, checkpoints, ranks)
     progress = keeper.begun(resume=resume)
@@ -164,6 +161,31 @@ def fit(
         seconds=time.perf_counter() - began,
         steps_per_epoch=per_epoch,
     )
+
+
+def step_parts(
+    model: TwoTower,
+    log: EncodedLog,
+    *,
+    loss: LossSettings,
+    negatives: NegativesSettings,
+    train: TrainSettings,
+    seed: int,
+    ranks: Ranks = ALONE,
+) -> tuple[BatchSource, Objective]:
+    """Where the batches of a training come from, and what a step makes of them.
+
+    Args:
+        model, log: on one device. The others as in ``fit``.
+
+    Raises:
+        ConfigError: the settings do not fit the log or the model. DataError: no rows.
+    """
+    if loss.kind != "full_softmax":
+        require_negatives(negatives, log, batch_size=train.batch_size)
+    source = BatchSource(log, train, seed=seed, time_cells=_time_cells(model, train))
+    bfloat16 = _use_bfloat16(train, log.item_idx.device)
+    return source, Objective(log, loss, negatives, seed=seed, bfloat16=bfloat16, ranks=ranks)
 
 
 def needs_time_cells(model: torch.nn.Module) -> bool:

@@ -1,6 +1,8 @@
 """Batch sizes are tried on real steps, within a budget, and leave nothing behind."""
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +46,17 @@ def test_sizes_double_up_to_the_whole_log(config):
 def test_a_log_smaller_than_the_first_size_is_one_batch(config):
     trials = try_batch_sizes(config, prepared(97), device="cpu", seconds=0.0)
     assert [trial.batch_size for trial in trials] == [97]
+
+
+def test_speed_counts_the_rows_that_were_there(config, monkeypatch):
+    """Of 300 rows the second batch of 256 has 44; the clock ticks once before, once after it."""
+    ticks = itertools.count()
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    trials = try_batch_sizes(config, prepared(300), device="cpu", seconds=0.0)
+    assert [(trial.batch_size, trial.positives_per_s) for trial in trials] == [
+        (256, 22),
+        (300, 150),
+    ]
 
 
 def scripted(monkeypatch, peaks):
