@@ -188,10 +188,12 @@ class TableOptimizer:
         else:
             second.addcmul_(grad, grad, value=1 - _BETA_2)
         state["count"].index_copy_(0, rows, count)
-        draws = keyed_generator(grad.device, *key, _ROUNDING)
+        draws = None
         for name, value in (("first", first), ("second", second)):
-            stored = state[name]
-            rounded = value if stored.dtype == value.dtype else _rounded(value, draws)
+            stored, rounded = state[name], value
+            if stored.dtype != value.dtype:
+                draws = draws or keyed_generator(grad.device, *key, _ROUNDING)
+                rounded = _rounded(value, draws)
             stored.index_copy_(0, rows, rounded)
         scale = _left(_BETA_2, count).sqrt_().div_(_left(_BETA_1, count)).mul_(-lr)
         weight.addcdiv_(first.mul_(scale), second.sqrt_().add_(_EPSILON))

@@ -25,6 +25,10 @@ class TopK:
     item_idx: Tensor
     scores: Tensor
 
+    def shifted(self, by: int) -> TopK:
+        """As ranked in a corpus where ``by`` items come before these."""
+        return TopK(self.item_idx + by * (self.item_idx >= 0), self.scores)
+
 
 class Ranker(Protocol):
     """Ranks the whole corpus for any user; the model and every baseline are one."""

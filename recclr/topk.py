@@ -75,8 +75,7 @@ def top_k(
             parts.append(scan(queries[start:stop], here, floor))
             if progress is not None:
                 progress((number * len(queries) + stop) // len(stretches), len(queries))
-        found = _join(parts, k, None, queries.device)
-        found = TopK(found.item_idx + low * (found.item_idx >= 0), found.scores)
+        found = _join(parts, k, None, queries.device).shifted(low)
         best = found if best is None else merge([best, found], k)
     assert best is not None
     return _join([best], k, items, queries.device)
@@ -214,8 +213,7 @@ class Float32Scan:
         for start in range(0, max(width, 1), self.columns):
             part = self.transposed[:, start : start + self.columns]
             here = _inside(seen, start, part.shape[1], width)
-            found = self._chunk(queries, part, here)
-            best.append(TopK(found.item_idx + start * (found.item_idx >= 0), found.scores))
+            best.append(self._chunk(queries, part, here).shifted(start))
         return best[0] if len(best) == 1 else merge(best, self.k)
 
     def _chunk(self, queries: Tensor, transposed: Tensor, seen: SeenPairs | None) -> TopK:
@@ -271,7 +269,7 @@ class BFloat16Scan:
                 queries.float(), chunk, self.k, self.buffer, hidden=here, floor=floor
             )
             open_rows[undecided] = True
-            found = TopK(found.item_idx + start * (found.item_idx >= 0), found.scores)
+            found = found.shifted(start)
             best = found if best is None else merge([best, found], self.k)
             start += len(chunk.vectors)
         assert best is not None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -286,7 +287,7 @@ class Tiles:
             room = min(max(room, 4 * _ROWS * num_columns), _MAX_FACTOR * room)
         height = max(16, room // (4 * together))
         self.height = min(height, max(num_rows, 1))
-        self.places, self.bounds = self._places(mask)
+        self.mask = mask
 
     def room(self, store: bool) -> int:
         """Elements of the buffer that ``Tile.place`` needs."""
@@ -295,23 +296,26 @@ class Tiles:
         return self.height * min(self.width, self.num_columns)
 
     def __iter__(self) -> Iterator[Tile]:
+        places, bounds = self._places
         number = 0
         for top in range(0, self.num_rows, self.height):
             bottom = min(top + self.height, self.num_rows)
             for block, left in enumerate(range(0, self.num_columns, self.width)):
                 right = min(left + self.width, self.num_columns)
-                low, high = self.bounds[number], self.bounds[number + 1]
+                low, high = bounds[number], bounds[number + 1]
                 yield Tile(
                     slice(top, bottom),
                     slice(left, right),
                     slice(block, block + 1),
                     top * self.num_columns + (bottom - top) * left,
-                    self.places[low:high] if high > low else None,
+                    places[low:high] if high > low else None,
                 )
                 number += 1
 
-    def _places(self, mask: PairMask | None) -> tuple[Tensor, list[int]]:
+    @cached_property
+    def _places(self) -> tuple[Tensor, list[int]]:
         """Masked pairs as flat places within their tile, tile by tile, and where each begins."""
+        mask = self.mask
         num_tiles = self.num_blocks * -(-self.num_rows // self.height)
         if mask is None:
             return torch.empty(0, dtype=torch.int64), [0] * (num_tiles + 1)
