@@ -62,7 +62,7 @@ class Objective:
     ) -> None:
         self.ranks = ranks
         self.loss, self.seed, self.bfloat16 = loss, seed, bfloat16
-        self.device = log.item_idx.device
+        self.device = log.device
         self.sampler = CandidateSampler(log, negatives, log_q_strength=loss.log_q_strength)
         self.known_positives = KnownPositives(log, only_own=not loss.mask_known_positives)
 
