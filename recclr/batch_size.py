@@ -111,12 +111,15 @@ def _trial(
         return stats.num_rows
 
     _forget_peak(device)
-    step(0)
-    # The last batch of an epoch is smaller than the others.
-    began, number, num_rows = time.perf_counter(), 0, 0
-    while number == 0 or time.perf_counter() - began < seconds:
-        number += 1
-        num_rows += step(number)
+    try:
+        step(0)
+        # The last batch of an epoch is smaller than the others.
+        began, number, num_rows = time.perf_counter(), 0, 0
+        while number == 0 or time.perf_counter() - began < seconds:
+            number += 1
+            num_rows += step(number)
+    finally:
+        source.close()
     return BatchTrial(size, num_rows / (time.perf_counter() - began), _peak_bytes(device))
 
 

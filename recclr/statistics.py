@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from recclr.data.log import EncodedLog
 from recclr.data.grouping import MOST_KEYS, time_keys, time_range
+from recclr.data.log import EncodedLog
 from recclr.errors import ConfigError
 
 DAY_S = 86_400

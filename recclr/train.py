@@ -73,7 +73,8 @@ def fit(
     """Train in place; with ``evaluate``, leave the model at its best evaluation.
 
     Args:
-        model: moved to ``device``. log: rows to learn from.
+        model: moved to ``device``. log: rows to learn from, in memory or mapped (``data.shards``),
+            which changes no bit of the result.
         evaluate: metrics of the model on validation; called every ``train.evaluate_every`` epochs
             and at the end. The best by ``select`` is kept, ``train.patience`` counts the others.
         checkpoints: folder for ``step-N``, LAST, BEST. None: nothing is written, and the best
@@ -148,6 +149,7 @@ def fit(
                     "a checkpoint was written, and the same command with --resume goes on from it"
                 )
     finally:
+        source.close()
         ranks.unwatch()
         optimizers.forget()
     if progress.best_value is not None:
@@ -184,7 +186,7 @@ def step_parts(
     if loss.kind != "full_softmax":
         require_negatives(negatives, log, batch_size=train.batch_size)
     source = BatchSource(log, train, seed=seed, time_cells=_time_cells(model, train))
-    bfloat16 = _use_bfloat16(train, log.item_idx.device)
+    bfloat16 = _use_bfloat16(train, log.device)
     return source, Objective(log, loss, negatives, seed=seed, bfloat16=bfloat16, ranks=ranks)
 
 

@@ -15,7 +15,7 @@ FLOORS = {
     0: {"errors", "settings", "config", "files", "memory", "order"},
     1: {"data", "metrics", "bootstrap", "distributed"},
     2: {"statistics", "optim", "parts", "towers", "losses", "negatives", "known_positives"}
-    | {"kernels", "batches", "objective", "optimizers", "ranking", "exchange"},
+    | {"kernels", "windows", "batches", "objective", "optimizers", "ranking", "exchange"},
     3: {"topk", "coarse", "selection", "checkpoint", "keeping", "watching"},
     4: {"train", "evaluate", "baselines", "export", "recommend"},
     5: {

@@ -6,8 +6,9 @@ Raw ids do not appear here: a user is a row number below ``num_users``, an item 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,7 +165,7 @@ class EncodedLog:
     def item_counts(self) -> Tensor:
         """int64 [num_items]: interactions per item."""
         counts = torch.zeros(self.num_items, dtype=torch.int64, device=self.item_idx.device)
-        for part in self.item_idx.split(_STRETCH):
+        for part in torch.split(self.item_idx, _STRETCH):
             counts += torch.bincount(part[part >= 0], minlength=self.num_items)
         return counts.to(self.device)
 
@@ -173,7 +174,7 @@ class EncodedLog:
         most = int(self.user_idx.max()) + 1 if len(self) else 0
         size = max(self.num_users, most)
         counts = torch.zeros(size, dtype=torch.int64, device=self.user_idx.device)
-        for part in self.user_idx.split(_STRETCH):
+        for part in torch.split(self.user_idx, _STRETCH):
             counts += torch.bincount(part, minlength=size)
         return counts.to(self.device)
 
@@ -204,24 +205,27 @@ class EncodedLog:
 
     def rows(self, which: Tensor | slice) -> EncodedLog:
         """Some rows (integer [M], or a slice) as a log of their own where the columns are."""
-        taken: dict[str, Tensor | None] = {}
-        for name, column in self.columns():
-            if column is not None and isinstance(which, Tensor):
-                taken[name] = column.index_select(0, which)
-            else:
-                taken[name] = None if column is None else column[which]
-        return EncodedLog(num_users=self.num_users, num_items=self.num_items, **taken)
+        if isinstance(which, slice):
+            return self.with_columns(lambda column: column[which])
+        return self.with_columns(lambda column: column.index_select(0, which))
 
-    def columns(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Every column by name."""
-        return ((name, getattr(self, name)) for name in COLUMNS)
+    def columns(self) -> Iterator[tuple[str, Tensor]]:
+        """Every column that there is, by name."""
+        for name in COLUMNS:
+            column = getattr(self, name)
+            if column is not None:
+                yield name, column
+
+    def with_columns(self, change: Callable[[Tensor], Tensor]) -> EncodedLog:
+        """A log of the same users and items whose columns are what ``change`` makes of these."""
+        changed: dict[str, Any] = {name: change(column) for name, column in self.columns()}
+        return EncodedLog(num_users=self.num_users, num_items=self.num_items, **changed)
 
     def to(self, device: torch.device | str) -> EncodedLog:
         """On a device; the columns of a mapped log stay where they are, its batches go there."""
         if self.mapped_for is not None:
             return replace(self, mapped_for=torch.device(device))
-        moved = {n: column.to(device) for n, column in self.columns() if column is not None}
-        return replace(self, **moved)
+        return self.with_columns(lambda column: column.to(device))
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def write_shards(
         ConfigError: no permission, or a big-endian machine. Nothing is left behind.
     """
     if sys.byteorder != "little":
-        raise ConfigError("shards are little-endian, and this machine is not; keep the log resident")
+        raise ConfigError("shards are little-endian and this machine is not; keep the log resident")
     with new_folder(folder) as temporary, clear_errors(folder):
         writer = _Writer(temporary)
         try:
@@ -113,7 +113,7 @@ def open_shards(folder: Path, *, verify: bool = True) -> EncodedLog:
             _check_piece(piece, str(folder))
         for name, (_, of) in _CSRS.items():
             csr = getattr(log.groups, name)
-            for part in () if csr is None else csr.values.split(_STRETCH):
+            for part in () if csr is None else torch.split(csr.values, _STRETCH):
                 _check_range(part, sizes[of], f"{folder}: {name}")
     return log
 
@@ -164,7 +164,7 @@ def _write_columns(writer: _Writer, pieces: Iterable[EncodedLog]) -> dict[str, i
     latest: int | None = None
     for number, piece in enumerate(pieces):
         own = {"num_users": piece.num_users, "num_items": piece.num_items}
-        present = {name for name, column in piece.columns() if column is not None}
+        present = {name for name, _ in piece.columns()}
         if number == 0:
             sizes, names = {"num_rows": 0, **own}, present
         if present != names or own.items() - sizes.items():
@@ -178,8 +178,7 @@ def _write_columns(writer: _Writer, pieces: Iterable[EncodedLog]) -> dict[str, i
                 raise DataError(f"piece {number} begins before the end of the piece before it")
             latest = int(piece.timestamp[-1])
         for name, column in piece.columns():
-            if column is not None:
-                writer.append(name, column)
+            writer.append(name, column)
         sizes["num_rows"] += len(piece)
     if not sizes.get("num_rows"):
         raise DataError("a log without rows cannot be written as shards")
@@ -189,8 +188,6 @@ def _write_columns(writer: _Writer, pieces: Iterable[EncodedLog]) -> dict[str, i
 def _check_piece(piece: EncodedLog, what: str) -> None:
     """Refuse what would read foreign memory, or train on nonsense."""
     for name, column in piece.columns():
-        if column is None:
-            continue
         if column.dtype != _DTYPES[name] or column.shape != (len(piece),):
             raise DataError(
                 f"{what}: {name} must be {_DTYPES[name]} of shape [{len(piece)}], found "
@@ -256,7 +253,9 @@ def _read_manifest(folder: Path) -> tuple[dict[str, int], dict[str, dict[str, An
         arrays = dict(manifest["arrays"])
         fits = version != FORMAT_VERSION or _fits(sizes, arrays)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{folder} holds no shards: {_MANIFEST} cannot be read ({error})") from error
+        raise DataError(
+            f"{folder} holds no shards: {_MANIFEST} cannot be read ({error})"
+        ) from error
     if version != FORMAT_VERSION:
         raise DataError(f"{path} has format {version!r}; this recclr reads {FORMAT_VERSION}")
     if not fits:
