@@ -341,6 +341,9 @@ class DataSettings:
     """Keep the most recent rows of each user."""
     decay_half_life_d: float | None = None
     """Weight of a train row halves every so many days before the last train row."""
+    resident: bool | Literal["auto"] = "auto"
+    """Train from rows in memory, or (false) from memory-mapped files in the run folder, which are
+    removed at the end; ``auto``: from files if memory would be short. The result is the same."""
 
     def __post_init__(self) -> None:
         _check(
@@ -380,41 +383,6 @@ class SplitSettings:
             raise ValueError(f"valid + test must leave rows for train: {self.valid} + {self.test}")
         if self.by == "given" and self.test_events is None:
             raise ValueError("split.by = 'given' needs split.test_events")
-
-
-BASELINE_NAMES = (
-    "popularity",
-    "recent_popularity",
-    "item_knn",
-    "recent_item_knn",
-    "als",
-    "bpr",
-    "spectral",
-    "ease",
-    "content",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaselineSettings:
-    """Rankers judged beside the model; their settings are chosen on validation."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    names: tuple[str, ...] = BASELINE_NAMES
-    """Those that the data allow are run (recency needs timestamps, EASE at most
-    ``ease_max_items``, content item features); what was left out is said."""
-    budget: Literal["small", "full"] = "small"
-    """How many settings of each are tried on validation."""
-    ease_max_items: int = 20_000
-
-    def __post_init__(self) -> None:
-        _check(self, ease_max_items=(1, 200_000))
-        unknown = [name for name in self.names if name not in BASELINE_NAMES]
-        if unknown:
-            raise ValueError(
-                f"unknown baselines {unknown}: choose from {', '.join(BASELINE_NAMES)}"
-            )
 
 
 METRIC_NAMES = ("recall", "capped_recall", "hit_rate", "ndcg", "mrr", "map", "precision")

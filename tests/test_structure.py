@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "recclr"
 # DESIGN, "Layout": a module imports only from its own floor or from floors below.
 FLOORS = {
-    0: {"errors", "settings", "config", "files", "memory", "order"},
+    0: {"errors", "settings", "baseline_settings", "config", "files", "memory", "order"},
     1: {"data", "metrics", "bootstrap", "distributed"},
     2: {"statistics", "optim", "parts", "towers", "losses", "negatives", "known_positives"}
     | {"kernels", "windows", "batches", "objective", "optimizers", "ranking", "exchange"},
