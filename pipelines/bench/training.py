@@ -29,7 +29,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     device = task["device"]
     rates = machine.rates(device, task["gemm_size"])
     memory.reset_peak(device)
-    model, step = make_step(task)
+    model, step = make_step(task, data.make_log(data.LogSpec(**task["log"])))
     counts: dict[str, int] = {}
     step(0, counts)
     preparation_mb = memory.peak_mb(device)
@@ -59,10 +59,9 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     return times | measured | counts
 
 
-def make_step(task: dict[str, Any]) -> tuple[TwoTower, Any]:
+def make_step(task: dict[str, Any], log: data.EncodedLog) -> tuple[TwoTower, Any]:
     """The model, and ``step(number, counts)`` that trains it and fills counts where asked."""
     device = task["device"]
-    log = data.make_log(data.LogSpec(**task["log"]))
     full = task["negatives"] is None
     loss = LossSettings(temperature=0.08, kind="full_softmax" if full else "infonce")
     in_batch = task["in_batch"]

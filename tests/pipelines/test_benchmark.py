@@ -135,7 +135,7 @@ def test_a_step_really_trains(bench, settings, log, features):
     row = bench.grid.training_row(
         "ids", log, settings, dim=8, batch_size=64, negatives=32, features=features
     )
-    model, step = bench.training.make_step(row.task)
+    model, step = bench.training.make_step(row.task, bench.data.make_log(log))
     names = {name.split(".")[0] for name in model.weights()}
     assert {"user_tower", "item_tower"} <= names
     before = {name: value.clone() for name, value in model.weights().items()}
