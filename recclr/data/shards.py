@@ -274,6 +274,7 @@ def _fits(sizes: dict[str, Any], arrays: dict[str, Any]) -> bool:
     if not all(
         of["dtype"] == _dtype_name(name)
         and type(of["length"]) is int
+        and type(of["sha256"]) is str
         and (of["length"] == sizes["num_rows"] or "." in name)
         for name, of in arrays.items()
     ):
