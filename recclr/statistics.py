@@ -93,6 +93,7 @@ class TimeIndex(nn.Module):
 
     def totals(self, at: Tensor, window_s: int) -> Tensor:
         """Events of all entities in the window before ``at``, int64, shape of ``at``."""
+        at = at.contiguous()
         stop = torch.searchsorted(self.all_times, at)
         return stop - torch.searchsorted(self.all_times, at - window_s)
 

@@ -136,6 +136,30 @@ def test_killed_runs_end_in_the_same_bytes(run, small_config, tmp_path, uninterr
     assert outcome(out) == uninterrupted
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "point"),
+    [
+        ("false", "true", "train.step:13"),
+        pytest.param("false", "false", "train.step:17", marks=pytest.mark.slow),
+        pytest.param("true", "false", "train.step:5", marks=pytest.mark.slow),
+        pytest.param("false", "false", "shards.columns:1", marks=pytest.mark.slow),
+        pytest.param("false", "true", "shards.columns:2", marks=pytest.mark.slow),
+    ],
+)
+def test_rows_may_be_in_files_or_in_memory_before_and_after(
+    run, small_config, tmp_path, uninterrupted, first, then, point
+):
+    out = tmp_path / "run"
+    killed = run(small_config, out, "--set", f"data.resident={first}", fault=f"{point}:kill")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = [path.name for path in out.glob(".*shards*")]
+    assert len(left) == (first == "false"), left
+    resumed = run(small_config, out, "--resume", "--set", f"data.resident={then}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert ("reads its rows from files" in resumed.stderr) == (then == "false")
+    assert outcome(out) == uninterrupted
+
+
 @pytest.mark.slow
 def test_every_write_of_a_run_is_a_place_to_be_killed_at(
     run, small_config, tmp_path, uninterrupted

@@ -317,7 +317,14 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("point", ["shards.columns", "files.rename", "files.folder"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        "shards.columns",
+        pytest.param("files.rename", marks=pytest.mark.slow),
+        pytest.param("files.folder", marks=pytest.mark.slow),
+    ],
+)
 def test_a_writer_that_is_killed_leaves_no_shards_and_the_next_one_cleans_up(tmp_path, point):
     program = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"

@@ -83,6 +83,28 @@ def test_a_training_ends_in_the_weights_of_one_process(work, spread, tmp_path, s
     assert told[1][0]["num_candidates"] == alone[1][0]["num_candidates"]
 
 
+@pytest.mark.parametrize(("size", "towers"), [(2, "timed"), pytest.param(3, "rich", marks=slow)])
+def test_the_first_rank_decides_where_the_rows_are_and_it_changes_no_bit(
+    spread, tmp_path, size, towers
+):
+    weights = {}
+    for resident in (True, False):
+        folder = tmp_path / str(resident)
+        # The others would decide otherwise.
+        asked = [resident] + [not resident] * (size - 1)
+        ended = spread("train", size, folder, towers=towers, resident=asked)
+        assert ended.codes == [0] * size, ended.texts
+        for rank in range(size):
+            assert json.loads((folder / f"mapped-{rank}.json").read_text()) is not resident
+        assert not list(folder.glob(".*"))
+        weights[resident] = [
+            load_file(folder / f"weights-{rank}.safetensors") for rank in range(size)
+        ]
+    for one, other in zip(weights[True], weights[False], strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 3), pytest.param(1, 2, marks=slow)])
 def test_another_number_of_ranks_goes_on_with_the_same_batches(
     work, spread, tmp_path, before, after

@@ -6,6 +6,7 @@ A function gets its ``Ranks``, a folder for results, and JSON arguments.
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from recclr.data.log import (
     Prepared,
     RaggedColumn,
 )
+from recclr.data.sharding import rows_for_training
 from recclr.distributed import ALONE
 from recclr.evaluate import EvaluationSet, evaluate
 from recclr.exchange import StepExchange
@@ -102,10 +104,11 @@ def prepared():
     return Prepared(log, FeatureTable(NUM_USERS, users), FeatureTable(NUM_ITEMS, items))
 
 
-def model_of(towers, loss):
+def model_of(towers, loss, log=None):
     user, item = TOWERS[towers]
-    settings = ModelSettings(embedding_dim=DIM)
-    return build_model(prepared(), user=user, item=item, model=settings, loss=loss, seed=2)
+    settings, data = ModelSettings(embedding_dim=DIM), prepared()
+    data = data if log is None else replace(data, train=log)
+    return build_model(data, user=user, item=item, model=settings, loss=loss, seed=2)
 
 
 def gradients(ranks, folder, *, towers, loss, negatives="mixed", batch_size=13, steps=(0, 3, 4)):
@@ -145,13 +148,22 @@ def train(
     resume=False,
     num_steps=None,
     odd=None,
+    resident=True,
 ):
     """A short training; the weights at its end, and the evaluations on the way.
 
     ``odd``: the rank on which one bit of one weight flips at the first evaluation.
+    ``resident``: what each rank says of the log, by rank; one value for all.
     """
-    model, log = model_of(towers, LOSSES[loss]), prepared().train
-    steps = []
+    asked = resident[ranks.rank] if isinstance(resident, list) else resident
+    own, said = {"device": "cpu", "resident": asked}, []
+    with rows_for_training(prepared().train, folder, **own, ranks=ranks, say=said.append) as log:
+        (folder / f"mapped-{ranks.rank}.json").write_text(json.dumps(log.mapped_for is not None))
+        _train(ranks, folder, log, towers, loss, checkpoints, resume, num_steps, odd)
+
+
+def _train(ranks, folder, log, towers, loss, checkpoints, resume, num_steps, odd):
+    model, steps = model_of(towers, LOSSES[loss], log), []
 
     def judged(candidate):
         if ranks.rank == odd:
