@@ -1,6 +1,6 @@
 """Which rows make a batch, and the moment its users and items are seen at.
 
-A step's batch follows from (seed, step) alone (``order``), on the device of the log.
+A step's batches follow from (seed, step) alone (``order``), on the device of the log.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ORDER, _OFFSET, _STALENESS = 1, 2, 3
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one step.
+    """Rows that are scored against the same candidates.
 
     Attributes:
         user_idx, item_idx: int64 [B]. weight: float32 [B] or None.
@@ -43,6 +43,10 @@ class Batch:
     user_at: Tensor | None
     item_at: Tensor | None
     pool: Tensor | None
+
+    def total(self) -> float | Tensor:
+        """Sum of the weights of the rows, scalar."""
+        return float(len(self.user_idx)) if self.weight is None else self.weight.sum()
 
 
 class BatchSource:
@@ -78,15 +82,27 @@ class BatchSource:
         self.window = (-1, 0, 0)
         self.rows = torch.empty(0, dtype=torch.int64)
         whole = math.ceil(len(log) / self.batch_size)
-        self.steps_per_epoch = whole + 1 if time_cells and whole > 1 else whole
+        self.batches_per_epoch = whole + 1 if time_cells and whole > 1 else whole
+        self.accumulate = min(settings.accumulate, self.batches_per_epoch)
+        self.steps_per_epoch = math.ceil(self.batches_per_epoch / self.accumulate)
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0 over all epochs."""
+    def step(self, step: int) -> dict[int, Batch]:
+        """The batches of a step, counted from 0 over all epochs, by their numbers.
+
+        As many as are accumulated; in the last step of an epoch those that are left.
+        """
         epoch, position = divmod(step, self.steps_per_epoch)
+        before, start = epoch * self.batches_per_epoch, position * self.accumulate
+        stop = min(start + self.accumulate, self.batches_per_epoch)
+        return {before + n: self.batch(before + n) for n in range(start, stop)}
+
+    def batch(self, number: int) -> Batch:
+        """The batch of a number, counted from 0 over all epochs."""
+        epoch, position = divmod(number, self.batches_per_epoch)
         if self.time_cells:
-            return self._cell(epoch, position, step)
+            return self._cell(epoch, position, number)
         rows = self._shuffled(epoch, position * self.batch_size)
-        stale_s = self._staleness(step)
+        stale_s = self._staleness(number)
         timestamp = self.log.timestamp
         user_at = None if timestamp is None else timestamp[rows] - stale_s
         return self._rows(rows, user_at, None, None)
@@ -102,10 +118,10 @@ class BatchSource:
             self.window = (epoch, start, end)
         return self.rows[start - self.window[1] : stop - self.window[1]]
 
-    def _cell(self, epoch: int, position: int, step: int) -> Batch:
+    def _cell(self, epoch: int, position: int, number: int) -> Batch:
         size, num_rows = self.batch_size, len(self.log)
         assert self.log.timestamp is not None
-        cells = self.steps_per_epoch
+        cells = self.batches_per_epoch
         shift = mix(self.seed, epoch, _OFFSET) % size if cells > 1 else 0
         where = torch.tensor([position])
         cell = int(permuted(where, cells, self.seed, epoch, _ORDER))
@@ -115,7 +131,7 @@ class BatchSource:
             # The last cell is empty for some offsets; its step takes the newest rows instead.
             start, stop = max(num_rows - size, 0), num_rows
         rows = torch.arange(start, stop, device=self.log.item_idx.device)
-        stale_s = self._staleness(step)
+        stale_s = self._staleness(number)
         item_at = self.log.timestamp[start] - stale_s
         # With staleness the whole step stands at one frozen moment, as an evaluation does.
         user_at = self.log.timestamp[rows] if not stale_s else item_at.expand(len(rows))
@@ -135,9 +151,9 @@ class BatchSource:
             pool,
         )
 
-    def _staleness(self, step: int) -> int:
-        """Seconds before the event at which this step sees its entities; uniform, 0 if not set."""
+    def _staleness(self, number: int) -> int:
+        """Seconds before the event at which a batch sees its entities; uniform, 0 if not set."""
         if self.staleness_s == 0:
             return 0
-        draw = torch.rand((), generator=generator("cpu", self.seed, step, _STALENESS))
+        draw = torch.rand((), generator=generator("cpu", self.seed, number, _STALENESS))
         return int(draw * self.staleness_s)

@@ -77,11 +77,9 @@ def make_step(task: dict[str, Any]) -> tuple[TwoTower, Any]:
     optimizers = Optimizers(model, train, _TOTAL_STEPS)
 
     def step(number: int, counts: dict[str, int] | None = None) -> None:
-        batch = batches.batch(number)
-        stats = objective(model, batch, number)
-        stats.loss.backward()
+        stats = objective.backward(model, batches.step(number))
         if counts is not None:
-            counts |= {"batch_size": stats.num_rows, "num_candidates": stats.num_candidates}
+            counts |= {"batch_size": stats.num_rows, "num_candidates": int(stats.num_candidates)}
             counts |= count_rows(model)
         optimizers.step(number)
 
