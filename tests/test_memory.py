@@ -31,7 +31,8 @@ chunk_size = int(sys.argv[4]) if len(sys.argv) > 4 else None
 loss, train = LossSettings(temperature=0.1), TrainSettings(batch_size=size)
 prepared = Prepared(log, FeatureTable(size), FeatureTable(num_items))
 model = build_model(
-    prepared, user=TowerSettings(mlp=mlp), item=TowerSettings(mlp=mlp), model=ModelSettings(embedding_dim=64),
+    prepared, user=TowerSettings(mlp=mlp), item=TowerSettings(mlp=mlp),
+    model=ModelSettings(embedding_dim=64),
     loss=loss, seed=0,
 ).train()
 negatives = NegativesSettings(in_batch=False, uniform=size)
