@@ -114,13 +114,13 @@ def _bar(console: Console, *, quiet: bool = False) -> Progress:
 
 
 @contextmanager
-def working(text: str) -> Iterator[Callable[[int, int], None]]:
+def working(text: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
     """Show at a terminal that something is being done; elsewhere nothing.
 
     Yields:
         To be called with (done, in all), for a bar that fills.
     """
-    with _bar(Console(stderr=True)) as bar:
+    with _bar(Console(stderr=True), quiet=quiet) as bar:
         task = bar.add_task(escape(text), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -101,7 +101,7 @@ class Keeper:
         if self.ranks.size == 1:
             return
         where = repr((progress.step, progress.best_step, progress.best_value))
-        values = {"the weights": _digest(tensors), "the progress": where}
+        values = {"the weights": digest_of(tensors), "the progress": where}
         self.ranks.agree(values, kind=CheckpointError)
 
     def begun(self, *, resume: bool) -> Progress:
@@ -150,7 +150,7 @@ class Keeper:
         load_weights(self.model, best)
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
+def digest_of(tensors: dict[str, Tensor]) -> str:
     """SHA-256 of names and bytes; safetensors reads the names of a file in any order."""
     found = hashlib.sha256()
     for name, value in sorted(tensors.items()):
