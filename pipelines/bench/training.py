@@ -27,7 +27,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             ``optimizer``, ``device``, ``seconds``, ``gemm_size``.
     """
     device = task["device"]
-    rates = machine.rates(device, task["gemm_size"])
+    conditions = machine.conditions(device, task["gemm_size"])
     memory.reset_peak(device)
     model, step = make_step(task)
     counts: dict[str, int] = {}
@@ -50,10 +50,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "row_bytes": work.row_bytes,
         "peak_memory_mb": memory.peak_mb(device),
         "preparation_peak_mb": preparation_mb,
-        "gemm": rates.gemm,
-        "copy": rates.copy,
-        "device": machine.device_name(device),
-        "threads": torch.get_num_threads(),
+        **conditions,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     return times | measured | counts
