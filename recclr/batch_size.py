@@ -16,6 +16,7 @@ from recclr.config import Config
 from recclr.data.log import Prepared
 from recclr.load import fresh_model
 from recclr.memory import available_bytes, forget_peak, held_bytes, peak_bytes
+from recclr.objective import StepStats
 from recclr.optimizers import Optimizers
 from recclr.train import step_parts
 
@@ -32,11 +33,15 @@ class BatchTrial:
     Attributes:
         batch_size: rows of a step. positives_per_s: over whole steps, the first left out.
         peak_bytes: most memory held during them; None where the system does not say.
+        duplicate_share: of the first batch, rows whose item an earlier row has.
+        masked_share: of its scored pairs, known positives.
     """
 
     batch_size: int
     positives_per_s: float
     peak_bytes: int | None
+    duplicate_share: float = 0.0
+    masked_share: float = 0.0
 
 
 def try_batch_sizes(
@@ -103,24 +108,29 @@ def _trial(
     )
     optimizers = Optimizers(model, settings, 1_000)
 
-    def step(number: int) -> int:
-        stats = objective(model, source.batch(number), number)
-        stats.loss.backward()  # type: ignore[no-untyped-call]
+    def step(number: int) -> StepStats:
+        stats = objective.backward(model, source.step(number))
         optimizers.step(number)
         _wait(device)
-        return stats.num_rows
+        return stats
 
     _forget_peak(device)
     try:
-        step(0)
-        # The last batch of an epoch is smaller than the others.
+        # A whole batch, where the last one of an epoch is smaller.
+        first = step(0)
         began, number, num_rows = time.perf_counter(), 0, 0
         while number == 0 or time.perf_counter() - began < seconds:
             number += 1
-            num_rows += step(number)
+            num_rows += step(number).num_rows
     finally:
         source.close()
-    return BatchTrial(size, num_rows / (time.perf_counter() - began), _peak_bytes(device))
+    return BatchTrial(
+        size,
+        num_rows / (time.perf_counter() - began),
+        _peak_bytes(device),
+        duplicate_share=first.duplicate_share,
+        masked_share=first.masked_share,
+    )
 
 
 def _next_peak(trials: list[BatchTrial]) -> float:

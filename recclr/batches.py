@@ -1,6 +1,6 @@
 """Which rows make a batch, and the moment its users and items are seen at.
 
-A step's batch follows from (seed, step) alone (``order``), on the device of the log.
+A step's batches follow from (seed, step) alone (``order``), on the device of the log.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ORDER, _OFFSET, _STALENESS = 1, 2, 3
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one step.
+    """Rows that are scored against the same candidates.
 
     Attributes:
         user_idx, item_idx: int64 [B]. weight: float32 [B] or None.
@@ -44,6 +44,10 @@ class Batch:
     user_at: Tensor | None
     item_at: Tensor | None
     pool: Tensor | None
+
+    def total(self) -> float | Tensor:
+        """Sum of the weights of the rows, scalar."""
+        return float(len(self.user_idx)) if self.weight is None else self.weight.sum()
 
 
 class BatchSource:
@@ -78,7 +82,9 @@ class BatchSource:
         self.batch_size = min(settings.batch_size, len(log))
         self.staleness_s = settings.staleness_d * DAY_S
         whole = math.ceil(len(log) / self.batch_size)
-        self.steps_per_epoch = whole + 1 if time_cells and whole > 1 else whole
+        self.batches_per_epoch = whole + 1 if time_cells and whole > 1 else whole
+        self.accumulate = min(settings.accumulate, self.batches_per_epoch)
+        self.steps_per_epoch = math.ceil(self.batches_per_epoch / self.accumulate)
         self.window_length = window_length(len(log), self.batch_size)
         self.window = (-1, 0, 0)
         self.order = torch.empty(0, dtype=torch.int64)
@@ -86,14 +92,24 @@ class BatchSource:
         self._cells = Ahead(self._read_cell) if mapped and time_cells else None
         self._windows = Ahead(self._read_window) if mapped and not time_cells else None
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0 over all epochs."""
-        stale_s = self._staleness(step)
+    def step(self, step: int) -> dict[int, Batch]:
+        """The batches of a step, counted from 0 over all epochs, by their numbers.
+
+        As many as are accumulated; in the last step of an epoch those that are left.
+        """
+        epoch, position = divmod(step, self.steps_per_epoch)
+        before, start = epoch * self.batches_per_epoch, position * self.accumulate
+        stop = min(start + self.accumulate, self.batches_per_epoch)
+        return {before + n: self.batch(before + n) for n in range(start, stop)}
+
+    def batch(self, number: int) -> Batch:
+        """The batch of a number, counted from 0 over all epochs."""
+        stale_s = self._staleness(number)
         if not self.time_cells:
-            rows = self._shuffled(*divmod(step, self.steps_per_epoch))
+            rows = self._shuffled(*divmod(number, self.batches_per_epoch))
             user_at = None if rows.timestamp is None else rows.timestamp - stale_s
             return _batch(rows, user_at, None, None)
-        rows, pool = self._cell(step) if self._cells is None else self._cells.get(step)
+        rows, pool = self._cell(number) if self._cells is None else self._cells.get(number)
         rows, pool = rows.to(self.log.device), pool.to(self.log.device)
         assert rows.timestamp is not None
         item_at = rows.timestamp[0] - stale_s
@@ -108,7 +124,7 @@ class BatchSource:
                 ahead.close()
 
     def _shuffled(self, epoch: int, position: int) -> EncodedLog:
-        """Rows of a step, the epoch's permutation cut into batches."""
+        """Rows of a batch: the epoch's permutation is cut into them."""
         start = position * self.batch_size
         stop = min(start + self.batch_size, len(self.log))
         if self._windows is not None:
@@ -133,11 +149,11 @@ class BatchSource:
         stop = min(start + self.window_length, len(self.log))
         return permuted_rows(self.log, start, stop, self.seed, epoch, _ORDER)
 
-    def _cell(self, step: int) -> tuple[EncodedLog, Tensor]:
-        """Rows of the cell of a step, and its pool; views of the log."""
-        epoch, position = divmod(step, self.steps_per_epoch)
+    def _cell(self, number: int) -> tuple[EncodedLog, Tensor]:
+        """Rows of the cell of a batch, and its pool; views of the log."""
+        epoch, position = divmod(number, self.batches_per_epoch)
         size, num_rows = self.batch_size, len(self.log)
-        cells = self.steps_per_epoch
+        cells = self.batches_per_epoch
         shift = mix(self.seed, epoch, _OFFSET) % size if cells > 1 else 0
         where = torch.tensor([position])
         cell = int(permuted(where, cells, self.seed, epoch, _ORDER))
@@ -149,16 +165,16 @@ class BatchSource:
         low, high = max(start - _POOL_CELLS * size, 0), min(stop + _POOL_CELLS * size, num_rows)
         return self.log.rows(slice(start, stop)), self.log.item_idx[low:high]
 
-    def _read_cell(self, step: int) -> tuple[EncodedLog, Tensor]:
+    def _read_cell(self, number: int) -> tuple[EncodedLog, Tensor]:
         """As ``_cell``, in memory."""
-        rows, pool = self._cell(step)
+        rows, pool = self._cell(number)
         return rows.with_columns(torch.clone), pool.clone()
 
-    def _staleness(self, step: int) -> int:
-        """Seconds before the event at which this step sees its entities; uniform, 0 if not set."""
+    def _staleness(self, number: int) -> int:
+        """Seconds before the event at which a batch sees its entities; uniform, 0 if not set."""
         if self.staleness_s == 0:
             return 0
-        draw = torch.rand((), generator=generator("cpu", self.seed, step, _STALENESS))
+        draw = torch.rand((), generator=generator("cpu", self.seed, number, _STALENESS))
         return int(draw * self.staleness_s)
 
 

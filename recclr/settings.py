@@ -205,6 +205,12 @@ class TrainSettings:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     batch_size: int = 4096
+    chunk_size: int | None = None
+    """Encode at most so many rows at once, in two passes (gradient caching): the same gradients in
+    less memory, for one more forward pass of the towers. None: all rows of a batch at once."""
+    accumulate: int = 1
+    """Batches whose gradients make one update. Each row still meets the negatives of its own batch
+    only; ``chunk_size`` with a larger ``batch_size`` is what adds in-batch negatives."""
     epochs: float = 20.0
     table_optimizer: Literal["adam", "rowwise_adam", "rowwise_adagrad", "sgd"] = "adam"
     table_moments: Literal["float32", "bfloat16"] = "float32"
@@ -245,6 +251,8 @@ class TrainSettings:
         _check(
             self,
             batch_size=(1, 1 << 24),
+            chunk_size=(1, 1 << 24),
+            accumulate=(1, 1 << 16),
             base_batch_size=(1, 1 << 24),
             epochs=(0.001, 1e6),
             table_lr=(0.0, 1e4),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from recclr.batches import BatchSource
 from recclr.data.log import EncodedLog
@@ -107,8 +108,13 @@ def fit(
     keeper = Keeper(model, optimizers, checkpoints, ranks)
     progress = keeper.begun(resume=resume)
     meter = Meter(on_event or (lambda event: None), per_epoch, end)
+
+    def require_finite_loss(loss: Tensor) -> None:
+        require_finite(loss, model, progress.step + 1, weights=False)
+
     # Reading the loss waits for a GPU; elsewhere each one is checked before it reaches a weight.
-    watched = torch.device(device).type == "cpu"
+    watched = torch.device(device).type == "cpu" and exchange is None
+    check = require_finite_loss if watched else None
 
     evaluate_every = max(1, round(train.evaluate_every * per_epoch))
     checkpoint_every = max(1, round(train.checkpoint_every * per_epoch))
@@ -118,11 +124,8 @@ def fit(
     try:
         while progress.step < end and progress.bad_evaluations < patience:
             step = progress.step
-            stats = objective(model, source.batch(step), step)
+            stats = objective.backward(model, source.step(step), check)
             gradients = None
-            if watched and exchange is None:
-                require_finite(stats.loss, model, step + 1, weights=False)
-            stats.loss.backward()  # type: ignore[no-untyped-call]
             if exchange is not None:
                 stats, gradients, interrupted = exchange(stats, stopped=stop is not None and stop())
                 require_finite(stats.loss, model, step + 1, weights=False)
@@ -187,7 +190,16 @@ def step_parts(
         require_negatives(negatives, log, batch_size=train.batch_size)
     source = BatchSource(log, train, seed=seed, time_cells=_time_cells(model, train))
     bfloat16 = _use_bfloat16(train, log.device)
-    return source, Objective(log, loss, negatives, seed=seed, bfloat16=bfloat16, ranks=ranks)
+    objective = Objective(
+        log,
+        loss,
+        negatives,
+        seed=seed,
+        bfloat16=bfloat16,
+        chunk_size=train.chunk_size,
+        ranks=ranks,
+    )
+    return source, objective
 
 
 def needs_time_cells(model: torch.nn.Module) -> bool:

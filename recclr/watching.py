@@ -33,7 +33,6 @@ class Meter:
             return
         # Waits for a GPU, once per logged step.
         require_finite(stats.loss, model, step, weights=False)
-        pairs = max(stats.num_rows * stats.num_candidates, 1)
         self.emit(
             {
                 "kind": "step",
@@ -44,7 +43,8 @@ class Meter:
                 "lr": lr,
                 "temperature": float(model.temperature().detach()),
                 "positives_per_s": self.rows / max(now - self.since, 1e-9),
-                "masked_share": stats.num_masked / pairs,
+                "masked_share": stats.masked_share,
+                "duplicate_share": stats.duplicate_share,
                 "num_candidates": stats.num_candidates,
             }
         )

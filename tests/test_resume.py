@@ -116,12 +116,13 @@ FAULTS = [
     *(f"train.step:{n}:kill" for n in (1, 5, 13, 17, 21)),
     *(f"checkpoint.{point}:{n}:kill" for point in ("tensors", "manifest") for n in (1, 4)),
     *(f"checkpoint.{point}:{n}:kill" for point in ("renamed", "best") for n in (2, 3)),
+    *(f"checkpoint.last:{n}:kill" for n in (3, 8, 10)),
     *(f"files.write:{n}:kill" for n in (1, 2, 3, 4, 5, 8, 13, 21, 34)),
     *(f"files.rename:{n}:kill" for n in (1, 2, 5, 11, 30)),
     *("files.folder:1:kill", "files.folder:3:kill"),
     *("export.items:1:kill", "export.users:1:kill", "export.point:1:kill"),
 ]
-QUICK = {"checkpoint.renamed:3:kill", "export.point:1:kill"}
+QUICK = {"checkpoint.renamed:3:kill", "checkpoint.last:8:kill", "export.point:1:kill"}
 
 
 @pytest.mark.parametrize(

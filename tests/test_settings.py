@@ -24,6 +24,8 @@ RANGES = [
     (settings.LossSettings, "log_q_strength", 0.0, 1.0),
     (settings.NegativesSettings, "uniform", 0, 1 << 24),
     (settings.TrainSettings, "batch_size", 1, 1 << 24),
+    (settings.TrainSettings, "chunk_size", 1, 1 << 24),
+    (settings.TrainSettings, "accumulate", 1, 1 << 16),
     (settings.TrainSettings, "base_batch_size", 1, 1 << 24),
     (settings.TrainSettings, "epochs", 0.001, 1e6),
     (settings.TrainSettings, "table_lr", 0.0, 1e4),

@@ -14,7 +14,16 @@ PACKAGE = ROOT / "recclr"
 FLOORS = {
     0: {"errors", "settings", "baseline_settings", "config", "files", "memory", "order"},
     1: {"data", "metrics", "bootstrap", "distributed"},
-    2: {"statistics", "optim", "parts", "towers", "losses", "negatives", "known_positives"}
+    2: {
+        "caching",
+        "statistics",
+        "optim",
+        "parts",
+        "towers",
+        "losses",
+        "negatives",
+        "known_positives",
+    }
     | {"kernels", "windows", "batches", "objective", "optimizers", "ranking", "exchange"},
     3: {"topk", "coarse", "selection", "checkpoint", "keeping", "watching"},
     4: {"train", "evaluate", "baselines", "export", "recommend"},

@@ -27,7 +27,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             ``optimizer``, ``device``, ``seconds``, ``gemm_size``.
     """
     device = task["device"]
-    rates = machine.rates(device, task["gemm_size"])
+    conditions = machine.conditions(device, task["gemm_size"])
     memory.reset_peak(device)
     model, step = make_step(task, data.make_log(data.LogSpec(**task["log"])))
     counts: dict[str, int] = {}
@@ -50,10 +50,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "row_bytes": work.row_bytes,
         "peak_memory_mb": memory.peak_mb(device),
         "preparation_peak_mb": preparation_mb,
-        "gemm": rates.gemm,
-        "copy": rates.copy,
-        "device": machine.device_name(device),
-        "threads": torch.get_num_threads(),
+        **conditions,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     return times | measured | counts
@@ -76,11 +73,9 @@ def make_step(task: dict[str, Any], log: data.EncodedLog) -> tuple[TwoTower, Any
     optimizers = Optimizers(model, train, _TOTAL_STEPS)
 
     def step(number: int, counts: dict[str, int] | None = None) -> None:
-        batch = batches.batch(number)
-        stats = objective(model, batch, number)
-        stats.loss.backward()
+        stats = objective.backward(model, batches.step(number))
         if counts is not None:
-            counts |= {"batch_size": stats.num_rows, "num_candidates": stats.num_candidates}
+            counts |= {"batch_size": stats.num_rows, "num_candidates": int(stats.num_candidates)}
             counts |= count_rows(model)
         optimizers.step(number)
 
