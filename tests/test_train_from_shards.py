@@ -11,6 +11,7 @@ import recclr.windows as windows
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
 from recclr.data.shards import open_shards, write_shards
 from recclr.errors import InterruptedTraining
+from recclr.evaluate import EvaluationSet
 from recclr.settings import (
     FeatureSettings,
     HistorySettings,
@@ -74,7 +75,7 @@ def model_of(towers, rows, loss):
     return build_model(prepared, user=user, item=item, model=settings, loss=loss, seed=2)
 
 
-def train(rows, *, towers, loss="infonce", **options):
+def train(rows, *, towers, loss="infonce", settings=TRAIN, **options):
     """Weights after a training, and what it logged, times left out."""
     model, events = model_of(towers, rows, LOSSES[loss]), []
     fit(
@@ -82,7 +83,7 @@ def train(rows, *, towers, loss="infonce", **options):
         rows,
         loss=LOSSES[loss],
         negatives=NEGATIVES,
-        train=TRAIN,
+        train=settings,
         seed=4,
         on_event=events.append,
         **options,
@@ -144,6 +145,16 @@ def test_the_cases_have_batches_of_both_kinds():
 
 
 @pytest.mark.parametrize("towers", ["history", "cells"])
+def test_accumulated_batches_are_the_same(mapped, towers):
+    settings = replace(TRAIN, accumulate=3)
+    weights, told = train(mapped(), towers=towers, settings=settings)
+    expected, expected_told = train(log(timed=True), towers=towers, settings=settings)
+    assert same(weights, expected)
+    assert told == expected_told
+    assert not same(weights, train(log(timed=True), towers=towers)[0])
+
+
+@pytest.mark.parametrize("towers", ["history", "cells"])
 @pytest.mark.parametrize(
     ("first", "then"), [("mapped", "mapped"), ("mapped", "memory"), ("memory", "mapped")]
 )
@@ -185,6 +196,38 @@ def test_an_error_of_the_reading_thread_ends_the_training(mapped, monkeypatch):
         train(rows, towers="ids")
     assert threading.main_thread() not in calls
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("keep_seen", [False, True])
+def test_held_out_rows_are_judged_alike(mapped, keep_seen):
+    """What users had, and how often, comes from the groups of the files."""
+    held_out = EncodedLog(
+        torch.tensor([0, 3, 3, 10, 14, 2]).int(),
+        torch.tensor([1, 16, 4, -1, 5, 15]).int(),
+        NUM_USERS,
+        NUM_ITEMS,
+    )
+    found = []
+    for rows in (mapped(), log(timed=True)):
+        tables = FeatureTable(NUM_USERS), FeatureTable(NUM_ITEMS)
+        prepared = Prepared(rows, *tables, held_out=held_out)
+        also = log(timed=True).rows(slice(90, 131))
+        found.append(
+            [
+                EvaluationSet.from_prepared(prepared, keep_seen=keep_seen),
+                EvaluationSet.from_prepared(prepared, keep_seen=keep_seen, also_seen=also),
+            ]
+        )
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours.num_dropped, ours.num_repeats) == (theirs.num_dropped, theirs.num_repeats)
+        for name in ("user_idx", "item_counts", "user_counts"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+        for one, other in ((ours.relevant, theirs.relevant), (ours.seen, theirs.seen)):
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one.offsets, other.offsets)
+            assert one is None or torch.equal(one.values, other.values)
+    # Rows between train and test count as had.
+    assert keep_seen or len(found[0][1].seen.values) > len(found[0][0].seen.values)
 
 
 def test_the_best_of_evaluations_is_the_same(mapped):

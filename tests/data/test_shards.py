@@ -351,3 +351,61 @@ def test_a_big_endian_machine_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module.sys, "byteorder", "big")
     with pytest.raises(ValueError, match="little-endian"):
         write_shards(tmp_path / "log", [log()])
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+
+import torch
+
+import recclr.data.grouping as grouping
+import recclr.data.log as log_module
+import recclr.data.shards as shards
+from recclr.data.log import EncodedLog
+from recclr.memory import forget_peak, held_bytes, peak_bytes
+
+num_rows, piece, folder = int(sys.argv[1]), 1 << 18, Path(sys.argv[2])
+grouping._ROWS = log_module._STRETCH = piece
+
+
+def pieces():
+    for number in range(num_rows // piece):
+        draws = torch.Generator().manual_seed(number)
+        users = torch.randint(20_000, (piece,), generator=draws, dtype=torch.int32)
+        items = torch.randint(3_000, (piece,), generator=draws, dtype=torch.int32)
+        yield EncodedLog(users, items, 20_000, 3_000)
+
+
+list(shards.grouped(next(pieces()), shards.GROUPS))  # libraries are loaded and threads started
+forget_peak()
+before = held_bytes()
+shards.write_shards(folder, pieces())
+written = peak_bytes() - before
+log = shards.open_shards(folder)
+forget_peak()
+before = held_bytes()
+whole = log.with_columns(torch.clone)
+pairs = whole.known_pairs()
+print(written, peak_bytes() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for its memory")
+def test_writing_takes_the_memory_of_a_stretch_and_not_of_the_log(tmp_path):
+    found = {}
+    for num_rows in (1 << 22, 1 << 23):
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(num_rows), str(tmp_path / str(num_rows))],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        found[num_rows] = [int(word) for word in done.stdout.split()]
+    more = 1 << 22
+    # Of a row more, what is written takes the mapped pages of its columns at most (8 bytes) ...
+    assert found[2 * more][0] - found[more][0] < 12 * more
+    # ... where sorting in memory takes several int64 (the comparison can tell).
+    assert found[2 * more][1] - found[more][1] > 40 * more

@@ -165,6 +165,26 @@ def test_a_polite_signal_to_one_process_stops_both_with_a_checkpoint(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
+def test_rows_in_files_are_written_again_after_a_restart(
+    torchrun_train, small_config, small_run, tmp_path, rank
+):
+    fault = f"""
+if rank == {rank} and attempt == 0:
+    os.environ["RECCLR_FAULT"] = "train.step:23:kill"
+"""
+    out = tmp_path / "run"
+    extra = ("--resume", "--set", "data.resident=false")
+    done = torchrun_train(small_config, out, *extra, fault=fault, restarts=2)
+    assert done.returncode == 0, done.stderr
+    # Of the selection, and of the refit before and after it was killed; by one of two processes.
+    assert done.stderr.count("reads its rows from files") == 3
+    assert not list(out.glob(".*"))
+    one = json.loads((small_run / "metrics.json").read_text())
+    close(one, json.loads((out / "metrics.json").read_text()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("point", ["train.step:23", "checkpoint.manifest:2"])
 def test_a_killed_process_is_restarted_from_the_last_checkpoint(
     torchrun_train, small_config, small_run, tmp_path, rank, point
