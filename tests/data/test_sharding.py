@@ -33,7 +33,7 @@ def test_who_says_it_is_obeyed(monkeypatch, resident, free):
 
 
 def test_auto_keeps_what_takes_half_of_the_free_memory(monkeypatch):
-    monkeypatch.setattr(sharding, "available_bytes", lambda: 186_000)
+    monkeypatch.setattr(sharding, "available_bytes", lambda: 140_000)
     assert stays_resident(1_000, "cpu")
     assert not stays_resident(1_001, "cpu")
     monkeypatch.setattr(sharding, "available_bytes", lambda: None)
@@ -46,7 +46,7 @@ def test_auto_looks_at_the_memory_of_the_gpu(monkeypatch):
 
     def free(device):
         asked.append(device)
-        return 186_000, 1 << 50
+        return 140_000, 1 << 50
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", free)
     assert stays_resident(1_000, "cuda:1")

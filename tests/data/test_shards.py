@@ -85,6 +85,25 @@ def test_a_log_comes_back_as_it_was(tmp_path_factory, num_rows, length, timed, w
         assert found.groups.user_times is not None
 
 
+def test_what_is_in_the_files_is_not_made_again(written):
+    found = open_shards(written)
+    groups = found.groups
+    items, users = found.known_pairs()
+    for one, other in (
+        (found.user_items(), groups.user_items),
+        (found.user_items(NUM_USERS + 3), groups.user_items),
+        (items, groups.known_items),
+        (users, groups.known_users),
+    ):
+        assert one.values.data_ptr() == other.values.data_ptr()
+    for of, times in (
+        (TimeIndex.of_users, groups.user_times),
+        (TimeIndex.of_items, groups.item_times),
+    ):
+        assert of(found).keys.data_ptr() == times.data_ptr()
+        assert of(found).all_times.data_ptr() == found.timestamp.data_ptr()
+
+
 def test_what_is_not_in_the_files_is_made_in_memory(tmp_path):
     write_shards(tmp_path / "log", [log()], groups=())
     found, whole = open_shards(tmp_path / "log"), log()
