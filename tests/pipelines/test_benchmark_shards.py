@@ -4,6 +4,7 @@ import ctypes
 import json
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -92,11 +93,16 @@ def test_cold_files_are_out_of_memory_and_read_as_before(bench, task, tmp_path, 
     counts = log.user_counts(), log.item_counts()
     path = folder / "user_idx.bin"
     assert cached_pages(path) == (59, 59)
-    bench.bursts.forget(log, folder)
-    held, pages = cached_pages(path)
-    if held == pages:
+    # A copy that nobody has mapped goes at a word, where the file system lets anything go.
+    copy = tmp_path / "copy"
+    shutil.copyfile(path, copy)
+    with copy.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached_pages(copy)[0] > 30:
         pytest.skip("this file system keeps its files in memory")
-    assert held < pages / 2
+    bench.bursts.forget(log, folder)
+    assert cached_pages(path)[0] <= 30
     assert torch.equal(log.user_counts(), counts[0])
     assert torch.equal(log.item_counts(), counts[1])
 
