@@ -89,11 +89,11 @@ class _TotalLoss(torch.autograd.Function):
         tiles: Tiles,
         second_temperature: float | None,
     ) -> Tensor:
-        grad_queries, grad_candidates = torch.zeros_like(queries), torch.zeros_like(candidates)
+        grad_queries = torch.zeros_like(queries)
+        grad_candidates = torch.zeros_like(candidates.T, memory_format=torch.contiguous_format)
         grad_positives = torch.empty_like(positive_logits)
         losses = torch.empty_like(positive_logits)
         scratch = borrow(tiles.height * tiles.num_columns, queries.device)
-        transposed = candidates.T.contiguous()
         bound = logit_bound(queries, candidates, log_weights)
         weights = log_weights if bound is None else log_weights - bound
         shifts = queries.new_empty((len(queries), tiles.num_blocks))
@@ -103,7 +103,7 @@ class _TotalLoss(torch.autograd.Function):
             rows = blocks[0].rows
             for tile in blocks:
                 out = tile.place(scratch, origin)
-                tile.exponentials(queries, transposed, weights, out, shifts, sums, bound)
+                tile.exponentials(queries, candidates, weights, out, shifts, sums, bound)
             result = joined(sums[rows], shifts[rows])
             pair = positive_logits[rows], result.squeeze(1)
             losses[rows] = contrastive_loss(*pair, second_temperature=second_temperature)
@@ -118,7 +118,7 @@ class _TotalLoss(torch.autograd.Function):
                 share = scale[:, tile.block]
                 tile.add_gradients(out, share, queries, candidates, grad_queries, grad_candidates)
         give_back(scratch)
-        ctx.save_for_backward(grad_queries, grad_candidates, grad_positives)
+        ctx.save_for_backward(grad_queries, grad_candidates.T.contiguous(), grad_positives)
         return (losses * row_weights).sum()
 
     @staticmethod
