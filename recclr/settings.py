@@ -133,6 +133,9 @@ class ModelSettings:
     similarity: Literal["cosine", "dot"] = "cosine"
     init_std: float = 1.0
     """Standard deviation of a freshly drawn embedding row, as a multiple of embedding_dim^-1/2."""
+    init: Literal["random", "spectral"] = "random"
+    """Where id tables start: drawn, or from the truncated SVD of the normalised log, which takes
+    seconds and saves epochs."""
 
     def __post_init__(self) -> None:
         _check(self, embedding_dim=(1, 8192), init_std=(1e-6, 100.0))
