@@ -247,16 +247,25 @@ class Tile:
         candidates: Tensor,
         grad_queries: Tensor,
         grad_candidates: Tensor,
+        rounded: Tensor | None = None,
     ) -> None:
         """Add what ``scale`` [R, 1] times the exponentials of the tile pull at both sides.
 
         Args:
             grad_candidates: [D, C]. The exponentials as the second factor as they lie: as the
                 transposed first one, the product takes a third longer.
+            rounded: bfloat16 buffer for the exponentials; with it both products have bfloat16
+                factors, float32 sums within the tile, and are rounded before they are added.
         """
-        grad_queries[self.rows].addcmul_(out @ candidates[self.columns], scale)
+        pulled = queries[self.rows] * scale
         into = grad_candidates[:, self.columns]
-        torch.addmm(into, (queries[self.rows] * scale).T, out, out=into)
+        if rounded is None:
+            grad_queries[self.rows].addcmul_(out @ candidates[self.columns], scale)
+            torch.addmm(into, pulled.T, out, out=into)
+            return
+        out = rounded[: out.numel()].view(out.shape).copy_(out)
+        grad_queries[self.rows].addcmul_(out @ candidates[self.columns].bfloat16(), scale)
+        into.add_(pulled.bfloat16().T @ out)
 
     def hide(self, out: Tensor, value: float) -> None:
         """Write ``value`` at the masked pairs."""
