@@ -70,6 +70,7 @@ class Objective:
 
     Args:
         log: train rows on the training device. ranks: who shares the step.
+        bfloat16: towers, and the products of the loss as ``total_contrastive_loss`` has it.
         chunk_size: rows that a tower encodes at once, at most; None for all.
     """
 
@@ -156,6 +157,7 @@ class Objective:
             mean_weights(len(queries), weight, device=self.device, total=total),
             mask,
             second_temperature=self.loss.second_temperature,
+            bfloat16=self.bfloat16,
         )
         num_rows, num_candidates = len(batch.user_idx), len(candidates.log_weights)
         return StepStats(

@@ -133,6 +133,9 @@ class ModelSettings:
     similarity: Literal["cosine", "dot"] = "cosine"
     init_std: float = 1.0
     """Standard deviation of a freshly drawn embedding row, as a multiple of embedding_dim^-1/2."""
+    init: Literal["random", "spectral"] = "random"
+    """Where id tables start: drawn, or from the truncated SVD of the normalised log, which takes
+    seconds and saves epochs."""
 
     def __post_init__(self) -> None:
         _check(self, embedding_dim=(1, 8192), init_std=(1e-6, 100.0))
@@ -244,6 +247,8 @@ class TrainSettings:
     """Show users and items as they stood up to so many days before the event, drawn uniformly, as
     at an evaluation that freezes them at the cut-off."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """``bfloat16``: towers and the products of the loss, with sums and the loss itself in float32;
+    faster on GPUs and on CPUs with AVX-512 BF16 or AMX. ``auto``: on a GPU only."""
     collective_timeout_s: float = 120.0
     """With several processes: how long each waits for the others before it gives up."""
 

@@ -223,7 +223,7 @@ def _time_cells(model: TwoTower, train: TrainSettings) -> bool:
 
 
 def _use_bfloat16(train: TrainSettings, device: torch.device) -> bool:
-    """On a GPU unless told otherwise; on a CPU the towers are bound by memory, not arithmetic."""
+    """On a GPU unless told otherwise; many CPUs emulate it, at many times the cost."""
     if train.precision == "auto":
         return device.type == "cuda"
     return train.precision == "bfloat16"
