@@ -21,7 +21,7 @@ from torch import Tensor
 from recclr.data.grouping import GROUPS, grouped
 from recclr.data.log import COLUMNS, Csr, EncodedLog, Groups
 from recclr.errors import ConfigError, DataError
-from recclr.files import clear_errors, fault_point, new_folder, sha256_of, write_json_atomic
+from recclr.files import fault_point, new_folder, sha256_of, write_json_atomic
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
@@ -65,7 +65,7 @@ def write_shards(
     """
     if sys.byteorder != "little":
         raise ConfigError("shards are little-endian and this machine is not; keep the log resident")
-    with new_folder(folder) as temporary, clear_errors(folder):
+    with new_folder(folder) as temporary:
         writer = _Writer(temporary)
         try:
             sizes = _write_columns(writer, pieces)
@@ -236,10 +236,12 @@ def _opened(folder: Path, arrays: dict[str, dict[str, Any]], sizes: dict[str, in
 
 
 def _map(folder: Path, name: str, length: int) -> Tensor:
-    # A private mapping: the file is opened for reading only.
-    tensor: Tensor = torch.from_file(
-        str(folder / _file(name)), shared=False, size=length, dtype=_DTYPES[name]
-    )
+    path = folder / _file(name)
+    try:
+        # A private mapping: the file is opened for reading only.
+        tensor: Tensor = torch.from_file(str(path), shared=False, size=length, dtype=_DTYPES[name])
+    except RuntimeError as error:
+        raise DataError(f"{path} cannot be mapped: {error}") from error
     return tensor
 
 
@@ -265,9 +267,8 @@ def _read_manifest(folder: Path) -> tuple[dict[str, int], dict[str, dict[str, An
 
 def _fits(sizes: dict[str, Any], arrays: dict[str, Any]) -> bool:
     """Whether all names, types and lengths are those of one log."""
-    if not all(type(size) is int and 1 <= size < 1 << 31 for size in list(sizes.values())[1:]):
-        return False
-    if type(sizes["num_rows"]) is not int or not 1 <= sizes["num_rows"] < 1 << 48:
+    most = {"num_rows": 1 << 48, "num_users": 1 << 31, "num_items": 1 << 31}
+    if not all(type(size) is int and 1 <= size < most[name] for name, size in sizes.items()):
         return False
     if not {"user_idx", "item_idx"} <= arrays.keys() <= _DTYPES.keys():
         return False
@@ -289,7 +290,9 @@ def _fits(sizes: dict[str, Any], arrays: dict[str, Any]) -> bool:
             and 1 <= arrays[f"{name}.values"]["length"] <= sizes["num_rows"]
         ):
             return False
-    return True
+    # Times of users say where in their items they stand.
+    items = arrays.get("user_items.values")
+    return items is None or items["length"] == sizes["num_rows"]
 
 
 def _dtype_name(name: str) -> str:

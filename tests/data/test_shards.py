@@ -174,6 +174,15 @@ def test_a_file_that_is_damaged_cut_or_gone_is_named(written, name):
     open_shards(written)
 
 
+def test_a_file_that_cannot_be_mapped_is_named(written, monkeypatch):
+    def fails(*given, **named):
+        raise RuntimeError("unable to mmap: Cannot allocate memory")
+
+    monkeypatch.setattr(torch, "from_file", fails)
+    with pytest.raises(DataError, match=r"user_idx.bin cannot be mapped: .*allocate"):
+        open_shards(written)
+
+
 def change(manifest, path, value):
     *way, last = path
     for part in way:
@@ -211,6 +220,7 @@ def change(manifest, path, value):
         (["arrays", "known_items.values"], None),
         (["arrays", "known_items.values", "length"], 98),
         (["arrays", "known_items.offsets", "length"], 13),
+        (["arrays", "user_items.values", "length"], 96),
         (["arrays", "../../etc/passwd"], {"dtype": "int32", "length": 97, "sha256": "0" * 64}),
     ],
     ids=str,
