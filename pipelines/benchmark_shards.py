@@ -5,8 +5,8 @@
     python pipelines/benchmark_shards.py --json FILE           the same as JSON
 
 Two processes train the same model on the same log, one from memory, one from memory-mapped shards,
-and take turns burst by burst, so a ratio is that of neighbours in time. First with the files in the
-page cache, then (Linux) with the files put out of it before every burst. A burst is a window of
+and take turns, four to a round, so a ratio is that of neighbours in time. First with the files in
+the page cache, then (Linux) with the files put out of it before every round. A round is a window of
 rows long, as much as is read ahead at a time. Threads are as the environment sets them.
 """
 
@@ -39,6 +39,8 @@ from recclr.console import say
 from recclr.files import require_space
 from recclr.windows import window_length
 
+_TURNS = 4
+
 Burst = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -47,9 +49,9 @@ def main(
     users: Annotated[int | None, typer.Option(min=2, help="by default a 100th of the rows")] = None,
     items: Annotated[int | None, typer.Option(min=2, help="by default a 1,000th of them")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="of a burst; by default a window of rows")
+        int | None, typer.Option(min=_TURNS, help="of a round; by default a window of rows")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="bursts of each, warm and cold")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="of both, warm and cold")] = 5,
     dim: Annotated[int, typer.Option(min=1)] = 64,
     batch_size: Annotated[int, typer.Option(min=2)] = 8_192,
     negatives: Annotated[int, typer.Option(min=1, help="uniform draws of a step")] = 1_024,
@@ -75,10 +77,10 @@ def main(
         "device": "cpu",
         "piece": PIECE,
     }
-    burst = steps or window_length(rows, batch_size) // batch_size
+    length = steps or window_length(rows, batch_size) // batch_size
     with tempfile.TemporaryDirectory(dir=folder, prefix="shards-") as place:
         require_space(Path(place), 20 * rows)
-        report = run(task, Path(place), steps=burst, rounds=rounds)
+        report = run(task, Path(place), steps=max(length // _TURNS, 1), rounds=rounds)
     report["log"] = str(log)
     show(report, Console(width=120, highlight=False))
     if json_file is not None:
@@ -86,7 +88,7 @@ def main(
 
 
 def run(task: dict[str, Any], place: Path, *, steps: int, rounds: int) -> dict[str, Any]:
-    """Both processes, made ready one after the other and then in turns."""
+    """Both processes, made ready one after the other and then in turns of ``steps``."""
     phases = ["warm", "cold"] if hasattr(os, "posix_fadvise") else ["warm"]
     say("making the log in memory ready")
     with training(task | {"shards": None}, place / "resident.json") as (resident, first):
@@ -96,26 +98,21 @@ def run(task: dict[str, Any], place: Path, *, steps: int, rounds: int) -> dict[s
             second,
         ):
             found = {}
-            ask = {"steps": steps, "cold": False, "last": False}
+            ask = {"steps": steps, "cold": False}
             # The first steps of either allocate what the others use again.
             for one in (resident, mapped):
                 one(ask)
             for phase in phases:
-                say(f"{phase}: {rounds} bursts of {steps} steps each")
-                last = phase == phases[-1]
-                pairs = []
-                for number in range(rounds):
-                    ending = {**ask, "last": last and number == rounds - 1}
-                    other = ending | {"cold": phase == "cold"}
-                    pairs.append((resident(ending), mapped(other)))
-                found[phase] = compared(pairs, steps * task["batch_size"])
+                say(f"{phase}: {rounds} rounds of {_TURNS} turns of {steps} steps")
+                pairs = [one_round(resident, mapped, ask, phase == "cold") for _ in range(rounds)]
+                found[phase] = compared(pairs, _TURNS * steps * task["batch_size"])
     ours, theirs = pairs[-1]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": machine.device_name("cpu"),
         "threads": torch.get_num_threads(),
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "steps": steps,
+        "steps": _TURNS * steps,
         "rounds": rounds,
         "ready": {"resident": first, "shards": second},
         "phases": found,
@@ -123,8 +120,26 @@ def run(task: dict[str, Any], place: Path, *, steps: int, rounds: int) -> dict[s
     }
 
 
+def one_round(
+    resident: Burst, mapped: Burst, ask: dict[str, Any], cold: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What turns of both came to: seconds in all, the highest peak, the weights at the end."""
+    turns = [
+        (resident(ask), mapped(ask | {"cold": cold and number == 0})) for number in range(_TURNS)
+    ]
+    ours, theirs = (
+        {
+            "seconds": sum(turn["seconds"] for turn in side),
+            "peak_mb": max(turn["peak_mb"] for turn in side),
+            "weights": side[-1]["weights"],
+        }
+        for side in zip(*turns, strict=True)
+    )
+    return ours, theirs
+
+
 def compared(pairs: list[tuple[dict[str, Any], dict[str, Any]]], amount: int) -> dict[str, Any]:
-    """Medians of bursts of ``amount`` positives, and of the ratio of two neighbours."""
+    """Medians of rounds of ``amount`` positives, and of the ratio of both sides of a round."""
     ratios = [resident["seconds"] / mapped["seconds"] for resident, mapped in pairs]
     sides = zip(*pairs, strict=True)
     found: dict[str, Any] = {
@@ -179,9 +194,9 @@ def show(report: dict[str, Any], console: Console) -> None:
     load = " ".join(f"{value:.1f}" for value in report["load"]) if report["load"] else "unknown"
     console.print(f"{report['device']}, {report['threads']} threads, load {load}, {report['date']}")
     same = "the same to the bit" if report["same_weights"] else "NOT the same"
-    console.print(f"log: {report['log']}; weights after all bursts: {same}")
+    console.print(f"log: {report['log']}; weights at the end: {same}")
     table = Table(
-        title=f"{report['rounds']} bursts of {report['steps']} steps", title_justify="left"
+        title=f"{report['rounds']} rounds of {report['steps']} steps", title_justify="left"
     )
     for name in ("log", "files", "rate", "of resident", "range", "memory", "while made ready"):
         table.add_column(name, justify="left" if name in ("log", "files") else "right")

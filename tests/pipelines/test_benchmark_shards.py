@@ -107,6 +107,29 @@ def test_cold_files_are_out_of_memory_and_read_as_before(bench, task, tmp_path, 
     assert torch.equal(log.item_counts(), counts[1])
 
 
+def test_a_round_takes_turns_and_adds_them_up(bench):
+    asked = []
+
+    def side(name):
+        def burst(ask):
+            asked.append((name, ask["steps"], ask["cold"]))
+            number = len(asked)
+            return {"seconds": number, "peak_mb": -abs(number - 4), "weights": str(number)}
+
+        return burst
+
+    ask = {"steps": 7, "cold": False}
+    ours, theirs = bench.script.one_round(side("resident"), side("shards"), ask, True)
+    assert [name for name, _, _ in asked] == ["resident", "shards"] * 4
+    assert [cold for _, _, cold in asked] == [False, True] + [False] * 6
+    assert {steps for _, steps, _ in asked} == {7}
+    assert ours == {"seconds": 1 + 3 + 5 + 7, "peak_mb": -1, "weights": "7"}
+    assert theirs == {"seconds": 2 + 4 + 6 + 8, "peak_mb": 0, "weights": "8"}
+    asked.clear()
+    bench.script.one_round(side("resident"), side("shards"), ask, False)
+    assert not any(cold for _, _, cold in asked)
+
+
 def test_ratios_are_those_of_neighbours(bench):
     pairs = [
         ({"seconds": mine, "peak_mb": 10.0 * mine}, {"seconds": theirs, "peak_mb": theirs})
@@ -144,7 +167,7 @@ def test_what_cannot_be_written_is_refused(bench, monkeypatch, tmp_path):
 def test_the_script_runs_as_it_is_called(pipelines, tmp_path):
     path = tmp_path / "found.json"
     command = [sys.executable, pipelines / "benchmark_shards.py", "--rows=20000", "--dim=8"]
-    command += ["--rounds=3", "--steps=4", "--batch-size=512", "--negatives=50"]
+    command += ["--rounds=3", "--steps=8", "--batch-size=512", "--negatives=50"]
     done = subprocess.run(
         [*command, f"--folder={tmp_path}", f"--json={path}"],
         capture_output=True,
@@ -155,7 +178,7 @@ def test_the_script_runs_as_it_is_called(pipelines, tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads(path.read_text())
     assert report["same_weights"]
-    assert (report["steps"], report["rounds"]) == (4, 3)
+    assert (report["steps"], report["rounds"]) == (8, 3)
     for found in report["phases"].values():
         assert len(found["ratios"]) == 3
         assert found["ratio"] > 0
