@@ -198,6 +198,10 @@ class NegativesSettings:
             raise ValueError("no source of negatives is left: set in_batch, uniform or popularity")
 
 
+# Whose fused updates are those of ``optim``; FBGEMM's Adams count the steps of the whole table.
+SHARDED_OPTIMIZERS = ("rowwise_adagrad", "sgd")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """The loop."""
@@ -238,6 +242,9 @@ class TrainSettings:
     """Show users and items as they stood up to so many days before the event, drawn uniformly, as
     at an evaluation that freezes them at the cut-off."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    sharded_tables: int | Literal["none", "all"] = "none"
+    """With several processes: tables of at least so many rows are split by rows among them; each
+    holds its part of the table and of the optimiser's state (see ``sharded_tables``)."""
     collective_timeout_s: float = 120.0
     """With several processes: how long each waits for the others before it gives up."""
 
@@ -257,8 +264,15 @@ class TrainSettings:
             evaluate_every=(0.001, 1e6),
             checkpoint_every=(0.001, 1e6),
             staleness_d=(0.0, 1e5),
+            sharded_tables=(1, 1 << 40),
             collective_timeout_s=(1.0, 1e6),
         )
+        if self.sharded_tables != "none" and self.table_optimizer not in SHARDED_OPTIMIZERS:
+            raise ValueError(
+                f"sharded_tables = {self.sharded_tables!r} needs a table_optimizer that does the "
+                f"same on a part of a table, {' or '.join(SHARDED_OPTIMIZERS)}; found "
+                f"{self.table_optimizer!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,41 +394,6 @@ class SplitSettings:
             raise ValueError(f"valid + test must leave rows for train: {self.valid} + {self.test}")
         if self.by == "given" and self.test_events is None:
             raise ValueError("split.by = 'given' needs split.test_events")
-
-
-BASELINE_NAMES = (
-    "popularity",
-    "recent_popularity",
-    "item_knn",
-    "recent_item_knn",
-    "als",
-    "bpr",
-    "spectral",
-    "ease",
-    "content",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaselineSettings:
-    """Rankers judged beside the model; their settings are chosen on validation."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    names: tuple[str, ...] = BASELINE_NAMES
-    """Those that the data allow are run (recency needs timestamps, EASE at most
-    ``ease_max_items``, content item features); what was left out is said."""
-    budget: Literal["small", "full"] = "small"
-    """How many settings of each are tried on validation."""
-    ease_max_items: int = 20_000
-
-    def __post_init__(self) -> None:
-        _check(self, ease_max_items=(1, 200_000))
-        unknown = [name for name in self.names if name not in BASELINE_NAMES]
-        if unknown:
-            raise ValueError(
-                f"unknown baselines {unknown}: choose from {', '.join(BASELINE_NAMES)}"
-            )
 
 
 METRIC_NAMES = ("recall", "capped_recall", "hit_rate", "ndcg", "mrr", "map", "precision")

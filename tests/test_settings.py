@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from recclr import settings
+from recclr import baseline_settings, settings
 from recclr.metrics import DEFINITIONS
 
 # One field per line with its closed range; None where the range has no upper end worth testing.
@@ -38,7 +38,7 @@ RANGES = [
     (settings.TrainSettings, "staleness_d", 0.0, 1e5),
     (settings.TrainSettings, "collective_timeout_s", 1.0, 1e6),
     (settings.EvaluateSettings, "num_bootstrap", 0, 1_000_000),
-    (settings.BaselineSettings, "ease_max_items", 1, 200_000),
+    (baseline_settings.BaselineSettings, "ease_max_items", 1, 200_000),
 ]
 
 
@@ -99,7 +99,7 @@ def test_names_that_are_none_and_settings_that_cannot_change():
     with pytest.raises(FrozenInstanceError):
         settings.ModelSettings().embedding_dim = 3
     with pytest.raises(ValueError, match=r"unknown baselines \['svd'\]"):
-        settings.BaselineSettings(names=("als", "svd"))
+        baseline_settings.BaselineSettings(names=("als", "svd"))
 
 
 def test_defaults_are_listed_one_level_deep():
