@@ -32,6 +32,7 @@ from recclr.files import (
     write_json_atomic,
     write_pointer,
 )
+from recclr.sharded_tables import RowShard
 
 FORMAT_VERSION = 1
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -143,7 +144,9 @@ def find_checkpoint(root: Path, pointer: Literal["LAST", "BEST"] = "LAST") -> Ch
     return None
 
 
-def require_match(own: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
+def require_match(
+    own: Mapping[str, Tensor | RowShard], found: Mapping[str, Tensor], what: str
+) -> None:
     """Refuse tensors that do not fit, before any of them is loaded.
 
     Raises:

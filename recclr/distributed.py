@@ -81,7 +81,7 @@ class Ranks:
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
             backend = "cpu:gloo,cuda:nccl"
         assert self._store is not None
-        with self._operation("the start"):
+        with self.operation("the start"):
             dist.init_process_group(
                 backend,
                 store=PrefixStore("tensors", self._store),
@@ -120,7 +120,7 @@ class Ranks:
     def sum_(self, x: Tensor, name: str) -> Tensor:
         """``x`` summed over ranks, in place; the same bits everywhere."""
         if self.size > 1:
-            with self._operation(name):
+            with self.operation(name):
                 dist.all_reduce(x)
         return x
 
@@ -140,7 +140,7 @@ class Ranks:
         padded[: len(x)] = x
         blocks = x.new_empty((self.size * max(counts), *x.shape[1:]))
         each = torch.split(blocks, max(counts))
-        with self._operation(name):
+        with self.operation(name):
             dist.all_gather(list(each), padded)
         if min(counts) == max(counts):
             return blocks
@@ -196,7 +196,7 @@ class Ranks:
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         keys = [f"meeting/{self._meetings}/{rank}" for rank in range(self.size)]
         self._meetings += 1
-        with self._operation(name):
+        with self.operation(name):
             self._store.set(keys[self.rank], "here")
             end, pause_s = time.monotonic() + limit_s, 0.005
             while not self._store.check(keys):
@@ -220,7 +220,8 @@ class Ranks:
             self._watched = False
 
     @contextmanager
-    def _operation(self, name: str) -> Iterator[None]:
+    def operation(self, name: str) -> Iterator[None]:
+        """Exchanges of any kind; what c10d raises in the block becomes an error of ours."""
         self.unwatch()
         try:
             yield

@@ -10,6 +10,7 @@ from recclr.config import Config
 from recclr.data.log import Prepared
 from recclr.distributed import ALONE, Ranks
 from recclr.load import fresh_model, ranker_of
+from recclr.sharded_tables import table_maker
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
 from recclr.train import FitResult, fit
@@ -37,7 +38,7 @@ def fit_model(
         num_steps, checkpoints, resume, device, on_event, stop, ranks: see ``train.fit``, which also
             says what is raised.
     """
-    model = fresh_model(config, prepared)
+    model = fresh_model(config, prepared, table_maker(config.train, ranks, device))
 
     def evaluate(candidate: TwoTower) -> dict[str, float]:
         assert judge is not None

@@ -13,7 +13,9 @@ from recclr.data.log import Prepared
 from recclr.data.prepared import PreparedLog
 from recclr.errors import CheckpointError, ConfigError
 from recclr.keeping import load_weights
+from recclr.optim import Table
 from recclr.run_folder import read_config
+from recclr.sharded_tables import NewTable
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower, build_model
 
@@ -49,8 +51,12 @@ def ranker_of(model: TwoTower, cutoff: int | None, name: str = "model") -> Embed
     return EmbeddingRanker(name, users.cpu(), items.cpu())
 
 
-def fresh_model(config: Config, prepared: Prepared) -> TwoTower:
-    """The model of a configuration before its first step, on the CPU."""
+def fresh_model(config: Config, prepared: Prepared, new_table: NewTable = Table) -> TwoTower:
+    """The model of a configuration before its first step, on the CPU.
+
+    Args:
+        new_table: see ``towers.build_model``.
+    """
     return build_model(
         prepared,
         user=config.user,
@@ -58,6 +64,7 @@ def fresh_model(config: Config, prepared: Prepared) -> TwoTower:
         model=config.model,
         loss=config.loss,
         seed=config.seed,
+        new_table=new_table,
     )
 
 
