@@ -15,6 +15,7 @@ Shape letters: G ranks, D dimension of a table.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -286,6 +287,8 @@ def _collection(num_rows: int, dim: int, optimizer: str, ranks: Ranks, device: t
     from torchrec.optim import SGD, RowWiseAdagrad
     from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
+    # Warns of a function of its own that TorchRec calls.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     # By default gradients are divided by G; ours are parts of one mean, which sum up to it.
     set_gradient_division(False)
     whole = EmbeddingCollection(

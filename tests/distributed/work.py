@@ -25,6 +25,7 @@ from recclr.distributed import ALONE
 from recclr.evaluate import EvaluationSet, evaluate
 from recclr.exchange import StepExchange
 from recclr.objective import Objective
+from recclr.optim import Table, TableOptimizer
 from recclr.optimizers import Optimizers
 from recclr.settings import (
     FeatureSettings,
@@ -37,6 +38,7 @@ from recclr.settings import (
     TowerSettings,
     TrainSettings,
 )
+from recclr.sharded_tables import ShardedTable, table_maker
 from recclr.statistics import DAY_S
 from recclr.topk import EmbeddingRanker
 from recclr.towers import build_model
@@ -102,10 +104,17 @@ def prepared():
     return Prepared(log, FeatureTable(NUM_USERS, users), FeatureTable(NUM_ITEMS, items))
 
 
-def model_of(towers, loss):
-    user, item = TOWERS[towers]
-    settings = ModelSettings(embedding_dim=DIM)
-    return build_model(prepared(), user=user, item=item, model=settings, loss=loss, seed=2)
+def model_of(towers, loss, dim=DIM, new_table=Table):
+    (user, item), settings = TOWERS[towers], ModelSettings(embedding_dim=dim)
+    return build_model(
+        prepared(),
+        user=user,
+        item=item,
+        model=settings,
+        loss=loss,
+        seed=2,
+        new_table=new_table,
+    )
 
 
 def gradients(ranks, folder, *, towers, loss, negatives="mixed", batch_size=13, steps=(0, 3, 4)):
@@ -145,30 +154,38 @@ def train(
     resume=False,
     num_steps=None,
     odd=None,
+    dim=DIM,
+    sharded="none",
+    optimizer="rowwise_adagrad",
 ):
-    """A short training; the weights at its end, and the evaluations on the way.
+    """A short training; the weights at its end (of sharded tables on the first rank), how many of
+    its elements are held sharded, and the evaluations on the way.
 
-    ``odd``: the rank on which one bit of one weight flips at the first evaluation.
+    ``odd``: the rank on which one bit of one weight flips at the first evaluation, or one value of
+    a sharded table becomes NaN.
     """
-    model, log = model_of(towers, LOSSES[loss]), prepared().train
-    steps = []
-
-    def judged(candidate):
-        if ranks.rank == odd:
-            weight = next(iter(candidate.tables().values())).weight
-            weight.view(torch.int32)[3, 2] ^= 1
-        users, items = candidate.all_vectors(NUM_ROWS * DAY_S)
-        return {"recall@20": float((users[:-1] @ items.T).abs().sum())}
-
     settings = TrainSettings(
         batch_size=13,
         epochs=2.5,
-        table_optimizer="rowwise_adagrad",
+        table_optimizer=optimizer,
         table_lr=0.05,
         dense_lr=0.01,
         clip_norm=0.5,
         checkpoint_every=0.5,
+        sharded_tables=sharded,
     )
+    model = model_of(towers, LOSSES[loss], dim, table_maker(settings, ranks, "cpu"))
+    log, steps = prepared().train, []
+
+    def judged(candidate):
+        users, items = candidate.all_vectors(NUM_ROWS * DAY_S)
+        if ranks.rank == odd and candidate.shards():
+            next(iter(candidate.shards().values())).local[1, 2] = torch.nan
+        elif ranks.rank == odd:
+            weight = next(iter(candidate.tables().values())).weight
+            weight.view(torch.int32)[3, 2] ^= 1
+        return {"recall@20": float((users[:-1] @ items.T).abs().sum())}
+
     result = fit(
         model,
         log,
@@ -184,8 +201,84 @@ def train(
         ranks=ranks,
     )
     weights = {name: value.detach().clone() for name, value in model.weights().items()}
+    held = {name: shard.local.numel() for name, shard in model.shards().items()}
+    for name, shard in model.shards().items():
+        whole = shard.gathered(name)
+        if whole is not None:
+            weights[name] = whole
     save_file(weights, folder / f"weights-{ranks.rank}.safetensors")
     (folder / f"steps-{ranks.rank}.json").write_text(json.dumps([result.steps, steps]))
+    (folder / f"held-{ranks.rank}.json").write_text(json.dumps(held))
+
+
+def sharded_table(ranks, folder, *, num_rows, dim, optimizer):
+    """Lookups, bags, means and three updates of a sharded table, beside those of a whole one.
+
+    The whole one learns from the lookups of all ranks, which each rank can draw. Some ask for no
+    row, some repeat rows; in the second step nobody asks for anything.
+    """
+    generators = [torch.Generator().manual_seed(6) for _ in range(2)]
+    sharded = ShardedTable(
+        num_rows,
+        dim,
+        std=0.7,
+        generator=generators[0],
+        optimizer=optimizer,
+        ranks=ranks,
+        device="cpu",
+    )
+    whole = Table(num_rows, dim, std=0.7, generator=generators[1])
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+    assert (sharded.num_rows, sharded.dim) == (num_rows, dim)
+    assert not list(sharded.parameters())
+    assert not sharded.state_dict()
+    twin, draws = TableOptimizer({"table": whole}, optimizer), torch.Generator().manual_seed(8)
+    rate = {"rowwise_adagrad": 0.3, "sgd": 0.05}[optimizer]
+
+    def learn(table, rows, values, offsets, weights):
+        vectors, bags = table(rows), table.bag(values, offsets)
+        again = table(rows.flip(0))
+        loss = (vectors * weights[: len(rows)]).sum() + (bags * bags).sum() + again.sum()
+        loss.backward()
+        return vectors.detach(), bags.detach(), again.detach()
+
+    for step, lr in enumerate((rate, 2 * rate, rate / 3)):
+        for rank in range(ranks.size):
+            count = 0 if step == 1 or rank == 1 else 5 + 2 * rank
+            rows = torch.randint(num_rows, (count,), generator=draws)
+            values = torch.randint(num_rows, (2 * count,), generator=draws)
+            offsets = torch.tensor([0, 0, count // 2, 2 * count])
+            weights = torch.randn(count, dim, generator=draws)
+            expected = learn(whole, rows, values, offsets, weights)
+            if rank == ranks.rank:
+                found = learn(sharded, rows, values, offsets, weights)
+                # To the bit before the first update; the kernel's roundings are its own.
+                tolerance = 0.0 if step == 0 else 4e-6
+                torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+        sharded.update(lr)
+        twin.step(lr)
+        assert not sharded.lookups
+        start, stop = sharded.rows.starts[ranks.rank], sharded.rows.starts[ranks.rank + 1]
+        assert len(sharded.rows.local) == stop - start > 0
+        torch.testing.assert_close(sharded.rows.local, whole.weight[start:stop], atol=2e-6, rtol=0)
+        assert sharded.state.keys() == {key.split("/")[1] for key in twin.state_dict()}
+        for name, shard in sharded.state.items():
+            assert shard.shape == twin.state["table"][name].shape
+            torch.testing.assert_close(shard.local, shard.own(twin.state["table"][name]))
+    with torch.no_grad():
+        keep = torch.arange(num_rows) % 3 != 1
+        torch.testing.assert_close(sharded.mean(keep), sharded_mean(sharded, keep))
+        assert sharded(torch.tensor([0])).requires_grad is False
+    whole_again = sharded.rows.gathered("the table")
+    assert (whole_again is None) == (ranks.rank > 0)
+    if whole_again is not None:
+        torch.testing.assert_close(whole_again, whole.weight.data, atol=2e-6, rtol=0)
+    (folder / f"done-{ranks.rank}").touch()
+
+
+def sharded_mean(table, keep):
+    """By looking every row up."""
+    return table(torch.arange(table.num_rows))[keep].mean(0)
 
 
 def judge(ranks, folder, *, num_users):
