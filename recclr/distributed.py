@@ -46,7 +46,7 @@ class Ranks:
 
     Attributes:
         rank: number of this process. size: how many there are.
-        local_rank: number on this machine, which picks the GPU.
+        local_rank: number on this machine, which picks the GPU. local_size: how many are on it.
         timeout_s: of each collective, from ``start`` on.
 
     Every method but ``part`` and ``own_device`` must be called by all ranks, in one order. ``name``
@@ -55,9 +55,16 @@ class Ranks:
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, *, local_rank: int = 0, store: Store | None = None
+        self,
+        rank: int = 0,
+        size: int = 1,
+        *,
+        local_rank: int = 0,
+        local_size: int | None = None,
+        store: Store | None = None,
     ) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.local_size = local_size or size
         self.timeout_s = _JOIN_S
         self._store = store
         self._meetings = 0
@@ -371,7 +378,8 @@ def _join() -> Ranks:
         ) from error
     attempt = place.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"recclr/{attempt}", store)
-    return Ranks(rank, size, local_rank=int(place["LOCAL_RANK"]), store=store)
+    local = int(place["LOCAL_RANK"]), int(place.get("LOCAL_WORLD_SIZE", size))
+    return Ranks(rank, size, local_rank=local[0], local_size=local[1], store=store)
 
 
 def restarts_are_safe() -> bool:

@@ -90,7 +90,7 @@ class RowShard:
         """
         lengths = [stop - start for start, stop in zip(self.starts, self.starts[1:], strict=False)]
         whole = torch.empty(self.shape, dtype=self.dtype) if self.ranks.first else None
-        step = max(_STRETCH // self.local[:1].numel(), 1)
+        step = max(_STRETCH // (self.ranks.size * self.local[:1].numel()), 1)
         for begin in range(0, max(lengths), step):
             counts = [min(max(length - begin, 0), step) for length in lengths]
             stretch = self.ranks.gather(self.local[begin : begin + step], counts, name)
@@ -308,7 +308,7 @@ def _collection(num_rows: int, dim: int, optimizer: str, ranks: Ranks, device: t
         {"table": row_wise(compute_kernel="fused")},
         sharder=sharder,
         world_size=ranks.size,
-        local_size=ranks.size,
+        local_size=ranks.local_size,
         device_type=device.type,
     )
     world = torch.distributed.group.WORLD

@@ -145,3 +145,28 @@ def test_a_value_that_is_not_finite_on_one_rank_ends_all(spread, tmp_path):
     assert "embedding table user_tower.parts.0.table.weight is not finite" in ended.texts[1]
     # The evaluation of step 5 is the first; the checkpoints before it stand.
     assert {path.name for path in (tmp_path / "kept").glob("step-*")} == {"step-2", "step-4"}
+
+
+@slow
+def test_ranks_without_any_row_take_part_in_every_lookup(work, spread, tmp_path):
+    arguments = {"towers": "history", "batch_size": 2, "num_steps": 4}
+    found = trained(spread, 3, tmp_path, **arguments)
+    (tmp_path / "one").mkdir()
+    work.alone("train", tmp_path / "one", dim=DIM, **arguments)
+    close(load_file(tmp_path / "one" / "weights-0.safetensors"), found)
+
+
+@slow
+def test_towers_in_bfloat16_look_up_float32(work, spread, tmp_path):
+    arguments = {"towers": "rich", "precision": "bfloat16", "num_steps": 3}
+    found = trained(spread, 2, tmp_path, **arguments)
+    (tmp_path / "whole").mkdir()
+    whole = trained(spread, 2, tmp_path / "whole", sharded="none", **arguments)
+    close(whole, found, atol=1e-6)
+
+
+@slow
+def test_a_rank_that_makes_no_lookup_is_named_after_the_time_out(spread, tmp_path):
+    ended = spread("sleeps", 2, tmp_path, timeout_s=1.0, ends_s=8.0, who=1, where="lookup")
+    assert ended.codes == [75, None], ended.texts
+    assert "for rank 1; see what it did" in ended.texts[0]

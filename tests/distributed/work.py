@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from recclr import sharded_tables
 from recclr.batches import BatchSource
 from recclr.data.log import (
     CategoricalColumn,
@@ -79,6 +80,8 @@ RECENT = {"recent": FeatureSettings(kind="statistics", windows_d=(9.0,))}
 TOWERS = {
     "ids": IDS,
     "rich": RICH,
+    # Histories of items that never drop: a rank without any item has none to ask for.
+    "history": (TowerSettings(history=HistorySettings(length=3)), TowerSettings()),
     "timed": (RICH[0], TowerSettings(id=IdSettings(as_of=True), features=RECENT)),
 }
 
@@ -157,6 +160,8 @@ def train(
     dim=DIM,
     sharded="none",
     optimizer="rowwise_adagrad",
+    batch_size=13,
+    precision="auto",
 ):
     """A short training; the weights at its end (of sharded tables on the first rank), how many of
     its elements are held sharded, and the evaluations on the way.
@@ -165,7 +170,7 @@ def train(
     a sharded table becomes NaN.
     """
     settings = TrainSettings(
-        batch_size=13,
+        batch_size=batch_size,
         epochs=2.5,
         table_optimizer=optimizer,
         table_lr=0.05,
@@ -173,6 +178,7 @@ def train(
         clip_norm=0.5,
         checkpoint_every=0.5,
         sharded_tables=sharded,
+        precision=precision,
     )
     model = model_of(towers, LOSSES[loss], dim, table_maker(settings, ranks, "cpu"))
     log, steps = prepared().train, []
@@ -217,6 +223,8 @@ def sharded_table(ranks, folder, *, num_rows, dim, optimizer):
     The whole one learns from the lookups of all ranks, which each rank can draw. Some ask for no
     row, some repeat rows; in the second step nobody asks for anything.
     """
+    # Three rows of each rank at a time.
+    sharded_tables._STRETCH = 3 * dim * ranks.size
     generators = [torch.Generator().manual_seed(6) for _ in range(2)]
     sharded = ShardedTable(
         num_rows,
@@ -364,6 +372,10 @@ def sleeps(ranks, folder, *, who, where):
         time.sleep(30)
     if where == "collective":
         ranks.sum_(torch.ones(3), "a sum")
+    elif where == "lookup":
+        table_maker(TrainSettings(table_optimizer="sgd", sharded_tables="all"), ranks, "cpu")(
+            9, 4, std=1.0, generator=torch.Generator()
+        )(torch.tensor([1, 8]))
     else:
         ranks.meet("a meeting")
 
