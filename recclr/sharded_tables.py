@@ -199,11 +199,7 @@ class ShardedTable(Table):
 
     @torch.no_grad()
     def _fetched(self, distinct: Tensor) -> Tensor:
-        with (
-            self.ranks.operation(_LOOKUP),
-            # The vectors of a table are float32, whatever the towers compute in.
-            torch.autocast(distinct.device.type, enabled=False),
-        ):
+        with self.ranks.operation(_LOOKUP):
             vectors = self._exchanged(distinct)
         if self.training:
             self.ranks.watch()

@@ -45,16 +45,16 @@ def test_lookups_bags_and_updates_are_those_of_a_whole_table(
 
 @pytest.fixture(scope="module")
 def one(work, tmp_path_factory):
-    """Weights, steps and the folder of one process, by optimiser."""
+    """The folder of one process that trained so."""
     found = {}
 
-    def ran(optimizer="rowwise_adagrad"):
-        if optimizer not in found:
+    def ran(optimizer="rowwise_adagrad", *, worse=False):
+        if (optimizer, worse) not in found:
             folder = tmp_path_factory.mktemp(optimizer)
-            arguments = {"towers": "rich", "dim": DIM, "optimizer": optimizer}
+            arguments = {"towers": "rich", "dim": DIM, "optimizer": optimizer, "worse": worse}
             work.alone("train", folder, checkpoints="kept", sharded="all", **arguments)
-            found[optimizer] = folder
-        return found[optimizer]
+            found[optimizer, worse] = folder
+        return found[optimizer, worse]
 
     return ran
 
@@ -72,18 +72,19 @@ def read(folder, name):
 
 
 @pytest.mark.parametrize(
-    ("size", "optimizer", "checkpoints"),
+    ("size", "optimizer", "checkpoints", "worse"),
     [
-        (2, "rowwise_adagrad", "kept"),
-        pytest.param(3, "rowwise_adagrad", None, marks=slow),
-        pytest.param(2, "sgd", None, marks=slow),
+        (2, "rowwise_adagrad", "kept", False),
+        pytest.param(3, "rowwise_adagrad", "kept", True, marks=slow),
+        pytest.param(2, "sgd", None, True, marks=slow),
     ],
 )
 def test_a_training_comes_to_the_weights_of_one_process(
-    spread, one, tmp_path, size, optimizer, checkpoints
+    spread, one, tmp_path, size, optimizer, checkpoints, worse
 ):
-    alone = one(optimizer)
-    found = trained(spread, size, tmp_path, optimizer=optimizer, checkpoints=checkpoints)
+    alone = one(optimizer, worse=worse)
+    arguments = {"optimizer": optimizer, "checkpoints": checkpoints, "worse": worse}
+    found = trained(spread, size, tmp_path, **arguments)
     close(load_file(alone / "weights-0.safetensors"), found)
     steps, first = read(alone, "steps-0.json"), read(tmp_path, "steps-0.json")
     assert first[0] == steps[0]
@@ -99,6 +100,7 @@ def test_a_training_comes_to_the_weights_of_one_process(
         assert read(tmp_path, f"held-{rank}.json") == held
 
 
+@slow
 def test_only_tables_of_so_many_rows_are_split_and_the_others_stay_equal(spread, one, tmp_path):
     found = trained(spread, 2, tmp_path, sharded=12)
     close(load_file(one() / "weights-0.safetensors"), found)
@@ -136,6 +138,7 @@ def test_a_checkpoint_is_resumed_by_any_number_of_ranks_split_or_whole(
         close(alone.tensors, ours.tensors, atol=5e-5)
 
 
+@slow
 def test_a_value_that_is_not_finite_on_one_rank_ends_all(spread, tmp_path):
     arguments = {"towers": "ids", "dim": DIM, "sharded": "all", "checkpoints": "kept", "odd": 1}
     ended = spread("train", 2, tmp_path, **arguments)
@@ -166,7 +169,11 @@ def test_towers_in_bfloat16_look_up_float32(work, spread, tmp_path):
 
 
 @slow
-def test_a_rank_that_makes_no_lookup_is_named_after_the_time_out(spread, tmp_path):
-    ended = spread("sleeps", 2, tmp_path, timeout_s=1.0, ends_s=8.0, who=1, where="lookup")
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [("lookup", "a lookup in a sharded table"), ("update", "the update of a sharded table")],
+)
+def test_a_rank_that_takes_no_part_is_named_after_the_time_out(spread, tmp_path, where, name):
+    ended = spread("sleeps", 2, tmp_path, timeout_s=2.0, ends_s=12.0, who=1, where=where)
     assert ended.codes == [75, None], ended.texts
-    assert "for rank 1; see what it did" in ended.texts[0]
+    assert f"waited 2 s at '{name}' for rank 1; see what it did" in ended.texts[0]

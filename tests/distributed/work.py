@@ -162,12 +162,13 @@ def train(
     optimizer="rowwise_adagrad",
     batch_size=13,
     precision="auto",
+    worse=False,
 ):
     """A short training; the weights at its end (of sharded tables on the first rank), how many of
     its elements are held sharded, and the evaluations on the way.
 
     ``odd``: the rank on which one bit of one weight flips at the first evaluation, or one value of
-    a sharded table becomes NaN.
+    a sharded table becomes NaN. ``worse``: whether the first evaluation is the best.
     """
     settings = TrainSettings(
         batch_size=batch_size,
@@ -190,7 +191,8 @@ def train(
         elif ranks.rank == odd:
             weight = next(iter(candidate.tables().values())).weight
             weight.view(torch.int32)[3, 2] ^= 1
-        return {"recall@20": float((users[:-1] @ items.T).abs().sum())}
+        found = float((users[:-1] @ items.T).abs().sum())
+        return {"recall@20": -found if worse else found}
 
     result = fit(
         model,
@@ -367,15 +369,21 @@ def fails(ranks, folder, *, who, error, where):
 
 def sleeps(ranks, folder, *, who, where):
     """One rank never arrives."""
+    if where in ("lookup", "update"):
+        settings = TrainSettings(table_optimizer="sgd", sharded_tables="all")
+        make = table_maker(settings, ranks, "cpu")
+        table = make(9, 4, std=1.0, generator=torch.Generator())
+        if where == "update":
+            table(torch.tensor([1, 8])).sum().backward()
     if ranks.rank == who:
         ranks.watch()
         time.sleep(30)
     if where == "collective":
         ranks.sum_(torch.ones(3), "a sum")
     elif where == "lookup":
-        table_maker(TrainSettings(table_optimizer="sgd", sharded_tables="all"), ranks, "cpu")(
-            9, 4, std=1.0, generator=torch.Generator()
-        )(torch.tensor([1, 8]))
+        table(torch.tensor([1, 8]))
+    elif where == "update":
+        table.update(0.1)
     else:
         ranks.meet("a meeting")
 
