@@ -55,8 +55,8 @@ class Keeper:
     """Where states go: a folder of checkpoints, or memory for the best weights.
 
     Of several ranks the first writes, after all have shown that they have the same state. A sharded
-    table is sent to it, and stands in the checkpoint as a whole one does. So the CPU memory of the
-    first rank has to hold the checkpoint that is written, and that of all ranks the one resumed.
+    table is sent to it, and stands in the checkpoint as a whole one does, so the CPU memory of the
+    first rank has to hold the checkpoint; a resumed one is mapped, and each rank copies its part.
     """
 
     def __init__(
