@@ -3,6 +3,7 @@
 import socket
 
 import pytest
+from torch.distributed import HashStore
 
 from recclr import distributed
 from recclr.distributed import ALONE, Ranks
@@ -93,6 +94,19 @@ def test_half_an_environment_is_refused(monkeypatch):
     missing = "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"
     with pytest.raises(ConfigError, match=missing), distributed.joined():
         pass
+
+
+def test_a_rank_knows_how_many_are_on_its_machine(monkeypatch):
+    place = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    for name, value in {**place, "MASTER_ADDR": "somewhere", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    met = HashStore(), 5, 8
+    monkeypatch.setattr(distributed, "rendezvous", lambda *where, **limits: iter([met]))
+    ranks = distributed._join()
+    assert (ranks.rank, ranks.size, ranks.local_rank, ranks.local_size) == (5, 8, 1, 4)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert distributed._join().local_size == 8
+    assert ALONE.local_size == 1
 
 
 def test_a_port_that_is_taken_is_named(monkeypatch):
