@@ -31,8 +31,13 @@ def load_run(run: Path) -> tuple[Config, PreparedLog, TwoTower]:
     return config, prepared, load_model(config, prepared.tensors, run / "checkpoints")
 
 
-def load_model(config: Config, prepared: Prepared, checkpoints: Path) -> TwoTower:
+def load_model(
+    config: Config, prepared: Prepared, checkpoints: Path, new_table: NewTable = Table
+) -> TwoTower:
     """The model that BEST (or, without evaluations, LAST) names.
+
+    Args:
+        new_table: see ``towers.build_model``.
 
     Raises:
         CheckpointError: there is none, or it does not fit.
@@ -40,7 +45,7 @@ def load_model(config: Config, prepared: Prepared, checkpoints: Path) -> TwoTowe
     found = find_checkpoint(checkpoints, "BEST") or find_checkpoint(checkpoints, "LAST")
     if found is None:
         raise CheckpointError(f"{checkpoints} holds no checkpoint; has the run trained yet?")
-    model = fresh_model(config, prepared)
+    model = fresh_model(config, prepared, new_table)
     load_weights(model, found.tensors)
     return model.eval()
 

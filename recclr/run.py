@@ -47,6 +47,7 @@ from recclr.run_folder import (
     require_same_inputs,
     require_shared,
 )
+from recclr.sharded_tables import table_maker
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
 
@@ -302,7 +303,8 @@ def _fit(
     """Train a stage, or load it if an earlier call finished it; the model and its best step."""
     config, done = context.config, folder / f"{stage}.json"
     if context.ranks.from_first(done.exists(), "looking for what is done"):
-        model = load_model(config, prepared.tensors, folder / "checkpoints")
+        tables = table_maker(config.train, context.ranks, "cpu")
+        model = load_model(config, prepared.tensors, folder / "checkpoints", tables)
         return model, int(read_json(done)["best_step"])
     context.enter(stage)
 
