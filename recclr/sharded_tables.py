@@ -8,7 +8,7 @@ The kernel moves rows within a backward pass, so a table that was looked up twic
 move twice, and a loss that is not finite would reach the weights. Lookups are therefore made
 without gradient and end in leaves, as those of a whole table do; one more lookup of all their rows,
 once the step is judged, is there only for its backward pass. It costs one exchange of ids and
-vectors more.
+vectors more, also where there was one lookup: the kernel takes its rate as it looks rows up.
 
 Shape letters: G ranks, D dimension of a table.
 """
