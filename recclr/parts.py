@@ -114,7 +114,7 @@ class IdPart(nn.Module):
         if self.trains_unknown or rows.generator is not None:
             return vectors
         # Row 0 is as random as on the first day; the mean is the id that popularity would have.
-        mean = self.table.weight[1:][self.known[:-1]].mean(0)
+        mean = self.table.mean(self.known.roll(1))
         return torch.where(known[:, None], vectors, mean)
 
 
@@ -159,7 +159,7 @@ class BagPart(nn.Module):
         hidden = rows.dropped(self.dropout)
         absent = lengths == 0 if hidden is None else (lengths == 0) | hidden
         # Looked up once, whatever the number of empty bags.
-        last = torch.tensor([self.table.weight.shape[0] - 1], device=lengths.device)
+        last = torch.tensor([self.table.num_rows - 1], device=lengths.device)
         return torch.where(absent[:, None], _vectors(self.table, last), pooled)
 
 
@@ -267,8 +267,7 @@ class HistoryPart(nn.Module):
         hidden = rows.dropped(self.dropout)
         absent = squares <= 0 if hidden is None else (squares <= 0) | hidden
         wanted = self._wanted(distinct, rows)
-        if not len(distinct) and wanted.whole is None:
-            return self.missing.expand(bags.num_rows, -1)
+        # Also without any item: the tables of another rank may wait for this lookup.
         vectors = torch.stack([part(wanted) for part in self.item_parts]).sum(0)
         if not len(distinct):
             return self.missing.expand(bags.num_rows, -1)

@@ -201,6 +201,10 @@ class NegativesSettings:
             raise ValueError("no source of negatives is left: set in_batch, uniform or popularity")
 
 
+# Whose fused updates are those of ``optim``; FBGEMM's Adams count the steps of the whole table.
+SHARDED_OPTIMIZERS = ("rowwise_adagrad", "sgd")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """The loop."""
@@ -249,6 +253,9 @@ class TrainSettings:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """``bfloat16``: towers and the products of the loss, with sums and the loss itself in float32;
     faster on GPUs and on CPUs with AVX-512 BF16 or AMX. ``auto``: on a GPU only."""
+    sharded_tables: int | Literal["none", "all"] = "none"
+    """With several processes: tables of at least so many rows are split by rows among them; each
+    holds its part of the table and of the optimiser's state (see ``sharded_tables``)."""
     collective_timeout_s: float = 120.0
     """With several processes: how long each waits for the others before it gives up."""
 
@@ -270,8 +277,15 @@ class TrainSettings:
             evaluate_every=(0.001, 1e6),
             checkpoint_every=(0.001, 1e6),
             staleness_d=(0.0, 1e5),
+            sharded_tables=(1, 1 << 40),
             collective_timeout_s=(1.0, 1e6),
         )
+        if self.sharded_tables != "none" and self.table_optimizer not in SHARDED_OPTIMIZERS:
+            raise ValueError(
+                f"sharded_tables = {self.sharded_tables!r} needs a table_optimizer that does the "
+                f"same on a part of a table, {' or '.join(SHARDED_OPTIMIZERS)}; found "
+                f"{self.table_optimizer!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
