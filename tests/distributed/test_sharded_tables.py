@@ -100,6 +100,23 @@ def test_a_training_comes_to_the_weights_of_one_process(
         assert read(tmp_path, f"held-{rank}.json") == held
 
 
+@pytest.mark.parametrize(
+    ("size", "accumulate"), [(3, 1), pytest.param(2, 2, marks=slow), pytest.param(3, 3, marks=slow)]
+)
+def test_chunks_look_up_alike_on_all_ranks_and_change_nothing(
+    work, spread, tmp_path, size, accumulate
+):
+    """Of 13 rows three ranks have 4, 4 and 5: all go through two chunks, twice.
+
+    From the spectral solution, of which each rank keeps its rows.
+    """
+    arguments = {"towers": "rich", "dim": DIM, "accumulate": accumulate, "spectral": True}
+    (tmp_path / "one").mkdir()
+    work.alone("train", tmp_path / "one", **arguments)
+    found = trained(spread, size, tmp_path, chunk_size=4, **arguments)
+    close(load_file(tmp_path / "one" / "weights-0.safetensors"), found)
+
+
 @slow
 def test_only_tables_of_so_many_rows_are_split_and_the_others_stay_equal(spread, one, tmp_path):
     found = trained(spread, 2, tmp_path, sharded=12)

@@ -40,6 +40,7 @@ from recclr.settings import (
     TrainSettings,
 )
 from recclr.sharded_tables import ShardedTable, table_maker
+from recclr.spectral import start_from_spectral
 from recclr.statistics import DAY_S
 from recclr.topk import EmbeddingRanker
 from recclr.towers import build_model
@@ -192,8 +193,11 @@ def _train(
     sharded="none",
     optimizer="rowwise_adagrad",
     batch_size=13,
+    chunk_size=None,
+    accumulate=1,
     precision="auto",
     worse=False,
+    spectral=False,
 ):
     """The weights at its end (of sharded tables on the first rank), how many of its elements are
     held sharded, and the evaluations on the way.
@@ -203,6 +207,8 @@ def _train(
     """
     settings = TrainSettings(
         batch_size=batch_size,
+        chunk_size=chunk_size,
+        accumulate=accumulate,
         epochs=2.5,
         table_optimizer=optimizer,
         table_lr=0.05,
@@ -213,6 +219,8 @@ def _train(
         precision=precision,
     )
     model = model_of(towers, LOSSES[loss], dim, table_maker(settings, ranks, "cpu"), log)
+    if spectral:
+        start_from_spectral(model, log, init_std=0.9, seed=1)
     steps = []
 
     def judged(candidate):
