@@ -9,11 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from recclr.config import Config
 from recclr.data.log import Prepared
+from recclr.distributed import ALONE
+from recclr.graphs import graph_of, plan_graph
 from recclr.load import fresh_model
 from recclr.memory import available_bytes, forget_peak, held_bytes, peak_bytes
 from recclr.optimizers import Optimizers
@@ -23,6 +26,8 @@ _FIRST = 256
 _LAST = 1 << 20
 # What is left to others and to what a step was not seen to need.
 _SHARE = 0.8
+# Steps after which a capture as a CUDA graph is not waited for any more.
+_LAST_WARM_UP = 9
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,9 @@ class BatchTrial:
     """What one batch size came to.
 
     Attributes:
-        batch_size: rows of a step. positives_per_s: over whole steps, the first left out.
+        batch_size: rows of a step.
+        positives_per_s: over whole steps, the first (on a GPU, all before they are replayed) left
+            out.
         peak_bytes: most memory held during them; None where the system does not say.
     """
 
@@ -93,6 +100,16 @@ def _trial(
 ) -> BatchTrial:
     settings = replace(config.train, batch_size=size)
     model = fresh_model(config, prepared).to(device).train()
+    captured = plan_graph(
+        model,
+        loss=config.loss,
+        negatives=config.negatives,
+        train=settings,
+        batch_size=size,
+        device=torch.device(device),
+        ranks=ALONE,
+        emit=_ignore,
+    )
     source, objective = step_parts(
         model,
         prepared.train.to(device),
@@ -100,24 +117,37 @@ def _trial(
         negatives=config.negatives,
         train=settings,
         seed=config.seed,
+        fixed_shapes=captured,
     )
-    optimizers = Optimizers(model, settings, 1_000)
+    optimizers = Optimizers(model, settings, 1_000, fixed_shapes=captured)
+    graph = graph_of(model, objective, optimizers, emit=_ignore)
 
     def step(number: int) -> int:
-        stats = objective(model, source.batch(number), number)
-        stats.loss.backward()  # type: ignore[no-untyped-call]
-        optimizers.step(number)
+        if graph is not None:
+            stats = graph(source.batch(number), number)
+        else:
+            stats = objective(model, source.batch(number), number)
+            stats.loss.backward()  # type: ignore[no-untyped-call]
+            optimizers.step(number)
         _wait(device)
         return stats.num_rows
 
     _forget_peak(device)
-    step(0)
+    first = 0
+    step(first)
+    while graph is not None and not graph.settled and first < _LAST_WARM_UP:
+        first += 1
+        step(first)
     # The last batch of an epoch is smaller than the others.
-    began, number, num_rows = time.perf_counter(), 0, 0
-    while number == 0 or time.perf_counter() - began < seconds:
+    began, number, num_rows = time.perf_counter(), first, 0
+    while number == first or time.perf_counter() - began < seconds:
         number += 1
         num_rows += step(number)
     return BatchTrial(size, num_rows / (time.perf_counter() - began), _peak_bytes(device))
+
+
+def _ignore(event: dict[str, Any]) -> None:
+    """What is said of a training that is thrown away."""
 
 
 def _next_peak(trials: list[BatchTrial]) -> float:
