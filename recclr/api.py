@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from recclr.evaluate import Evaluation, EvaluationSet, evaluate
 from recclr.fitting import fit_model
 from recclr.judge import judged_by
 from recclr.load import load_run, pick_device, ranker_of
+from recclr.negatives import lost_negatives
 from recclr.recommend import recommend, similar
 from recclr.shipping import ExportReport, ship
 from recclr.topk import EmbeddingRanker
@@ -72,6 +74,9 @@ class TwoTower:
         settings = _settings(train, config or {})
         if settings.train.refit and valid is None:
             raise ConfigError("train.refit: there is no validation to select on; give valid=")
+        lost = lost_negatives(settings.negatives, settings.train)
+        if lost is not None:
+            warnings.warn(lost, stacklevel=2)
         kept = valid
         device = pick_device(device)
         with RunProgress(settings.evaluate.select, quiet=not progress) as shown:

@@ -19,6 +19,7 @@ from recclr.distributed import ALONE
 from recclr.graphs import graph_of, plan_graph
 from recclr.load import fresh_model
 from recclr.memory import available_bytes, forget_peak, held_bytes, peak_bytes
+from recclr.objective import StepStats
 from recclr.optimizers import Optimizers
 from recclr.train import step_parts
 
@@ -39,11 +40,15 @@ class BatchTrial:
         positives_per_s: over whole steps, the first (on a GPU, all before they are replayed) left
             out.
         peak_bytes: most memory held during them; None where the system does not say.
+        duplicate_share: of the first batch, rows whose item an earlier row has.
+        masked_share: of its scored pairs, known positives.
     """
 
     batch_size: int
     positives_per_s: float
     peak_bytes: int | None
+    duplicate_share: float = 0.0
+    masked_share: float = 0.0
 
 
 def try_batch_sizes(
@@ -122,28 +127,36 @@ def _trial(
     optimizers = Optimizers(model, settings, 1_000, fixed_shapes=captured)
     graph = graph_of(model, objective, optimizers, emit=_ignore)
 
-    def step(number: int) -> int:
+    def step(number: int) -> StepStats:
         if graph is not None:
             stats = graph(source.batch(number), number)
         else:
-            stats = objective(model, source.batch(number), number)
-            stats.loss.backward()  # type: ignore[no-untyped-call]
+            stats = objective.backward(model, source.step(number))
             optimizers.step(number)
         _wait(device)
-        return stats.num_rows
+        return stats
 
     _forget_peak(device)
-    first = 0
-    step(first)
-    while graph is not None and not graph.settled and first < _LAST_WARM_UP:
-        first += 1
-        step(first)
-    # The last batch of an epoch is smaller than the others.
-    began, number, num_rows = time.perf_counter(), first, 0
-    while number == first or time.perf_counter() - began < seconds:
-        number += 1
-        num_rows += step(number)
-    return BatchTrial(size, num_rows / (time.perf_counter() - began), _peak_bytes(device))
+    try:
+        # A whole batch, where the last one of an epoch is smaller.
+        whole, first = step(0), 0
+        shares = whole.duplicate_share, whole.masked_share
+        while graph is not None and not graph.settled and first < _LAST_WARM_UP:
+            first += 1
+            step(first)
+        began, number, num_rows = time.perf_counter(), first, 0
+        while number == first or time.perf_counter() - began < seconds:
+            number += 1
+            num_rows += step(number).num_rows
+    finally:
+        source.close()
+    return BatchTrial(
+        size,
+        num_rows / (time.perf_counter() - began),
+        _peak_bytes(device),
+        duplicate_share=shares[0],
+        masked_share=shares[1],
+    )
 
 
 def _ignore(event: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Which rows make a batch, and the moment its users and items are seen at.
 
-A step's batch follows from (seed, step) alone (``order``), on the device of the log.
+A step's batches follow from (seed, step) alone (``order``), on the device of the log.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from recclr.errors import ConfigError, DataError
 from recclr.order import generator, mix, permuted
 from recclr.settings import TrainSettings
 from recclr.statistics import DAY_S
+from recclr.windows import Ahead, permuted_rows, window_length
 
 # Rows on each side of a time cell that stand for the distribution its rows were drawn from.
 _POOL_CELLS = 2
@@ -26,7 +27,7 @@ _ORDER, _OFFSET, _STALENESS = 1, 2, 3
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one step.
+    """Rows that are scored against the same candidates.
 
     Attributes:
         user_idx, item_idx: int64 [B]. weight: float32 [B] or None.
@@ -44,6 +45,10 @@ class Batch:
     item_at: Tensor | None
     pool: Tensor | None
 
+    def total(self) -> float | Tensor:
+        """Sum of the weights of the rows, scalar."""
+        return float(len(self.user_idx)) if self.weight is None else self.weight.sum()
+
 
 class BatchSource:
     """Batches of a log, by step number.
@@ -54,7 +59,8 @@ class BatchSource:
     can be shown as they stood.
 
     Args:
-        log: train rows, on the training device; sorted by time for time cells.
+        log: train rows, on the training device, or mapped: then a thread reads the rows of coming
+            steps, and ``close`` ends it. Sorted by time for time cells.
         settings: batch size, staleness.
         time_cells: see above.
 
@@ -75,37 +81,79 @@ class BatchSource:
         self.log, self.seed, self.time_cells = log, seed, time_cells
         self.batch_size = min(settings.batch_size, len(log))
         self.staleness_s = settings.staleness_d * DAY_S
-        self.window = (-1, 0, 0)
-        self.rows = torch.empty(0, dtype=torch.int64)
         whole = math.ceil(len(log) / self.batch_size)
-        self.steps_per_epoch = whole + 1 if time_cells and whole > 1 else whole
+        self.batches_per_epoch = whole + 1 if time_cells and whole > 1 else whole
+        self.accumulate = min(settings.accumulate, self.batches_per_epoch)
+        self.steps_per_epoch = math.ceil(self.batches_per_epoch / self.accumulate)
+        self.window_length = window_length(len(log), self.batch_size)
+        self.window = (-1, 0, 0)
+        self.order = torch.empty(0, dtype=torch.int64)
+        mapped = log.mapped_for is not None
+        self._cells = Ahead(self._read_cell) if mapped and time_cells else None
+        self._windows = Ahead(self._read_window) if mapped and not time_cells else None
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0 over all epochs."""
+    def step(self, step: int) -> dict[int, Batch]:
+        """The batches of a step, counted from 0 over all epochs, by their numbers.
+
+        As many as are accumulated; in the last step of an epoch those that are left.
+        """
         epoch, position = divmod(step, self.steps_per_epoch)
-        if self.time_cells:
-            return self._cell(epoch, position, step)
-        rows = self._shuffled(epoch, position * self.batch_size)
-        stale_s = self._staleness(step)
-        timestamp = self.log.timestamp
-        user_at = None if timestamp is None else timestamp[rows] - stale_s
-        return self._rows(rows, user_at, None, None)
+        before, start = epoch * self.batches_per_epoch, position * self.accumulate
+        stop = min(start + self.accumulate, self.batches_per_epoch)
+        return {before + n: self.batch(before + n) for n in range(start, stop)}
 
-    def _shuffled(self, epoch: int, start: int) -> Tensor:
-        """Rows at positions ``start`` to ``start + batch_size`` of the epoch's permutation."""
+    def batch(self, number: int) -> Batch:
+        """The batch of a number, counted from 0 over all epochs."""
+        stale_s = self._staleness(number)
+        if not self.time_cells:
+            rows = self._shuffled(*divmod(number, self.batches_per_epoch))
+            user_at = None if rows.timestamp is None else rows.timestamp - stale_s
+            return _batch(rows, user_at, None, None)
+        rows, pool = self._cell(number) if self._cells is None else self._cells.get(number)
+        rows, pool = rows.to(self.log.device), pool.to(self.log.device)
+        assert rows.timestamp is not None
+        item_at = rows.timestamp[0] - stale_s
+        # With staleness the whole step stands at one frozen moment, as an evaluation does.
+        user_at = rows.timestamp if not stale_s else item_at.expand(len(rows))
+        return _batch(rows, user_at, item_at, pool)
+
+    def close(self) -> None:
+        """End the thread that reads ahead, if there is one; ``batch`` starts another."""
+        for ahead in (self._cells, self._windows):
+            if ahead is not None:
+                ahead.close()
+
+    def _shuffled(self, epoch: int, position: int) -> EncodedLog:
+        """Rows of a batch: the epoch's permutation is cut into them."""
+        start = position * self.batch_size
         stop = min(start + self.batch_size, len(self.log))
+        if self._windows is not None:
+            number, first = divmod(start, self.window_length)
+            window = self._windows.get(epoch * self._windows_per_epoch() + number)
+            return window.rows(slice(first, first + stop - start)).to(self.log.device)
         if self.window[0] != epoch or not self.window[1] <= start < stop <= self.window[2]:
             # Many positions at once: the cost is in the number of calls, not in the rows.
             end = min(start + max(_WINDOW, self.batch_size), len(self.log))
-            positions = torch.arange(start, end, device=self.log.item_idx.device)
-            self.rows = permuted(positions, len(self.log), self.seed, epoch, _ORDER)
+            positions = torch.arange(start, end, device=self.log.device)
+            self.order = permuted(positions, len(self.log), self.seed, epoch, _ORDER)
             self.window = (epoch, start, end)
-        return self.rows[start - self.window[1] : stop - self.window[1]]
+        return self.log.rows(self.order[start - self.window[1] : stop - self.window[1]])
 
-    def _cell(self, epoch: int, position: int, step: int) -> Batch:
+    def _windows_per_epoch(self) -> int:
+        return math.ceil(len(self.log) / self.window_length)
+
+    def _read_window(self, number: int) -> EncodedLog:
+        """Rows of the positions of a window, counted over all epochs, in memory."""
+        epoch, window = divmod(number, self._windows_per_epoch())
+        start = window * self.window_length
+        stop = min(start + self.window_length, len(self.log))
+        return permuted_rows(self.log, start, stop, self.seed, epoch, _ORDER)
+
+    def _cell(self, number: int) -> tuple[EncodedLog, Tensor]:
+        """Rows of the cell of a batch, and its pool; views of the log."""
+        epoch, position = divmod(number, self.batches_per_epoch)
         size, num_rows = self.batch_size, len(self.log)
-        assert self.log.timestamp is not None
-        cells = self.steps_per_epoch
+        cells = self.batches_per_epoch
         shift = mix(self.seed, epoch, _OFFSET) % size if cells > 1 else 0
         where = torch.tensor([position])
         cell = int(permuted(where, cells, self.seed, epoch, _ORDER))
@@ -114,30 +162,24 @@ class BatchSource:
         if start >= stop:
             # The last cell is empty for some offsets; its step takes the newest rows instead.
             start, stop = max(num_rows - size, 0), num_rows
-        rows = torch.arange(start, stop, device=self.log.item_idx.device)
-        stale_s = self._staleness(step)
-        item_at = self.log.timestamp[start] - stale_s
-        # With staleness the whole step stands at one frozen moment, as an evaluation does.
-        user_at = self.log.timestamp[rows] if not stale_s else item_at.expand(len(rows))
         low, high = max(start - _POOL_CELLS * size, 0), min(stop + _POOL_CELLS * size, num_rows)
-        return self._rows(rows, user_at, item_at, self.log.item_idx[low:high])
+        return self.log.rows(slice(start, stop)), self.log.item_idx[low:high]
 
-    def _rows(
-        self, rows: Tensor, user_at: Tensor | None, item_at: Tensor | None, pool: Tensor | None
-    ) -> Batch:
-        log = self.log
-        return Batch(
-            log.user_idx.index_select(0, rows).long(),
-            log.item_idx.index_select(0, rows).long(),
-            None if log.weight is None else log.weight[rows],
-            user_at,
-            item_at,
-            pool,
-        )
+    def _read_cell(self, number: int) -> tuple[EncodedLog, Tensor]:
+        """As ``_cell``, in memory."""
+        rows, pool = self._cell(number)
+        return rows.with_columns(torch.clone), pool.clone()
 
-    def _staleness(self, step: int) -> int:
-        """Seconds before the event at which this step sees its entities; uniform, 0 if not set."""
+    def _staleness(self, number: int) -> int:
+        """Seconds before the event at which a batch sees its entities; uniform, 0 if not set."""
         if self.staleness_s == 0:
             return 0
-        draw = torch.rand((), generator=generator("cpu", self.seed, step, _STALENESS))
+        draw = torch.rand((), generator=generator("cpu", self.seed, number, _STALENESS))
         return int(draw * self.staleness_s)
+
+
+def _batch(
+    rows: EncodedLog, user_at: Tensor | None, item_at: Tensor | None, pool: Tensor | None
+) -> Batch:
+    users, items = rows.user_idx.long(), rows.item_idx.long()
+    return Batch(users, items, rows.weight, user_at, item_at, pool)

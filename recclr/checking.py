@@ -16,6 +16,7 @@ from recclr.errors import ConfigError
 from recclr.evaluate import EvaluationSet
 from recclr.judge import judged_by
 from recclr.load import pick_device
+from recclr.negatives import lost_negatives
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,10 @@ def read_data(config: Config, inputs: Mapping[str, Any]) -> Data:
     if split.test is not None:
         # Hours of training are a high price for a test that turns out to be empty.
         judged_by(prepared, split.test, config, also=split.valid)
-    notes = (*log.notes, *_long_rankings(config, len(prepared.items)))
-    return Data(log, split, prepared, examples, notes, inputs)
+    notes = [*log.notes, *_long_rankings(config, len(prepared.items))]
+    if (lost := lost_negatives(config.negatives, config.train)) is not None:
+        notes.append(lost)
+    return Data(log, split, prepared, examples, tuple(notes), inputs)
 
 
 def refits(config: Config, split: Split) -> bool:

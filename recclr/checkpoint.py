@@ -87,7 +87,8 @@ def save_checkpoint(
         write_pointer(root / "BEST", folder.name)
     fault_point("checkpoint.best")
     write_pointer(root / "LAST", folder.name)
-    _prune(root, keep)
+    fault_point("checkpoint.last")
+    prune_checkpoints(root, keep)
     return folder
 
 
@@ -213,8 +214,8 @@ def _step_of(folder: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def _prune(root: Path, keep: int) -> None:
-    """Delete old folders, never one that a pointer names."""
+def prune_checkpoints(root: Path, keep: int = 2) -> None:
+    """Delete all but the newest ``keep`` folders, never one that a pointer names."""
     pinned = {read_pointer(root / "BEST"), read_pointer(root / "LAST")}
     folders = sorted(root.glob("step-*"), key=_step_of, reverse=True)
     for folder in folders[keep:]:

@@ -6,6 +6,7 @@ message and the exit code of its error class, never with a traceback.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,6 +45,10 @@ OutFile = Annotated[
 ]
 
 
+# What every process would do again, and write to the same place.
+_ALONE = ("check", "recommend", "similar", "export", "report", "demo")
+
+
 def main() -> None:
     """Entry point of ``recclr``; returns by ``sys.exit`` with the code of DESIGN, "Commands"."""
     try:
@@ -67,11 +72,21 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it, end.")
     ] = False,
 ) -> None:
     """Two-tower retrieval models: train, judge, ship."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1" or context.invoked_subcommand not in _ALONE:
+        return
+    if os.environ.get("RANK", "0") != "0":
+        raise PeerError("rank 0 refuses", exit_code=ConfigError.exit_code)
+    raise ConfigError(
+        f"recclr {context.invoked_subcommand} runs in one process, found WORLD_SIZE = {size}; "
+        "start it without torchrun"
+    )
 
 
 @app.command()
@@ -166,21 +181,37 @@ def evaluate(
     ks: Annotated[str | None, typer.Option(help="Cut-offs, for example 10,20.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Judge the model of a run on held-out events, exactly, over the whole catalogue."""
+    """Judge the model of a run on held-out events, exactly, over the whole catalogue.
+
+    Under torchrun, its processes share the work.
+    """
+    from recclr.distributed import joined
     from recclr.judge import evaluate_run
+    from recclr.keeping import digest_of
     from recclr.load import load_run, ranker_of
     from recclr.run_folder import fingerprints, require_same_inputs
 
     cutoffs = _ks(ks)
-    with working("judging") as progress:
+    with joined() as ranks, working("judging", quiet=not ranks.first) as progress:
         config, prepared, model = load_run(run)
+        ranks.start("cpu", config.train.collective_timeout_s)
+        ranks.agree({"the model": digest_of(model.weights())})
         if events is None:
             # Other rows would be split elsewhere, and train rows judged as test.
             require_same_inputs(run, fingerprints(config))
         ranker = ranker_of(model, prepared.tensors.cutoff)
         found = evaluate_run(
-            config, prepared, ranker, split=split, events=events, ks=cutoffs, progress=progress
+            config,
+            prepared,
+            ranker,
+            split=split,
+            events=events,
+            ks=cutoffs,
+            progress=progress,
+            ranks=ranks,
         )
+    if not ranks.first:
+        return
     if as_json:
         print_json(found.to_json())
     else:

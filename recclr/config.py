@@ -15,9 +15,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from recclr.baseline_settings import BaselineSettings
 from recclr.errors import ConfigError
 from recclr.settings import (
-    BaselineSettings,
     DataSettings,
     EvaluateSettings,
     LossSettings,

@@ -128,13 +128,13 @@ def _bar(console: Console, *, quiet: bool = False) -> Progress:
 
 
 @contextmanager
-def working(text: str) -> Iterator[Callable[[int, int], None]]:
+def working(text: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
     """Show at a terminal that something is being done; elsewhere nothing.
 
     Yields:
         To be called with (done, in all), for a bar that fills.
     """
-    with _bar(Console(stderr=True)) as bar:
+    with _bar(Console(stderr=True), quiet=quiet) as bar:
         task = bar.add_task(escape(text), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -183,10 +183,13 @@ def print_batch_sizes(trials: Sequence[Mapping[str, Any]], fastest: int) -> None
             f"{trial['batch_size']:,}",
             f"{trial['positives_per_s']:,.0f}",
             "" if trial["peak_bytes"] is None else f"{trial['peak_bytes'] / 1e6:,.0f} MB",
+            f"{trial['duplicate_share']:.1%}",
+            f"{trial['masked_share']:.2%}",
         ]
         for trial in trials
     ]
-    print_table(["batch size", "positives/s", "peak memory"], rows, "steps by batch size")
+    columns = ["batch size", "positives/s", "peak memory", "duplicates", "masked"]
+    print_table(columns, rows, "steps by batch size")
     say(
         f"{fastest:,} rows are as fast as it gets; {trials[-1]['batch_size']:,} is the largest "
         'tried that fits. train.lr_scaling = "sqrt" takes the rates along.'

@@ -342,12 +342,11 @@ def _distinct_pairs(log: EncodedLog) -> Tensor:
 def _joined(train: EncodedLog, later: EncodedLog) -> EncodedLog:
     """Both logs' pairs, of users and items that have an index in train."""
     known = (later.user_idx < train.num_users) & (later.item_idx >= 0)
-    return replace(
-        train,
-        user_idx=torch.cat([train.user_idx, later.user_idx[known]]),
-        item_idx=torch.cat([train.item_idx, later.item_idx[known]]),
-        timestamp=None,
-        weight=None,
+    return EncodedLog(
+        torch.cat([train.user_idx, later.user_idx[known]]),
+        torch.cat([train.item_idx, later.item_idx[known]]),
+        train.num_users,
+        train.num_items,
     )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from recclr.config import Config
-from recclr.data.log import Prepared
+from recclr.data.log import EncodedLog, Prepared
+from recclr.data.sharding import rows_for_training, wanted_groups
 from recclr.distributed import ALONE, Ranks
 from recclr.load import fresh_model, ranker_of
 from recclr.topk import EmbeddingRanker
@@ -26,6 +29,7 @@ def fit_model(
     on_event: Callable[[dict[str, Any]], None],
     num_steps: int | None = None,
     checkpoints: Path | None = None,
+    workspace: Path | None = None,
     resume: bool = False,
     stop: Callable[[], bool] | None = None,
     ranks: Ranks = ALONE,
@@ -34,30 +38,45 @@ def fit_model(
 
     Args:
         judge: metrics on validation of the model as it would be served; None without validation.
+        workspace: where the rows may be kept in files while the training lasts, as
+            ``data.resident`` says; None: they stay in memory.
         num_steps, checkpoints, resume, device, on_event, stop, ranks: see ``train.fit``, which also
             says what is raised.
     """
-    model = fresh_model(config, prepared)
+    log = prepared.train
+    rows: AbstractContextManager[EncodedLog] = nullcontext(log)
+    if workspace is not None:
+        rows = rows_for_training(
+            log,
+            workspace,
+            device=device,
+            resident=config.data.resident,
+            groups=wanted_groups(log, user=config.user, item=config.item, loss=config.loss),
+            ranks=ranks,
+            say=lambda text: on_event({"kind": "note", "text": text}),
+        )
 
     def evaluate(candidate: TwoTower) -> dict[str, float]:
         assert judge is not None
         return judge(ranker_of(candidate, prepared.cutoff))
 
-    result = fit(
-        model,
-        prepared.train,
-        loss=config.loss,
-        negatives=config.negatives,
-        train=config.train,
-        seed=config.seed,
-        evaluate=None if judge is None else evaluate,
-        select=config.evaluate.select,
-        checkpoints=checkpoints,
-        resume=resume,
-        num_steps=num_steps,
-        device=device,
-        on_event=on_event,
-        stop=stop,
-        ranks=ranks,
-    )
+    with rows as log:
+        model = fresh_model(config, replace(prepared, train=log))
+        result = fit(
+            model,
+            log,
+            loss=config.loss,
+            negatives=config.negatives,
+            train=config.train,
+            seed=config.seed,
+            evaluate=None if judge is None else evaluate,
+            select=config.evaluate.select,
+            checkpoints=checkpoints,
+            resume=resume,
+            num_steps=num_steps,
+            device=device,
+            on_event=on_event,
+            stop=stop,
+            ranks=ranks,
+        )
     return model, result

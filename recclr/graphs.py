@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Protocol
 
 import torch
@@ -119,11 +119,9 @@ class StepGraph:
         self.optimizers.prepare(step)
 
     def _train(self, batch: Batch) -> StepStats:
-        stats = self.objective(self.model, batch, 0)
-        stats.loss.backward()  # type: ignore[no-untyped-call]
+        stats = self.objective.backward(self.model, {0: batch})
         self.optimizers.apply()
-        # Its graph would keep nodes of autograd alive that belong to the stream of this step.
-        return replace(stats, loss=stats.loss.detach())
+        return stats
 
     def _capture(self, batch: Batch) -> bool:
         kept = _copied(batch)
@@ -235,7 +233,7 @@ def plan_graph(
     """
     if train.cuda_graph is False:
         return False
-    reason = _why_not(model, loss, negatives, batch_size, device, ranks)
+    reason = _why_not(model, loss, negatives, train, batch_size, device, ranks)
     if reason is None:
         return True
     if train.cuda_graph is True:
@@ -251,6 +249,7 @@ def _why_not(
     model: TwoTower,
     loss: LossSettings,
     negatives: NegativesSettings,
+    train: TrainSettings,
     batch_size: int,
     device: torch.device,
     ranks: Ranks,
@@ -260,6 +259,8 @@ def _why_not(
         return f"training is on {device.type}"
     if ranks.size > 1:
         return "several processes share each step, and tell each other of it through the host"
+    if train.chunk_size is not None or train.accumulate > 1:
+        return "train.chunk_size and train.accumulate run a tower several times in a step"
     for name, module in model.named_modules():
         if type(module) not in _FIXED_TYPES:
             return f"{name} is a {type(module).__name__}, of which nothing is known"

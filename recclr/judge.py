@@ -13,6 +13,7 @@ from recclr.config import Config
 from recclr.data.interactions import Log, read_held_out, read_log
 from recclr.data.log import Prepared
 from recclr.data.prepare import PreparedLog, encode_held_out
+from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError
 from recclr.evaluate import Evaluation, EvaluationSet, evaluate, with_intervals
 from recclr.metrics import DEFINITIONS
@@ -100,6 +101,7 @@ def evaluate_run(
     events: str | None = None,
     ks: tuple[int, ...] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Judge the ranker of a finished run again, on its own held-out rows or on other events.
 
@@ -108,6 +110,7 @@ def evaluate_run(
         events: path of other events, read with the run's columns, conditions and weights.
         ks: cut-offs instead of the configured ones.
         progress: called with (users done, users in all).
+        ranks: processes that share the users; all of them get the whole result.
 
     Raises:
         ConfigError: no such part, or validation of a model that was refitted on it.
@@ -137,4 +140,5 @@ def evaluate_run(
         num_bootstrap=settings.num_bootstrap,
         seed=config.seed,
         progress=progress,
+        ranks=ranks,
     )

@@ -10,9 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recclr.checkpoint import find_checkpoint, load_checkpoint, require_match, save_checkpoint
+from recclr.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    require_match,
+    save_checkpoint,
+)
 from recclr.distributed import ALONE, LONG_S, Ranks
 from recclr.errors import CheckpointError, ConfigError
+from recclr.files import read_pointer
 from recclr.optimizers import Optimizers
 from recclr.towers import TwoTower
 
@@ -93,7 +101,7 @@ class Keeper:
         if self.ranks.size == 1:
             return
         where = repr((progress.step, progress.best_step, progress.best_value))
-        values = {"the weights": _digest(tensors), "the progress": where}
+        values = {"the weights": digest_of(tensors), "the progress": where}
         self.ranks.agree(values, kind=CheckpointError)
 
     def begun(self, *, resume: bool) -> Progress:
@@ -103,21 +111,28 @@ class Keeper:
             ConfigError: without ``resume``, there are checkpoints. CheckpointError: they are
             damaged or of another run, or the ranks start from different weights.
         """
-        progress = self._begun(resume=resume)
+        found = self._found(resume=resume)
+        progress = Progress() if found is None else self._loaded(found)
         # The first checkpoint is read from one disk by all, which takes one of them longest.
         self.ranks.meet("the first weights", LONG_S)
         self._agree(self._everything(), progress)
+        # Who was killed just after a checkpoint had no time to. Where LAST is damaged, an older one
+        # may be the only good one, so nothing is removed.
+        if found is not None and self.ranks.first:
+            root = found.folder.parent
+            if found.folder.name == read_pointer(root / "LAST"):
+                prune_checkpoints(root)
         return progress
 
-    def _begun(self, *, resume: bool) -> Progress:
+    def _found(self, *, resume: bool) -> Checkpoint | None:
         if self.root is not None and not resume and any(self.root.glob("step-*")):
             # Pruning, and the fallback from a damaged LAST, would mix up the two runs.
             raise ConfigError(
                 f"{self.root} holds checkpoints of an earlier run; resume it, or name a new folder"
             )
-        found = find_checkpoint(self.root) if self.root is not None and resume else None
-        if found is None:
-            return Progress()
+        return find_checkpoint(self.root) if self.root is not None and resume else None
+
+    def _loaded(self, found: Checkpoint) -> Progress:
         load_weights(self.model, found.tensors)
         prefix = "optimizers/"
         self.optimizers.load_state_dict(
@@ -135,7 +150,7 @@ class Keeper:
         load_weights(self.model, best)
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
+def digest_of(tensors: dict[str, Tensor]) -> str:
     """SHA-256 of names and bytes; safetensors reads the names of a file in any order."""
     found = hashlib.sha256()
     for name, value in sorted(tensors.items()):

@@ -30,15 +30,12 @@ class KnownPositives:
     """
 
     def __init__(self, log: EncodedLog, *, only_own: bool = False) -> None:
-        device = log.item_idx.device
+        device = log.device
         self.only_own = only_own
         self.item_slots = torch.full((log.num_items,), -1, dtype=torch.int64, device=device)
         if not only_own:
             # Each pair once, however often it was bought: shorter walks, and an honest count.
-            pairs = torch.unique(log.user_idx.long() * log.num_items + log.item_idx)
-            users, items = pairs // log.num_items, pairs % log.num_items
-            self.user_items = Csr.from_pairs(users, items, log.num_users)
-            self.item_users = Csr.from_pairs(items, users, log.num_items)
+            self.user_items, self.item_users = log.known_pairs()
             self.user_slots = torch.full((log.num_users,), -1, dtype=torch.int64, device=device)
 
     def mask(self, user_idx: Tensor, positives: Tensor, candidate_idx: Tensor) -> PairMask:

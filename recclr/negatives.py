@@ -22,7 +22,7 @@ from torch import Tensor
 from recclr.data.log import EncodedLog
 from recclr.distinct import counted, padded_distinct
 from recclr.errors import ConfigError
-from recclr.settings import NegativesSettings
+from recclr.settings import NegativesSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -189,3 +189,15 @@ def require_negatives(
             "and popularity reach items with train rows, uniform reaches the catalogue); add "
             "negatives.uniform or more data"
         )
+
+
+def lost_negatives(settings: NegativesSettings, train: TrainSettings) -> str | None:
+    """What plain accumulation costs, in words; None where it costs nothing."""
+    if train.accumulate == 1 or not settings.in_batch:
+        return None
+    size = train.batch_size * train.accumulate
+    return (
+        f"train.accumulate = {train.accumulate} makes updates of {size:,} rows, but each row meets "
+        f"the in-batch negatives of its own {train.batch_size:,} only; for those of all rows set "
+        f"train.batch_size = {size} and train.chunk_size = {train.batch_size}, accumulate = 1"
+    )

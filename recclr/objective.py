@@ -9,12 +9,14 @@ Shape letters: B positives of a step, C candidates, D dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from recclr.batches import Batch
+from recclr.caching import Embed, embed_in_chunks
 from recclr.data.log import EncodedLog
 from recclr.distributed import ALONE, Ranks
 from recclr.kernels import Mask, total_contrastive_loss
@@ -31,17 +33,37 @@ _NEGATIVES, _DROPOUT = 11, 12
 
 @dataclass
 class StepStats:
-    """What a step reports: loss is a tensor so that reading it, a host sync, stays optional.
+    """What a step reports: tensors so that reading them, a host sync, stays optional.
 
     Of several ranks ``loss`` is the part of one, and all parts sum up to the mean over positives;
     ``num_masked`` is likewise its own. ``exchange`` makes both those of the step. With fixed shapes
-    both counts are scalars on the device, for the same reason.
+    counts that follow from draws are scalars on the device.
+
+    Attributes:
+        num_candidates: of each batch, on average. num_pairs: scored, masked ones included.
+        num_rows: positives. num_distinct: of their items, int64 scalar; the others are one
+            candidate with one of these, counted as often as it was drawn.
     """
 
     loss: Tensor
-    num_candidates: int | Tensor
+    num_candidates: float | Tensor
+    num_pairs: int | Tensor
     num_masked: int | Tensor
     num_rows: int
+    num_distinct: Tensor
+
+    @property
+    def masked_share(self) -> float:
+        """Share of the scored pairs that are known positives, in [0, 1]. May wait for a GPU."""
+        return int(self.num_masked) / max(int(self.num_pairs), 1)
+
+    @property
+    def duplicate_share(self) -> float:
+        """Share of the rows whose item an earlier row has; as in-batch negatives they add nothing.
+
+        Waits for a GPU.
+        """
+        return 1.0 - int(self.num_distinct) / max(self.num_rows, 1)
 
 
 class Objective:
@@ -49,8 +71,10 @@ class Objective:
 
     Args:
         log: train rows on the training device. ranks: who shares the step.
+        bfloat16: towers, and the products of the loss as ``total_contrastive_loss`` has it.
+        chunk_size: rows that a tower encodes at once, at most; None for all.
         fixed_shapes: shapes follow from that of the batch alone, and nothing waits for a GPU, so
-            that a call can be captured as a CUDA graph. For one rank.
+            that a step can be captured as a CUDA graph. For one rank, and without chunks.
     """
 
     def __init__(
@@ -61,12 +85,13 @@ class Objective:
         *,
         seed: int,
         bfloat16: bool = False,
+        chunk_size: int | None = None,
         ranks: Ranks = ALONE,
         fixed_shapes: bool = False,
     ) -> None:
-        self.ranks, self.fixed_shapes = ranks, fixed_shapes
+        self.ranks, self.chunk_size, self.fixed_shapes = ranks, chunk_size, fixed_shapes
         self.loss, self.seed, self.bfloat16 = loss, seed, bfloat16
-        self.device = log.item_idx.device
+        self.device = log.device
         self.sampler = CandidateSampler(
             log, negatives, log_q_strength=loss.log_q_strength, fixed_shapes=fixed_shapes
         )
@@ -87,11 +112,44 @@ class Objective:
     def _draws(self, step: int, key: int) -> torch.Generator:
         return self.draws[key] if self.draws else generator(self.device, self.seed, step, key)
 
-    def __call__(self, model: TwoTower, batch: Batch, step: int) -> StepStats:
-        """The step; with fixed shapes that of the last ``prepare``, whatever ``step`` says."""
-        candidates = self._candidates(batch, step)
-        draws = self._draws(step, _DROPOUT)
-        fixed = self.fixed_shapes
+    def backward(
+        self,
+        model: TwoTower,
+        batches: Mapping[int, Batch],
+        check: Callable[[Tensor], None] | None = None,
+    ) -> StepStats:
+        """Forward and backward passes of all batches of a step.
+
+        Args:
+            batches: by number, at least one. The loss is the mean over the positives of all.
+            check: gets the loss of a batch before its backward pass.
+        """
+        total: float | Tensor | None = None
+        if len(batches) > 1:
+            total = sum(batch.total() for batch in batches.values())
+        found = []
+        for number, batch in batches.items():
+            stats = self(model, batch, number, total=total)
+            if check is not None:
+                check(stats.loss)
+            stats.loss.backward()  # type: ignore[no-untyped-call]
+            # Its graph would keep nodes of autograd alive that belong to the stream of this step.
+            stats.loss = stats.loss.detach()
+            found.append(stats)
+        return found[0] if len(found) == 1 else _joined(found)
+
+    def __call__(
+        self, model: TwoTower, batch: Batch, number: int, *, total: float | Tensor | None = None
+    ) -> StepStats:
+        """Forward pass of one batch.
+
+        Args:
+            number: of the batch, which keys its draws; with fixed shapes ``prepare`` is told it,
+                and this is not looked at.
+            total: weight of the rows of all batches of the step, where there are more.
+        """
+        candidates = self._candidates(batch, number)
+        draws, fixed = self._draws(number, _DROPOUT), self.fixed_shapes
         users = Rows(batch.user_idx, batch.user_at, batch.item_idx, draws, fixed_shapes=fixed)
         wanted = Rows(candidates.item_idx, batch.item_at, None, draws, fixed_shapes=fixed)
         if candidates.places is not None:
@@ -99,18 +157,17 @@ class Objective:
             # of tables are touched as without it.
             wanted = replace(wanted, whole=wanted, places=candidates.places)
         user_idx, item_idx, weight = batch.user_idx, batch.item_idx, batch.weight
-        positive_row, total = candidates.positive_row, None
+        positive_row = candidates.positive_row
         shared = self.ranks.size > 1
         if shared:
             own = slice(*self.ranks.part(len(user_idx)))
-            total = float(len(user_idx)) if weight is None else weight.sum()
+            total = batch.total() if total is None else total
             users = users.part(own.start, own.stop)
             wanted = wanted.part(*self.ranks.part(len(wanted.idx)))
             user_idx, item_idx, positive_row = user_idx[own], item_idx[own], positive_row[own]
             weight = None if weight is None else weight[own]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            queries = model.embed_users(users)
-            items = model.embed_items(wanted)
+        queries = self._embed(model.embed_users, users, len(batch.user_idx))
+        items = self._embed(model.embed_items, wanted, len(candidates.item_idx))
         # Loss in float32 whatever the towers compute in.
         queries, items = queries.float() / model.temperature(), items.float()
         if shared:
@@ -127,8 +184,17 @@ class Objective:
             mean_weights(len(queries), weight, device=self.device, total=total),
             mask,
             second_temperature=self.loss.second_temperature,
+            bfloat16=self.bfloat16,
         )
-        return StepStats(loss, num_candidates, num_masked, len(batch.user_idx))
+        num_rows = len(batch.user_idx)
+        return StepStats(
+            loss,
+            num_candidates,
+            num_rows * num_candidates,
+            num_masked,
+            num_rows,
+            _num_distinct(candidates),
+        )
 
     def _masked(
         self, user_idx: Tensor, item_idx: Tensor, candidates: Candidates
@@ -144,11 +210,42 @@ class Objective:
         bits, num_masked = known.bits(user_idx, item_idx, candidates.item_idx, places)
         return bits, num_masked, alive.sum()
 
-    def _candidates(self, batch: Batch, step: int) -> Candidates:
+    def _embed(self, embed: Embed, rows: Rows, num_rows: int) -> Tensor:
+        """Embeddings of this rank's ``rows``, a part of ``num_rows``, in as many chunks as all."""
+        num_chunks = 1
+        if self.chunk_size is not None and num_rows:
+            num_chunks = -(-max(self.ranks.counts(num_rows)) // self.chunk_size)
+
+        def embed_mixed(rows: Rows) -> Tensor:
+            # Entered here, since the backward pass of chunks runs outside.
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+                return embed(rows)
+
+        return embed_in_chunks(embed_mixed, rows, num_chunks)
+
+    def _candidates(self, batch: Batch, number: int) -> Candidates:
         if self.loss.kind == "full_softmax":
             return self.sampler.everything(batch.item_idx)
         return self.sampler.draw(
             batch.item_idx,
-            self._draws(step, _NEGATIVES),
+            self._draws(number, _NEGATIVES),
             in_batch_counts=None if batch.pool is None else (batch.pool, len(batch.pool)),
         )
+
+
+def _num_distinct(candidates: Candidates) -> Tensor:
+    """Distinct items among the positives, int64 scalar."""
+    seen = torch.zeros_like(candidates.item_idx)
+    return seen.index_fill_(0, candidates.positive_row, 1).sum()
+
+
+def _joined(found: list[StepStats]) -> StepStats:
+    """The batches of a step as one."""
+    return StepStats(
+        torch.stack([stats.loss for stats in found]).sum(),
+        sum(stats.num_candidates for stats in found) / len(found),
+        sum(stats.num_pairs for stats in found),
+        sum(stats.num_masked for stats in found),
+        sum(stats.num_rows for stats in found),
+        torch.stack([stats.num_distinct for stats in found]).sum(),
+    )

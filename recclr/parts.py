@@ -32,9 +32,9 @@ class Rows:
         at: int64 seconds, scalar or [M]; None in a log without time.
         without: int64 [M] item left out of the row's own history (its target), or None.
         generator: source of dropout; None at inference, when nothing is dropped.
-        whole: the rows of all ranks of which these are a part, or None. places: where these stand
+        whole: the rows of a step of which these are a part, or None. places: where these stand
             among them. Draws are made for the whole, so that what is dropped does not depend on the
-            number of ranks.
+            number of ranks, nor on that of chunks.
         fixed_shapes: ragged rows are padded to the longest there is, and nothing waits for a GPU.
     """
 
@@ -47,11 +47,19 @@ class Rows:
     fixed_shapes: bool = False
 
     def part(self, start: int, stop: int) -> Rows:
-        """Rows ``start`` to ``stop`` of these, for one of several ranks."""
+        """Rows ``start`` to ``stop`` of these, for one of several ranks, or a chunk of its rows."""
         own = slice(start, stop)
         at = self.at if self.at is None or self.at.ndim == 0 else self.at[own]
         without = None if self.without is None else self.without[own]
-        return Rows(self.idx[own], at, without, self.generator, self, own)
+        if self.whole is None:
+            return Rows(self.idx[own], at, without, self.generator, self, own)
+        # A part of a part is one of the same whole.
+        places = self.places
+        if isinstance(places, slice):
+            places = slice(places.start + start, min(places.start + stop, places.stop))
+        elif places is not None:
+            places = places[own]
+        return Rows(self.idx[own], at, without, self.generator, self.whole, places)
 
     def uniform(self, *shape: int) -> Tensor:
         """Draws from [0, 1), float32 [M, *shape]; only where there is a generator."""

@@ -319,6 +319,7 @@ def _fit(
         on_event=lambda event: context.log({"stage": stage, **event}),
         num_steps=num_steps,
         checkpoints=folder / "checkpoints",
+        workspace=context.out,
         resume=context.resume,
         stop=context.stop,
         ranks=context.ranks,

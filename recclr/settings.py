@@ -123,6 +123,9 @@ class ModelSettings:
     similarity: Literal["cosine", "dot"] = "cosine"
     init_std: float = 1.0
     """Standard deviation of a freshly drawn embedding row, as a multiple of embedding_dim^-1/2."""
+    init: Literal["random", "spectral"] = "random"
+    """Where id tables start: drawn, or from the truncated SVD of the normalised log, which takes
+    seconds and saves epochs."""
 
     def __post_init__(self) -> None:
         _check(self, embedding_dim=(1, 8192), init_std=(1e-6, 100.0))
@@ -195,6 +198,12 @@ class TrainSettings:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     batch_size: int = 4096
+    chunk_size: int | None = None
+    """Encode at most so many rows at once, in two passes (gradient caching): the same gradients in
+    less memory, for one more forward pass of the towers. None: all rows of a batch at once."""
+    accumulate: int = 1
+    """Batches whose gradients make one update. Each row still meets the negatives of its own batch
+    only; ``chunk_size`` with a larger ``batch_size`` is what adds in-batch negatives."""
     epochs: float = 20.0
     table_optimizer: Literal["adam", "rowwise_adam", "rowwise_adagrad", "sgd"] = "adam"
     table_moments: Literal["float32", "bfloat16"] = "float32"
@@ -228,6 +237,8 @@ class TrainSettings:
     """Show users and items as they stood up to so many days before the event, drawn uniformly, as
     at an evaluation that freezes them at the cut-off."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """``bfloat16``: towers and the products of the loss, with sums and the loss itself in float32;
+    faster on GPUs and on CPUs with AVX-512 BF16 or AMX. ``auto``: on a GPU only."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Capture a step as a CUDA graph and replay it: on a GPU, where nothing stands against it."""
     compile: bool | Literal["auto"] = "auto"
@@ -239,6 +250,8 @@ class TrainSettings:
         _check(
             self,
             batch_size=(1, 1 << 24),
+            chunk_size=(1, 1 << 24),
+            accumulate=(1, 1 << 16),
             base_batch_size=(1, 1 << 24),
             epochs=(0.001, 1e6),
             table_lr=(0.0, 1e4),
@@ -335,6 +348,9 @@ class DataSettings:
     """Keep the most recent rows of each user."""
     decay_half_life_d: float | None = None
     """Weight of a train row halves every so many days before the last train row."""
+    resident: bool | Literal["auto"] = "auto"
+    """Train from rows in memory, or (false) from memory-mapped files in the run folder, which are
+    removed at the end; ``auto``: from files if memory would be short. The result is the same."""
 
     def __post_init__(self) -> None:
         _check(
@@ -374,41 +390,6 @@ class SplitSettings:
             raise ValueError(f"valid + test must leave rows for train: {self.valid} + {self.test}")
         if self.by == "given" and self.test_events is None:
             raise ValueError("split.by = 'given' needs split.test_events")
-
-
-BASELINE_NAMES = (
-    "popularity",
-    "recent_popularity",
-    "item_knn",
-    "recent_item_knn",
-    "als",
-    "bpr",
-    "spectral",
-    "ease",
-    "content",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaselineSettings:
-    """Rankers judged beside the model; their settings are chosen on validation."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    names: tuple[str, ...] = BASELINE_NAMES
-    """Those that the data allow are run (recency needs timestamps, EASE at most
-    ``ease_max_items``, content item features); what was left out is said."""
-    budget: Literal["small", "full"] = "small"
-    """How many settings of each are tried on validation."""
-    ease_max_items: int = 20_000
-
-    def __post_init__(self) -> None:
-        _check(self, ease_max_items=(1, 200_000))
-        unknown = [name for name in self.names if name not in BASELINE_NAMES]
-        if unknown:
-            raise ValueError(
-                f"unknown baselines {unknown}: choose from {', '.join(BASELINE_NAMES)}"
-            )
 
 
 METRIC_NAMES = ("recall", "capped_recall", "hit_rate", "ndcg", "mrr", "map", "precision")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from recclr.data.grouping import MOST_KEYS, time_keys, time_range
 from recclr.data.log import EncodedLog
 from recclr.errors import ConfigError
 
@@ -24,35 +25,42 @@ class TimeIndex(nn.Module):
     Args:
         entity_idx: integer [n]. timestamp: int64 seconds [n].
         num_entities: rows.
+        keys: those of these arguments, where they were made before; ``timestamp`` rises then.
 
     Attributes:
-        order: int64 [n]: the log rows sorted by (entity, time).
+        keys: int64 [n], rising: entity · span + seconds since the first event of all.
+        all_times: int64 seconds [n], rising.
         first_seen: int64 [num_entities]: first event, or a time later than any where there is none.
     """
 
     keys: Tensor
-    order: Tensor
     all_times: Tensor
     starts: Tensor
     first_seen: Tensor
 
-    def __init__(self, entity_idx: Tensor, timestamp: Tensor, num_entities: int) -> None:
+    def __init__(
+        self,
+        entity_idx: Tensor,
+        timestamp: Tensor,
+        num_entities: int,
+        *,
+        keys: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        self.origin = int(timestamp.min()) if len(timestamp) else 0
-        self.span = (int(timestamp.max()) - self.origin + 2) if len(timestamp) else 2
-        if num_entities * self.span >= 1 << 62:
+        all_times = timestamp.sort().values if keys is None else timestamp
+        self.origin, self.span = time_range(all_times)
+        if num_entities * self.span >= MOST_KEYS:
             raise ConfigError("the time range of the log is too long for second-exact statistics")
-        keys, order = (entity_idx.long() * self.span + (timestamp - self.origin)).sort(stable=True)
+        if keys is None:
+            keys = time_keys(entity_idx, timestamp, self.origin, self.span)
         bounds = torch.arange(num_entities + 1, device=keys.device) * self.span
         starts = torch.searchsorted(keys, bounds)
         first_seen = torch.full((num_entities,), 1 << 62, device=keys.device)
         seen = starts.diff() > 0
         first_seen[seen] = keys[starts[:-1][seen]] % self.span + self.origin
-        all_times = timestamp.sort().values - self.origin
         # Buffers, so that they move with the model; never saved, they follow from the log.
         for name, value in (
             ("keys", keys),
-            ("order", order),
             ("all_times", all_times),
             ("starts", starts),
             ("first_seen", first_seen),
@@ -61,11 +69,11 @@ class TimeIndex(nn.Module):
 
     @classmethod
     def of_users(cls, log: EncodedLog) -> TimeIndex:
-        return cls(log.user_idx, _times(log), log.num_users)
+        return cls(log.user_idx, _times(log), log.num_users, keys=log.groups.user_times)
 
     @classmethod
     def of_items(cls, log: EncodedLog) -> TimeIndex:
-        return cls(log.item_idx, _times(log), log.num_items)
+        return cls(log.item_idx, _times(log), log.num_items, keys=log.groups.item_times)
 
     def rank(self, idx: Tensor, at: Tensor) -> Tensor:
         """Position in ``order`` of the first event of ``idx`` at or after ``at``, int64 [M].
@@ -85,9 +93,9 @@ class TimeIndex(nn.Module):
 
     def totals(self, at: Tensor, window_s: int) -> Tensor:
         """Events of all entities in the window before ``at``, int64, shape of ``at``."""
-        local = at - self.origin
-        stop = torch.searchsorted(self.all_times, local)
-        return stop - torch.searchsorted(self.all_times, local - window_s)
+        at = at.contiguous()
+        stop = torch.searchsorted(self.all_times, at)
+        return stop - torch.searchsorted(self.all_times, at - window_s)
 
     def last_seen(self, idx: Tensor, at: Tensor) -> Tensor:
         """Time of the last event strictly before ``at``, int64 [M]; very early where none."""

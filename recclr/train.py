@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from recclr.batches import BatchSource
 from recclr.compiling import compile_layers
@@ -75,7 +76,8 @@ def fit(
     """Train in place; with ``evaluate``, leave the model at its best evaluation.
 
     Args:
-        model: moved to ``device``. log: rows to learn from.
+        model: moved to ``device``. log: rows to learn from, in memory or mapped (``data.shards``),
+            which changes no bit of the result.
         evaluate: metrics of the model on validation; called every ``train.evaluate_every`` epochs
             and at the end. The best by ``select`` is kept, ``train.patience`` counts the others.
         checkpoints: folder for ``step-N``, LAST, BEST. None: nothing is written, and the best
@@ -128,8 +130,13 @@ def fit(
     keeper = Keeper(model, optimizers, checkpoints, ranks)
     progress = keeper.begun(resume=resume)
     meter = Meter(emit, per_epoch, end)
+
+    def require_finite_loss(loss: Tensor) -> None:
+        require_finite(loss, model, progress.step + 1, weights=False)
+
     # Reading the loss waits for a GPU; elsewhere each one is checked before it reaches a weight.
-    watched = device.type == "cpu"
+    watched = device.type == "cpu" and exchange is None
+    check = require_finite_loss if watched else None
 
     evaluate_every = max(1, round(train.evaluate_every * per_epoch))
     checkpoint_every = max(1, round(train.checkpoint_every * per_epoch))
@@ -143,11 +150,7 @@ def fit(
             if graph is not None:
                 stats = graph(source.batch(step), step)
             else:
-                stats = objective(model, source.batch(step), step)
-                gradients = None
-                if watched and exchange is None:
-                    require_finite(stats.loss, model, step + 1, weights=False)
-                stats.loss.backward()  # type: ignore[no-untyped-call]
+                stats, gradients = objective.backward(model, source.step(step), check), None
                 if exchange is not None:
                     asked = stop is not None and stop()
                     stats, gradients, interrupted = exchange(stats, stopped=asked)
@@ -177,6 +180,7 @@ def fit(
                     "a checkpoint was written, and the same command with --resume goes on from it"
                 )
     finally:
+        source.close()
         ranks.unwatch()
         optimizers.forget()
         make_plain()
@@ -215,16 +219,18 @@ def step_parts(
     if loss.kind != "full_softmax":
         require_negatives(negatives, log, batch_size=train.batch_size)
     source = BatchSource(log, train, seed=seed, time_cells=_time_cells(model, train))
-    bfloat16 = _use_bfloat16(train, log.item_idx.device)
-    return source, Objective(
+    bfloat16 = _use_bfloat16(train, log.device)
+    objective = Objective(
         log,
         loss,
         negatives,
         seed=seed,
         bfloat16=bfloat16,
+        chunk_size=train.chunk_size,
         ranks=ranks,
         fixed_shapes=fixed_shapes,
     )
+    return source, objective
 
 
 def needs_time_cells(model: torch.nn.Module) -> bool:
@@ -248,7 +254,7 @@ def _time_cells(model: TwoTower, train: TrainSettings) -> bool:
 
 
 def _use_bfloat16(train: TrainSettings, device: torch.device) -> bool:
-    """On a GPU unless told otherwise; on a CPU the towers are bound by memory, not arithmetic."""
+    """On a GPU unless told otherwise; many CPUs emulate it, at many times the cost."""
     if train.precision == "auto":
         return device.type == "cuda"
     return train.precision == "bfloat16"

@@ -33,8 +33,6 @@ class Meter:
             return
         # Waits for a GPU, once per logged step.
         require_finite(stats.loss, model, step, weights=False)
-        num_candidates = int(stats.num_candidates)
-        pairs = max(stats.num_rows * num_candidates, 1)
         self.emit(
             {
                 "kind": "step",
@@ -45,8 +43,9 @@ class Meter:
                 "lr": lr,
                 "temperature": float(model.temperature().detach()),
                 "positives_per_s": self.rows / max(now - self.since, 1e-9),
-                "masked_share": int(stats.num_masked) / pairs,
-                "num_candidates": num_candidates,
+                "masked_share": stats.masked_share,
+                "duplicate_share": stats.duplicate_share,
+                "num_candidates": float(stats.num_candidates),
             }
         )
         self.since, self.rows = time.perf_counter(), 0

@@ -166,6 +166,12 @@ def recclr_run_like(small_config, small_run, parts):
     return model, json.loads((small_run / "metrics.json").read_text())
 
 
+def test_accumulation_that_loses_negatives_warns(parts):
+    config = QUICK | {"train": {"accumulate": 2, "batch_size": 64, "epochs": 1}}
+    with pytest.warns(UserWarning, match=r"train\.chunk_size = 64"):
+        recclr.TwoTower.fit(parts[0], config=config, device="cpu", progress=False)
+
+
 def test_a_refit_needs_validation(parts):
     config = QUICK | {"train": {"refit": True}}
     with pytest.raises(ConfigError, match="give valid="):

@@ -30,6 +30,11 @@ def config_of(**train):
     return parse_config(values, source="test")
 
 
+def config_of_negatives(**negatives):
+    values = {"data": {"events": "none.parquet"}, "negatives": negatives}
+    return parse_config(values | {"model": {"embedding_dim": 4}}, source="test")
+
+
 @pytest.fixture
 def config():
     return config_of()
@@ -74,6 +79,19 @@ def test_where_steps_are_replayed_only_those_are_timed(config, monkeypatch):
     for each in calls:
         assert each[:3] == ["aside"] * 3
         assert each.index("replay") < each.index("clock")
+
+
+def test_each_size_tells_its_duplicates_and_what_it_masks(config):
+    """Of 97 rows of one batch: their items, and their users' items among themselves."""
+    log = prepared(97).train
+    (trial,) = try_batch_sizes(
+        config_of_negatives(in_batch=True, uniform=0), prepared(97), device="cpu", seconds=0.0
+    )
+    distinct = log.item_idx.unique()
+    assert trial.duplicate_share == pytest.approx(1 - len(distinct) / 97)
+    pairs = {(int(u), int(i)) for u, i in zip(log.user_idx, log.item_idx, strict=True)}
+    masked = sum((int(u), int(i)) in pairs for u in log.user_idx for i in distinct)
+    assert trial.masked_share == pytest.approx(masked / (97 * len(distinct)))
 
 
 def test_a_log_smaller_than_the_first_size_is_one_batch(config):

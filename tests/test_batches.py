@@ -1,11 +1,15 @@
 """Batches: each row once an epoch, the moment things are seen at, nothing remembered."""
 
+import threading
+
 import pytest
 import torch
 
 import recclr.batches as batches_module
+import recclr.windows as windows_module
 from recclr.batches import BatchSource
 from recclr.data.log import EncodedLog
+from recclr.data.shards import open_shards, write_shards
 from recclr.errors import ConfigError, DataError
 from recclr.order import permuted
 from recclr.settings import TrainSettings
@@ -157,6 +161,55 @@ def test_seeds_differ():
         for seed in (5, 6)
     )
     assert not torch.equal(one, other)
+
+
+def mapped(tmp_path, **kinds):
+    write_shards(tmp_path / "log", log(**kinds).stretches(20))
+    return open_shards(tmp_path / "log")
+
+
+@pytest.mark.usefixtures("no_power_cut")
+@pytest.mark.parametrize(
+    ("time_cells", "staleness_d"), [(False, 0.0), (False, 4.0), (True, 0.0), (True, 4.0)]
+)
+@pytest.mark.parametrize("batch_size", [8, 53])
+@pytest.mark.parametrize("least_rows", [1, 20, 1 << 18])
+def test_batches_of_mapped_rows_are_those_of_rows_in_memory(
+    tmp_path, monkeypatch, time_cells, staleness_d, batch_size, least_rows
+):
+    monkeypatch.setattr(windows_module, "_LEAST_ROWS", least_rows)
+    settings = TrainSettings(batch_size=batch_size, staleness_d=staleness_d)
+    arguments = {"seed": 5, "time_cells": time_cells}
+    resident = BatchSource(log(weighted=True), settings, **arguments)
+    made = BatchSource(mapped(tmp_path, weighted=True), settings, **arguments)
+    assert made.steps_per_epoch == resident.steps_per_epoch
+    # In turn over two epochs, then as resumed runs and evaluations of the same step ask.
+    steps = [*range(2 * made.steps_per_epoch + 1), 5, 0, 11, 11, 12, 4]
+    for step in steps:
+        ours, theirs = made.batch(step), resident.batch(step)
+        for name in ("user_idx", "item_idx", "weight", "user_at", "item_at", "pool"):
+            one, other = getattr(ours, name), getattr(theirs, name)
+            assert (one is None) == (other is None), name
+            if one is not None:
+                assert one.dtype == other.dtype, name
+                assert torch.equal(one, other), (step, name)
+    made.close()
+
+
+@pytest.mark.usefixtures("no_power_cut")
+@pytest.mark.parametrize("time_cells", [False, True])
+def test_closed_sources_leave_no_thread_and_can_go_on(tmp_path, time_cells):
+    before = threading.active_count()
+    made = BatchSource(mapped(tmp_path), TrainSettings(batch_size=8), seed=5, time_cells=time_cells)
+    assert threading.active_count() == before
+    first = made.batch(3).item_idx
+    assert threading.active_count() == before + 1
+    made.close()
+    made.close()
+    assert threading.active_count() == before
+    assert torch.equal(made.batch(3).item_idx, first)
+    made.close()
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("time_cells", [False, True])

@@ -216,6 +216,13 @@ def test_check_takes_tables_or_a_configuration(recclr, small_data, small_config)
         assert recclr(*wrong).code == 2
 
 
+def test_check_says_what_accumulation_loses(recclr, small_config):
+    done = recclr("check", "--config", small_config, "--set", "train.accumulate=3", "--json")
+    lost = [note for note in json.loads(done.out)["notes"] if "train.accumulate = 3" in note]
+    assert len(lost) == 1
+    assert "train.chunk_size" in lost[0]
+
+
 def test_check_tells_bad_rows_by_reason(recclr, small_data, tmp_path):
     events = pl.read_parquet(small_data / "events.parquet")
     gap = pl.when(pl.int_range(pl.len()) < 2).then(None).otherwise(pl.col("user_id"))

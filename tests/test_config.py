@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recclr.baseline_settings import BASELINE_NAMES
 from recclr.config import Config, apply_override, dump_toml, load_config, parse_config
 from recclr.errors import ConfigError
-from recclr.settings import BASELINE_NAMES, METRIC_NAMES, ColumnSettings
+from recclr.settings import METRIC_NAMES, ColumnSettings
 
 RECIPES = sorted((Path(__file__).parents[1] / "pipelines" / "recipes").glob("*.toml"))
 MINIMAL = {"data": {"events": "events.parquet"}}
@@ -82,6 +83,7 @@ CONFIGS = st.fixed_dictionaries(
                 "max_bad_share": between(0, 1),
                 "k_core_user": st.integers(0, 1 << 31),
                 "decay_half_life_d": between(1e-6, 1e6),
+                "resident": st.just("auto") | st.booleans(),
             },
         )
     },
@@ -209,6 +211,8 @@ def test_the_recipe_of_the_design_means_what_it_says():
         ("seed=3", ("seed",), 3),
         ("train.epochs = 2.5", ("train", "epochs"), 2.5),
         ("train.refit=true", ("train", "refit"), True),
+        ("data.resident=false", ("data", "resident"), False),
+        ("data.resident=auto", ("data", "resident"), "auto"),
         ("data.events=a/b c.parquet", ("data", "events"), "a/b c.parquet"),
         ('data.events="7"', ("data", "events"), "7"),
         ("data.events=", ("data", "events"), ""),
@@ -312,6 +316,10 @@ def test_no_section_takes_unknown_keys_or_casts_silently():
         (
             {"loss": {"temperature": "cold"}},
             "loss.temperature: expected a valid number or 'learned', found 'cold'",
+        ),
+        (
+            {"data": {"events": "e", "resident": "yes"}},
+            "data.resident: expected a valid boolean or 'auto', found 'yes'",
         ),
         ({"evaluate": {"ks": 5}}, "evaluate.ks: expected a valid array, found 5"),
         ({"evaluate": {"ks": [5, "x"]}}, "evaluate.ks: expected a valid integer, found 'x'"),

@@ -671,8 +671,8 @@ def planned(model, said, *, device="cuda", ranks=ALONE, wanted="auto", loss=None
         model,
         loss=loss or LossSettings(),
         negatives=options.pop("negatives", SOURCES["mixed"]),
-        train=TrainSettings(cuda_graph=wanted),
         batch_size=options.pop("batch_size", 12),
+        train=TrainSettings(cuda_graph=wanted, **options),
         device=torch.device(device),
         ranks=ranks,
         emit=said.append,
@@ -697,6 +697,8 @@ BIG = {"batch_size": 1 << 15, "negatives": NegativesSettings(uniform=1 << 16)}
     [
         (own_tower, {}, "item_tower is a Others"),
         (model_of, {"ranks": Ranks(0, 2)}, "several processes"),
+        (model_of, {"chunk_size": 5}, "train.chunk_size and"),
+        (model_of, {"accumulate": 2}, "train.accumulate run"),
         (lambda: model_of(dim=300), {}, "256 dimensions"),
         (model_of, BIG, "32,768 rows and 98,304 candidates takes more than 256 MiB"),
         (
@@ -705,7 +707,7 @@ BIG = {"batch_size": 1 << 15, "negatives": NegativesSettings(uniform=1 << 16)}
             "134,217,728 rows and 17 candidates",
         ),
     ],
-    ids=["own tower", "ranks", "wide", "large mask", "full softmax"],
+    ids=["own tower", "ranks", "chunks", "accumulated", "wide", "large mask", "full softmax"],
 )
 def test_what_stands_against_capture_is_said_or_refused(with_triton, model, options, words):
     said = []

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from recclr.data.log import EncodedLog
 from recclr.errors import ConfigError
-from recclr.negatives import CandidateSampler, require_negatives
+from recclr.negatives import CandidateSampler, lost_negatives, require_negatives
 from recclr.order import generator
-from recclr.settings import NegativesSettings, PopularitySettings
+from recclr.settings import NegativesSettings, PopularitySettings, TrainSettings
 
 COUNTS = [0, 1, 2, 5, 12, 3, 7]
 NUM_ITEMS = len(COUNTS)
@@ -258,3 +258,12 @@ def test_settings_that_leave_no_negative_are_refused(
 )
 def test_settings_that_leave_some_negative_are_not(items, batch_size, options):
     require_negatives(NegativesSettings(**options), log_of(items, 3), batch_size=batch_size)
+
+
+def test_accumulation_that_loses_negatives_is_said_with_the_setting_that_keeps_them():
+    train = TrainSettings(batch_size=512, accumulate=6)
+    said = lost_negatives(NegativesSettings(in_batch=True), train)
+    assert "updates of 3,072 rows" in said
+    assert "train.batch_size = 3072 and train.chunk_size = 512" in said
+    assert lost_negatives(NegativesSettings(in_batch=False), train) is None
+    assert lost_negatives(NegativesSettings(in_batch=True), TrainSettings()) is None

@@ -116,12 +116,13 @@ FAULTS = [
     *(f"train.step:{n}:kill" for n in (1, 5, 13, 17, 21)),
     *(f"checkpoint.{point}:{n}:kill" for point in ("tensors", "manifest") for n in (1, 4)),
     *(f"checkpoint.{point}:{n}:kill" for point in ("renamed", "best") for n in (2, 3)),
+    *(f"checkpoint.last:{n}:kill" for n in (3, 8, 10)),
     *(f"files.write:{n}:kill" for n in (1, 2, 3, 4, 5, 8, 13, 21, 34)),
     *(f"files.rename:{n}:kill" for n in (1, 2, 5, 11, 30)),
     *("files.folder:1:kill", "files.folder:3:kill"),
     *("export.items:1:kill", "export.users:1:kill", "export.point:1:kill"),
 ]
-QUICK = {"checkpoint.renamed:3:kill", "export.point:1:kill"}
+QUICK = {"checkpoint.renamed:3:kill", "checkpoint.last:8:kill", "export.point:1:kill"}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +134,30 @@ def test_killed_runs_end_in_the_same_bytes(run, small_config, tmp_path, uninterr
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = run(small_config, out, "--resume")
     assert resumed.returncode == 0, resumed.stderr
+    assert outcome(out) == uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "point"),
+    [
+        ("false", "true", "train.step:13"),
+        pytest.param("false", "false", "train.step:17", marks=pytest.mark.slow),
+        pytest.param("true", "false", "train.step:5", marks=pytest.mark.slow),
+        pytest.param("false", "false", "shards.columns:1", marks=pytest.mark.slow),
+        pytest.param("false", "true", "shards.columns:2", marks=pytest.mark.slow),
+    ],
+)
+def test_rows_may_be_in_files_or_in_memory_before_and_after(
+    run, small_config, tmp_path, uninterrupted, first, then, point
+):
+    out = tmp_path / "run"
+    killed = run(small_config, out, "--set", f"data.resident={first}", fault=f"{point}:kill")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = [path.name for path in out.glob(".*shards*")]
+    assert len(left) == (first == "false"), left
+    resumed = run(small_config, out, "--resume", "--set", f"data.resident={then}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert ("reads its rows from files" in resumed.stderr) == (then == "false")
     assert outcome(out) == uninterrupted
 
 

@@ -5,6 +5,7 @@ import json
 import polars as pl
 import pytest
 
+import recclr.data.sharding as sharding
 from recclr.config import load_config
 
 
@@ -56,6 +57,24 @@ def test_log_has_steps_and_evaluations_of_both_stages(small_run):
     kinds = {(event["stage"], event["kind"]) for event in events}
     assert {("selection", "step"), ("selection", "evaluation"), ("refit", "step")} <= kinds
     assert ("refit", "evaluation") not in kinds
+
+
+def test_rows_leave_memory_when_there_is_little_and_nothing_else_changes(
+    recclr, small_run, small_config, tmp_path, monkeypatch, no_power_cut
+):
+    monkeypatch.setattr(sharding, "available_bytes", lambda: 1000)
+    out = tmp_path / "run"
+    done = recclr("train", "--config", small_config, "--out", out, "--device", "cpu")
+    assert done.code == 0, done.err
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    notes = [(event["stage"], event["text"]) for event in events if event["kind"] == "note"]
+    assert [stage for stage, _ in notes] == ["selection", "refit"]
+    assert all(f"from files (0 MB for now, in {out})" in text for _, text in notes)
+    assert {path.name for path in out.iterdir()} == {path.name for path in small_run.iterdir()}
+    ours, theirs = ((folder / "metrics.json").read_text() for folder in (out, small_run))
+    assert json.loads(ours) == json.loads(theirs)
+    # Enough memory, as in the run that it is compared with: no word of files.
+    assert "from files" not in (small_run / "log.jsonl").read_text()
 
 
 def test_evaluate_repeats_the_run(recclr, small_run):

@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from recclr import settings
+from recclr import baseline_settings, settings
 from recclr.metrics import DEFINITIONS
 
 # One field per line with its closed range; None where the range has no upper end worth testing.
@@ -24,6 +24,8 @@ RANGES = [
     (settings.LossSettings, "log_q_strength", 0.0, 1.0),
     (settings.NegativesSettings, "uniform", 0, 1 << 24),
     (settings.TrainSettings, "batch_size", 1, 1 << 24),
+    (settings.TrainSettings, "chunk_size", 1, 1 << 24),
+    (settings.TrainSettings, "accumulate", 1, 1 << 16),
     (settings.TrainSettings, "base_batch_size", 1, 1 << 24),
     (settings.TrainSettings, "epochs", 0.001, 1e6),
     (settings.TrainSettings, "table_lr", 0.0, 1e4),
@@ -38,7 +40,7 @@ RANGES = [
     (settings.TrainSettings, "staleness_d", 0.0, 1e5),
     (settings.TrainSettings, "collective_timeout_s", 1.0, 1e6),
     (settings.EvaluateSettings, "num_bootstrap", 0, 1_000_000),
-    (settings.BaselineSettings, "ease_max_items", 1, 200_000),
+    (baseline_settings.BaselineSettings, "ease_max_items", 1, 200_000),
 ]
 
 
@@ -99,7 +101,7 @@ def test_names_that_are_none_and_settings_that_cannot_change():
     with pytest.raises(FrozenInstanceError):
         settings.ModelSettings().embedding_dim = 3
     with pytest.raises(ValueError, match=r"unknown baselines \['svd'\]"):
-        settings.BaselineSettings(names=("als", "svd"))
+        baseline_settings.BaselineSettings(names=("als", "svd"))
 
 
 def test_defaults_are_listed_one_level_deep():

@@ -64,8 +64,10 @@ def test_counts_and_last_seen_equal_a_loop(events, pairs, window_s):
 @settings(max_examples=50, deadline=None)
 def test_rank_walks_the_log_by_entity_and_time(events):
     index = index_of(events)
-    by_entity = [events[row] for row in index.order.tolist()]
-    assert by_entity == sorted(events, key=lambda event: event)
+    by_entity = [divmod(key, index.span) for key in index.keys.tolist()]
+    by_entity = [(entity, index.origin + second) for entity, second in by_entity]
+    assert by_entity == sorted(events)
+    assert index.all_times.tolist() == sorted(time for _, time in events)
     for entity in range(NUM_ENTITIES):
         start = index.rank(torch.tensor([entity]), torch.tensor(EPOCH_S - 99 * DAY_S))
         assert start == sum(one < entity for one, _ in events)

@@ -12,10 +12,30 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "recclr"
 # DESIGN, "Layout": a module imports only from its own floor or from floors below.
 FLOORS = {
-    0: {"errors", "strict", "settings", "config", "files", "memory", "order", "distinct"},
+    0: {
+        "errors",
+        "strict",
+        "settings",
+        "baseline_settings",
+        "config",
+        "files",
+        "memory",
+        "order",
+        "distinct",
+    },
     1: {"data", "metrics", "bootstrap", "distributed"},
-    2: {"statistics", "optim", "parts", "towers", "losses", "negatives", "known_positives"}
-    | {"kernels", "batches", "objective", "optimizers", "ranking", "exchange"},
+    2: {
+        "caching",
+        "spectral",
+        "statistics",
+        "optim",
+        "parts",
+        "towers",
+        "losses",
+        "negatives",
+        "known_positives",
+    }
+    | {"kernels", "windows", "batches", "objective", "optimizers", "ranking", "exchange"},
     3: {"topk", "coarse", "selection", "checkpoint", "keeping", "watching", "graphs", "compiling"},
     4: {"train", "evaluate", "baselines", "export", "recommend"},
     5: {

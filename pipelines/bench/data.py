@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,21 @@ def make_log(spec: LogSpec) -> EncodedLog:
         table = pq.read_table(spec.path, columns=["user_id", "item_id"])
         users, items = (torch.tensor(table[name].to_numpy()).int() for name in table.column_names)
         return EncodedLog(users, items, spec.num_users, spec.num_items)
-    draws = torch.Generator().manual_seed(0)
-    size = (spec.num_rows,)
+    return _drawn(spec, (spec.num_rows,), torch.Generator().manual_seed(0))
+
+
+def make_pieces(spec: LogSpec, length: int) -> Iterator[EncodedLog]:
+    """A generated log as ``make_log`` has it, piece by piece, so that it need not fit into memory.
+
+    The draws of a piece follow from its number, so the same ``length`` gives the same log.
+    """
+    for number, start in enumerate(range(0, spec.num_rows, length)):
+        size = (min(length, spec.num_rows - start),)
+        draws = torch.Generator().manual_seed(number)
+        yield _drawn(spec, size, draws)
+
+
+def _drawn(spec: LogSpec, size: tuple[int], draws: torch.Generator) -> EncodedLog:
     users = torch.randint(spec.num_users, size, generator=draws, dtype=torch.int32)
     # The square of a uniform draw: the first percent of the items gets a tenth of the rows.
     points = torch.rand(size, generator=draws, dtype=torch.float64).square_()

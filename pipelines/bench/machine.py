@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +34,21 @@ def rates(device: str, size: int = 2048) -> Rates:
         gemm=2 * size**3 / statistics.median(products[_FIRST:]),
         copy=2 * source.nbytes / statistics.median(copies[_FIRST:]),
     )
+
+
+def conditions(device: str, size: int) -> dict[str, Any]:
+    """What a row was measured on and what that does at best, for its result.
+
+    Args:
+        size: as for ``rates``.
+    """
+    found = rates(device, size)
+    return {
+        "gemm": found.gemm,
+        "copy": found.copy,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def device_name(device: str) -> str:

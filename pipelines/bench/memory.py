@@ -1,4 +1,4 @@
-"""Memory of this process and of the machine. Standard library only, for interpreters of peers."""
+"""Memory of this process. Standard library only, for interpreters of peers."""
 
 from __future__ import annotations
 
@@ -35,12 +35,6 @@ def peak_mb(device: str = "cpu") -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Kilobytes, but bytes on macOS.
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def available_bytes() -> int | None:
-    """Memory that can be had without swapping; None where the system does not say."""
-    available = _kilobytes(Path("/proc/meminfo"), "MemAvailable")
-    return None if available is None else available * 2**10
 
 
 def _kilobytes(path: Path, name: str) -> int | None:

@@ -20,7 +20,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             None for all), ``device``, ``seconds``, ``gemm_size``.
     """
     device, dim = task["device"], task["dim"]
-    rates = machine.rates(device, task["gemm_size"])
+    conditions = machine.conditions(device, task["gemm_size"])
     memory.reset_peak(device)
     log = data.make_log(data.LogSpec(**task["log"]))
     num_queries = min(task["num_queries"] or log.num_users, log.num_users)
@@ -41,8 +41,5 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "row_bytes": work.row_bytes,
         "peak_memory_mb": memory.peak_mb(device),
         "preparation_peak_mb": preparation_mb,
-        "gemm": rates.gemm,
-        "copy": rates.copy,
-        "device": machine.device_name(device),
-        "threads": torch.get_num_threads(),
+        **conditions,
     }

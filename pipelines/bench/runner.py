@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import recclr
-from bench import memory
 from bench.child import ABSENT
 from bench.floors import Rates, Work
 from bench.grid import Row
+from recclr.memory import available_bytes
 
 PIPELINES = Path(__file__).parents[1]
 _RECCLR = Path(recclr.__file__).parents[1]
@@ -113,7 +113,7 @@ def run_rows(
 
 
 def _too_large(row: Row) -> str | None:
-    available = memory.available_bytes() if row.task["device"] == "cpu" else None
+    available = available_bytes() if row.task["device"] == "cpu" else None
     if available is None or row.needed_bytes + _KEPT_FREE <= available:
         return None
     needed, free = row.needed_bytes / 2**30, available / 2**30

@@ -23,7 +23,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         task: what ``bags.draw`` is told, and ``optimizer``, ``device``, ``seconds``, ``gemm_size``.
     """
     device, dim = task["device"], task["dim"]
-    rates = machine.rates(device, task["gemm_size"])
+    conditions = machine.conditions(device, task["gemm_size"])
     values, _, step = make_step(task)
     step(0)
     memory.reset_peak(device)
@@ -41,10 +41,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "flop": work.flop,
         "row_bytes": work.row_bytes,
         "peak_memory_mb": memory.peak_mb(device),
-        "gemm": rates.gemm,
-        "copy": rates.copy,
-        "device": machine.device_name(device),
-        "threads": torch.get_num_threads(),
+        **conditions,
     }
 
 

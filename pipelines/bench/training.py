@@ -27,9 +27,9 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             ``optimizer``, ``device``, ``seconds``, ``gemm_size``.
     """
     device = task["device"]
-    rates = machine.rates(device, task["gemm_size"])
+    conditions = machine.conditions(device, task["gemm_size"])
     memory.reset_peak(device)
-    model, step = make_step(task)
+    model, step = make_step(task, data.make_log(data.LogSpec(**task["log"])))
     counts: dict[str, int] = {}
     step(0, counts)
     preparation_mb = memory.peak_mb(device)
@@ -50,19 +50,15 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "row_bytes": work.row_bytes,
         "peak_memory_mb": memory.peak_mb(device),
         "preparation_peak_mb": preparation_mb,
-        "gemm": rates.gemm,
-        "copy": rates.copy,
-        "device": machine.device_name(device),
-        "threads": torch.get_num_threads(),
+        **conditions,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     return times | measured | counts
 
 
-def make_step(task: dict[str, Any]) -> tuple[TwoTower, Any]:
+def make_step(task: dict[str, Any], log: data.EncodedLog) -> tuple[TwoTower, Any]:
     """The model, and ``step(number, counts)`` that trains it and fills counts where asked."""
     device = task["device"]
-    log = data.make_log(data.LogSpec(**task["log"]))
     full = task["negatives"] is None
     loss = LossSettings(temperature=0.08, kind="full_softmax" if full else "infonce")
     in_batch = task["in_batch"]
@@ -77,11 +73,9 @@ def make_step(task: dict[str, Any]) -> tuple[TwoTower, Any]:
     optimizers = Optimizers(model, train, _TOTAL_STEPS)
 
     def step(number: int, counts: dict[str, int] | None = None) -> None:
-        batch = batches.batch(number)
-        stats = objective(model, batch, number)
-        stats.loss.backward()
+        stats = objective.backward(model, batches.step(number))
         if counts is not None:
-            counts |= {"batch_size": stats.num_rows, "num_candidates": stats.num_candidates}
+            counts |= {"batch_size": stats.num_rows, "num_candidates": int(stats.num_candidates)}
             counts |= count_rows(model)
         optimizers.step(number)
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from recclr.baselines.matrices import interactions
 from recclr.data.log import Prepared
 from recclr.errors import require
+from recclr.spectral import spectral_factors
 from recclr.topk import EmbeddingRanker
 
 
@@ -72,21 +73,11 @@ def bpr(
 
 
 def spectral(prepared: Prepared, *, dim: int, item_power: float, seed: int) -> EmbeddingRanker:
-    """Truncated SVD of the degree-normalised matrix, folded into two towers without training.
-
-    With D_u^-½ R D_i^-½ ≈ U S Vᵀ: item j is V_j · deg_j^p, user u is Σ deg_i^-½ V_i over the
-    user's items. ``item_power`` p = ½ restores popularity (DESIGN, "The step").
-    """
-    extmath: Any = require("sklearn.utils.extmath", "baselines")
-    matrix = interactions(prepared.train)
-    user_degree = np.maximum(np.asarray(matrix.sum(1)).ravel(), 1.0)
-    item_degree = np.maximum(np.asarray(matrix.sum(0)).ravel(), 1.0)
-    normalised = sp.diags(user_degree**-0.5) @ matrix @ sp.diags(item_degree**-0.5)
-    dim = min(dim, min(matrix.shape))
-    _, _, right = extmath.randomized_svd(normalised.tocsr(), dim, n_iter=4, random_state=seed)
-    basis = right.T.astype(np.float32)
-    users = matrix @ (basis * item_degree[:, None] ** -0.5)
-    return _ranker("spectral", users, basis * item_degree[:, None] ** item_power)
+    """See ``spectral.spectral_factors``: two towers without training."""
+    log = prepared.train
+    dim = min(dim, log.num_users, log.num_items)
+    users, items = spectral_factors(log, dim=dim, item_power=item_power, seed=seed)
+    return _ranker("spectral", users.numpy(), items.numpy())
 
 
 def _fit(model: Any, matrix: sp.csr_matrix) -> None:

@@ -6,12 +6,18 @@ Raw ids do not appear here: a user is a row number below ``num_users``, an item 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from recclr.errors import ShapeError
+
+COLUMNS = ("user_idx", "item_idx", "timestamp", "weight")
+# Rows that are counted at once: ``bincount`` makes int64 of what it is given.
+_STRETCH = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,24 @@ class FeatureTable:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """A log's rows by entity, made once and beforehand (``grouping``); None where not made.
+
+    Attributes:
+        user_items: items of each user in log order.
+        known_items, known_users: items of each user and users of each item, every pair once,
+            rising in each row.
+        user_times, item_times: int64 [n], the sorted keys of ``statistics.TimeIndex``.
+    """
+
+    user_items: Csr | None = None
+    known_items: Csr | None = None
+    known_users: Csr | None = None
+    user_times: Tensor | None = None
+    item_times: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class EncodedLog:
     """Positive interactions as columns, sorted by (time, row) where there is a time.
 
@@ -116,6 +140,9 @@ class EncodedLog:
             neither train nor catalogue and so can never be ranked.
         timestamp: int64 seconds UTC [n], or None.
         weight: float32 [n], positive, or None for all ones.
+        mapped_for: of a log whose columns lie in memory-mapped files (``shards``), the device that
+            its batches go to; None for one in memory.
+        groups: what such a log has beside its columns.
     """
 
     user_idx: Tensor
@@ -124,29 +151,81 @@ class EncodedLog:
     num_items: int
     timestamp: Tensor | None = None
     weight: Tensor | None = None
+    mapped_for: torch.device | None = None
+    groups: Groups = field(default_factory=Groups)
 
     def __len__(self) -> int:
         return len(self.user_idx)
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches are made or go to."""
+        return self.item_idx.device if self.mapped_for is None else self.mapped_for
+
     def item_counts(self) -> Tensor:
         """int64 [num_items]: interactions per item."""
-        return torch.bincount(self.item_idx[self.item_idx >= 0], minlength=self.num_items)
+        counts = torch.zeros(self.num_items, dtype=torch.int64, device=self.item_idx.device)
+        for part in torch.split(self.item_idx, _STRETCH):
+            counts += torch.bincount(part[part >= 0], minlength=self.num_items)
+        return counts.to(self.device)
 
     def user_counts(self) -> Tensor:
         """int64 [at least num_users]: interactions per user."""
-        return torch.bincount(self.user_idx, minlength=self.num_users)
+        most = int(self.user_idx.max()) + 1 if len(self) else 0
+        size = max(self.num_users, most)
+        counts = torch.zeros(size, dtype=torch.int64, device=self.user_idx.device)
+        for part in torch.split(self.user_idx, _STRETCH):
+            counts += torch.bincount(part, minlength=size)
+        return counts.to(self.device)
 
     def user_items(self, num_rows: int | None = None) -> Csr:
         """Items of each user in log order (oldest first), [num_rows or num_users] rows."""
-        return Csr.from_pairs(self.user_idx, self.item_idx, num_rows or self.num_users)
+        made, size = self.groups.user_items, num_rows or self.num_users
+        if made is None:
+            return Csr.from_pairs(self.user_idx, self.item_idx, size)
+        # Users beyond those of the log have nothing.
+        more = made.offsets[-1:].expand(size - made.num_rows)
+        return Csr(torch.cat([made.offsets, more]), made.values).to(self.device)
+
+    def known_pairs(self) -> tuple[Csr, Csr]:
+        """Items of each user and users of each item: every pair once, rising in each row."""
+        items, users = self.groups.known_items, self.groups.known_users
+        if items is not None and users is not None:
+            return items.to(self.device), users.to(self.device)
+        pairs = torch.unique(self.user_idx.long() * self.num_items + self.item_idx)
+        of_user, of_item = pairs // self.num_items, pairs % self.num_items
+        items = Csr.from_pairs(of_user, of_item, self.num_users)
+        users = Csr.from_pairs(of_item, of_user, self.num_items)
+        return items.to(self.device), users.to(self.device)
+
+    def stretches(self, length: int) -> Iterator[EncodedLog]:
+        """The log in pieces of at most ``length`` rows, in order; views, without groups."""
+        for start in range(0, len(self), length):
+            yield self.rows(slice(start, start + length))
+
+    def rows(self, which: Tensor | slice) -> EncodedLog:
+        """Some rows (integer [M], or a slice) as a log of their own where the columns are."""
+        if isinstance(which, slice):
+            return self.with_columns(lambda column: column[which])
+        return self.with_columns(lambda column: column.index_select(0, which))
+
+    def columns(self) -> Iterator[tuple[str, Tensor]]:
+        """Every column that there is, by name."""
+        for name in COLUMNS:
+            column = getattr(self, name)
+            if column is not None:
+                yield name, column
+
+    def with_columns(self, change: Callable[[Tensor], Tensor]) -> EncodedLog:
+        """A log of the same users and items whose columns are what ``change`` makes of these."""
+        changed: dict[str, Any] = {name: change(column) for name, column in self.columns()}
+        return EncodedLog(num_users=self.num_users, num_items=self.num_items, **changed)
 
     def to(self, device: torch.device | str) -> EncodedLog:
-        moved = {
-            name: value.to(device)
-            for name in ("user_idx", "item_idx", "timestamp", "weight")
-            if (value := getattr(self, name)) is not None
-        }
-        return replace(self, **moved)
+        """On a device; the columns of a mapped log stay where they are, its batches go there."""
+        if self.mapped_for is not None:
+            return replace(self, mapped_for=torch.device(device))
+        return self.with_columns(lambda column: column.to(device))
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ def _assemble(
 
 
 def _read_log(reader: _Reader, part: str, num_users: int, num_items: int) -> EncodedLog:
-    columns = {
+    columns: dict[str, Any] = {
         name: reader.take(f"{part}.{name}", dtype)
         for name, dtype in _LOG_DTYPES.items()
         if name in ("user_idx", "item_idx") or f"{part}.{name}" in reader

@@ -43,6 +43,7 @@ def total_contrastive_loss(
     mask: Mask | None = None,
     *,
     second_temperature: float | None = None,
+    bfloat16: bool = False,
 ) -> Tensor:
     """Σ row_weight · ``contrastive_loss``(positive logit, ``masked_logsumexp``), float32 scalar.
 
@@ -50,6 +51,10 @@ def total_contrastive_loss(
         queries: float32 [B, D], divided by the temperature. candidates: float32 [C, D].
         log_weights: float32 [C]; has no gradient here. mask: pairs to leave out.
         positive_logits: float32 [B]. row_weights: float32 [B], no gradient; 1 / B for the mean.
+        bfloat16: on a CPU multiply in bfloat16 for the two gradients, each of which is then off
+            by 0.1 to 0.2 % of its length; loss and logits stay as they are. Saves a fifth to a
+            third of the time where the CPU has such instructions (AVX-512 BF16, AMX), and costs
+            far more where not. On a GPU see ``masked_logsumexp``.
 
     Raises:
         ShapeError: as ``masked_logsumexp`` and ``contrastive_loss``.
@@ -71,9 +76,10 @@ def total_contrastive_loss(
                 row_weights,
                 tiles,
                 second_temperature,
+                bfloat16,
             )
             return result
-    log_partition = masked_logsumexp(queries, candidates, log_weights, mask)
+    log_partition = masked_logsumexp(queries, candidates, log_weights, mask, bfloat16=bfloat16)
     loss = contrastive_loss(positive_logits, log_partition, second_temperature=second_temperature)
     return (loss * row_weights).sum()
 
@@ -89,12 +95,16 @@ class _TotalLoss(torch.autograd.Function):
         row_weights: Tensor,
         tiles: Tiles,
         second_temperature: float | None,
+        bfloat16: bool,
     ) -> Tensor:
-        grad_queries, grad_candidates = torch.zeros_like(queries), torch.zeros_like(candidates)
+        grad_queries = torch.zeros_like(queries)
+        grad_candidates = torch.zeros_like(candidates.T, memory_format=torch.contiguous_format)
         grad_positives = torch.empty_like(positive_logits)
         losses = torch.empty_like(positive_logits)
         scratch = borrow(tiles.height * tiles.num_columns, queries.device)
-        transposed = candidates.T.contiguous()
+        rounded = None
+        if bfloat16:
+            rounded = queries.new_empty(tiles.height * tiles.width, dtype=torch.bfloat16)
         bound = logit_bound(queries, candidates, log_weights)
         weights = log_weights if bound is None else log_weights - bound
         shifts = queries.new_empty((len(queries), tiles.num_blocks))
@@ -104,7 +114,7 @@ class _TotalLoss(torch.autograd.Function):
             rows = blocks[0].rows
             for tile in blocks:
                 out = tile.place(scratch, origin)
-                tile.exponentials(queries, transposed, weights, out, shifts, sums, bound)
+                tile.exponentials(queries, candidates, weights, out, shifts, sums, bound)
             result = joined(sums[rows], shifts[rows])
             pair = positive_logits[rows], result.squeeze(1)
             losses[rows] = contrastive_loss(*pair, second_temperature=second_temperature)
@@ -117,14 +127,16 @@ class _TotalLoss(torch.autograd.Function):
             for tile in blocks:
                 out = tile.place(scratch, origin)
                 share = scale[:, tile.block]
-                tile.add_gradients(out, share, queries, candidates, grad_queries, grad_candidates)
+                tile.add_gradients(
+                    out, share, queries, candidates, grad_queries, grad_candidates, rounded
+                )
         give_back(scratch)
-        ctx.save_for_backward(grad_queries, grad_candidates, grad_positives)
+        ctx.save_for_backward(grad_queries, grad_candidates.T.contiguous(), grad_positives)
         return (losses * row_weights).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        queries, candidates, positives = ctx.saved_tensors
-        return queries * grad, candidates * grad, None, positives * grad, None, None, None
+        queries, candidates, positives = (each * grad for each in ctx.saved_tensors)
+        return queries, candidates, None, positives, None, None, None, None

@@ -87,12 +87,11 @@ class _MaskedLogSumExp(torch.autograd.Function):
         scratch = borrow(tiles.room(store), queries.device)
         sums = queries.new_empty((len(queries), tiles.num_blocks))
         shifts = queries.new_empty((len(queries), tiles.num_blocks))
-        transposed = candidates.T.contiguous()
         bound = logit_bound(queries, candidates, log_weights)
         weights = log_weights if bound is None else log_weights - bound
         for tile in tiles:
             out = tile.place(scratch, 0 if store else tile.start)
-            tile.exponentials(queries, transposed, weights, out, shifts, sums, bound)
+            tile.exponentials(queries, candidates, weights, out, shifts, sums, bound)
         result = joined(sums, shifts)
         ctx.save_for_backward(queries, candidates, log_weights, shifts, result)
         ctx.tiles = tiles
@@ -107,13 +106,12 @@ class _MaskedLogSumExp(torch.autograd.Function):
         tiles: Tiles = ctx.tiles
         grad = grad_outputs[0].unsqueeze(1)
         grad_queries = torch.zeros_like(queries)
-        grad_candidates = torch.zeros_like(candidates)
+        grad_candidates = torch.zeros_like(candidates.T, memory_format=torch.contiguous_format)
         grad_weights = torch.zeros_like(log_weights) if ctx.needs_input_grad[2] else None
         # Kept probabilities serve one backward pass; a second one over a retained graph recomputes.
         kept, ctx.kept = ctx.kept, None
         store = kept is not None
         scratch = kept if store else borrow(tiles.room(False), queries.device)
-        transposed = candidates.T.contiguous()
         factors = share_of_row(shifts, result)
         for tile in tiles:
             out = tile.place(scratch, 0 if store else tile.start)
@@ -121,7 +119,7 @@ class _MaskedLogSumExp(torch.autograd.Function):
             if store:
                 scale = scale * factors[tile.rows, tile.block]
             else:
-                tile.logits(queries, transposed, log_weights, out)
+                tile.logits(queries, candidates, log_weights, out)
                 _exp(out, result[tile.rows])
                 tile.hide(out, 0.0)
             tile.add_gradients(out, scale, queries, candidates, grad_queries, grad_candidates)
@@ -129,7 +127,7 @@ class _MaskedLogSumExp(torch.autograd.Function):
                 into = grad_weights[tile.columns]
                 torch.addmv(into, out.T, scale.squeeze(1), out=into)
         give_back(scratch)
-        return grad_queries, grad_candidates, grad_weights, None
+        return grad_queries, grad_candidates.T, grad_weights, None
 
 
 def joined(sums: Tensor, shifts: Tensor) -> Tensor:
@@ -210,14 +208,14 @@ class Tile:
         start = self.start - origin
         return scratch[start : start + height * width].view(height, width)
 
-    def logits(self, queries: Tensor, transposed: Tensor, log_weights: Tensor, out: Tensor) -> None:
-        torch.mm(queries[self.rows], transposed[:, self.columns], out=out)
+    def logits(self, queries: Tensor, candidates: Tensor, log_weights: Tensor, out: Tensor) -> None:
+        torch.mm(queries[self.rows], candidates[self.columns].T, out=out)
         out.add_(log_weights[self.columns])
 
     def exponentials(
         self,
         queries: Tensor,
-        transposed: Tensor,
+        candidates: Tensor,
         weights: Tensor,
         out: Tensor,
         shifts: Tensor,
@@ -229,7 +227,7 @@ class Tile:
         Args:
             weights: log-weights, less ``bound`` where there is one. bound: of ``logit_bound``.
         """
-        self.logits(queries, transposed, weights, out)
+        self.logits(queries, candidates, weights, out)
         shift = shifts[self.rows, self.block]
         if bound is None:
             self.hide(out, -torch.inf)
@@ -249,11 +247,25 @@ class Tile:
         candidates: Tensor,
         grad_queries: Tensor,
         grad_candidates: Tensor,
+        rounded: Tensor | None = None,
     ) -> None:
-        """Add what ``scale`` [R, 1] times the exponentials of the tile pull at both sides."""
-        grad_queries[self.rows].addcmul_(out @ candidates[self.columns], scale)
-        into = grad_candidates[self.columns]
-        torch.addmm(into, out.T, queries[self.rows] * scale, out=into)
+        """Add what ``scale`` [R, 1] times the exponentials of the tile pull at both sides.
+
+        Args:
+            grad_candidates: [D, C]. The exponentials as the second factor as they lie: as the
+                transposed first one, the product takes a third longer.
+            rounded: bfloat16 buffer for the exponentials; with it both products have bfloat16
+                factors, float32 sums within the tile, and are rounded before they are added.
+        """
+        pulled = queries[self.rows] * scale
+        into = grad_candidates[:, self.columns]
+        if rounded is None:
+            grad_queries[self.rows].addcmul_(out @ candidates[self.columns], scale)
+            torch.addmm(into, pulled.T, out, out=into)
+            return
+        out = rounded[: out.numel()].view(out.shape).copy_(out)
+        grad_queries[self.rows].addcmul_(out @ candidates[self.columns].bfloat16(), scale)
+        into.add_(pulled.bfloat16().T @ out)
 
     def hide(self, out: Tensor, value: float) -> None:
         """Write ``value`` at the masked pairs."""

@@ -13,6 +13,10 @@ from recclr.report.markup import Cell, figure, pairs, paragraph, section, table
 
 _STAGES = ("selection", "refit")
 _IN_OUT = ("rows_in", "rows_out")
+_SHARES = {
+    "duplicate_share": "rows of a batch whose item an earlier row has",
+    "masked_share": "scored pairs left out as known positives",
+}
 
 
 def training(log: Sequence[Mapping[str, Any]], select: str, steps: int | None) -> str:
@@ -73,6 +77,10 @@ def _pace(
         if rates:
             median = rates[len(rates) // 2]
             rows.append((f"{stage}: positives per second, median", f"{median:,.0f}"))
+        for key, text in _SHARES.items():
+            found = sorted(e[key] for e in events if key in e)
+            if found:
+                rows.append((f"{stage}: {text}, median", f"{found[len(found) // 2]:.2%}"))
     return rows
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from recclr.baseline_settings import BaselineSettings
 from recclr.baselines import build_baselines, refit_baseline
 from recclr.bootstrap import paired_differences
 from recclr.data.files import expand_path
 from recclr.data.interactions import read
 from recclr.data.prepare import prepare
 from recclr.evaluate import EvaluationSet, evaluate
-from recclr.settings import BaselineSettings, FeatureSettings, SplitSettings, TowerSettings
+from recclr.settings import FeatureSettings, SplitSettings, TowerSettings
 
 pytestmark = pytest.mark.slow
 

@@ -20,14 +20,14 @@ main()
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """``torchrun … train`` to its end; ``fault`` is Python that every rank runs first."""
+    """A command under torchrun to its end; ``fault`` is Python that every rank runs first."""
 
-    def run(config, out, *extra, size=2, restarts=0, fault="", limit_s=120):
+    def run(*arguments, size=2, restarts=0, fault="", limit_s=120):
         script = tmp_path / "command.py"
         script.write_text(PROGRAM.format(fault=fault))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(size), "--max-restarts", str(restarts), str(script)]
-        command += ["train", "--config", str(config), "--out", str(out), "--device", "cpu", *extra]
+        command += map(str, arguments)
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -42,6 +42,17 @@ def torchrun(tmp_path):
             check=False,
             timeout=limit_s,
         )
+
+    return run
+
+
+@pytest.fixture
+def torchrun_train(torchrun):
+    """``torchrun … train``."""
+
+    def run(config, out, *extra, **options):
+        arguments = ("--config", config, "--out", out, "--device", "cpu", *extra)
+        return torchrun("train", *arguments, **options)
 
     return run
 
@@ -62,9 +73,11 @@ def close(one, other, path=""):
         assert other == one, path
 
 
-def test_two_processes_come_to_the_metrics_of_one(torchrun, small_config, small_run, tmp_path):
+def test_two_processes_come_to_the_metrics_of_one(
+    torchrun_train, small_config, small_run, tmp_path
+):
     out = tmp_path / "run"
-    done = torchrun(small_config, out)
+    done = torchrun_train(small_config, out)
     assert done.returncode == 0, done.stderr
     one = json.loads((small_run / "metrics.json").read_text())
     close(one, json.loads((out / "metrics.json").read_text()))
@@ -76,7 +89,25 @@ def test_two_processes_come_to_the_metrics_of_one(torchrun, small_config, small_
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_is_told_once_with_its_rank(torchrun, small_config, tmp_path):
+def test_an_evaluation_by_two_processes_is_that_of_one(recclr, torchrun, small_run):
+    one = recclr("evaluate", small_run, "--json")
+    two = torchrun("evaluate", small_run, "--json")
+    assert two.returncode == 0, two.stderr
+    close(json.loads(one.out), json.loads(two.stdout))
+
+
+@pytest.mark.slow
+def test_a_command_for_one_process_is_refused_once(torchrun, small_run, tmp_path):
+    target = tmp_path / "store"
+    done = torchrun("export", small_run, "--to", f"parquet:{target}")
+    assert done.stderr.count("recclr export runs in one process, found WORLD_SIZE = 2") == 1
+    assert done.stderr.count("error: ") == 1
+    assert "exitcode  : 2" in done.stderr
+    assert not target.exists()
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_told_once_with_its_rank(torchrun_train, small_config, tmp_path):
     fault = 'rank == 1 and os.environ.update(RECCLR_FAULT="train.step:2:enospc")'
     fault = """
 from recclr.errors import StoreError
@@ -86,7 +117,7 @@ def fails(name):
         raise StoreError("the disk is odd")
 recclr.train.fault_point = fails
 """
-    done = torchrun(small_config, tmp_path / "run", fault=fault)
+    done = torchrun_train(small_config, tmp_path / "run", fault=fault)
     assert done.returncode == 1  # torchrun's own, whatever the processes end with
     assert done.stderr.count("error: rank 1: the disk is odd") == 1
     assert done.stderr.count("error: ") == 1
@@ -94,23 +125,23 @@ recclr.train.fault_point = fails
 
 
 @pytest.mark.slow
-def test_two_disks_are_refused(torchrun, small_config, tmp_path):
+def test_two_disks_are_refused(torchrun_train, small_config, tmp_path):
     fault = f"""
 import recclr.run_folder
 recclr.run_folder._SHOWN_S = 0.5
 if rank == 1:
     sys.argv[sys.argv.index("--out") + 1] = {str(tmp_path / "other")!r}
 """
-    done = torchrun(small_config, tmp_path / "run", fault=fault)
+    done = torchrun_train(small_config, tmp_path / "run", fault=fault)
     assert done.returncode == 1
     assert "rank 1 does not see what rank 0 writes" in done.stderr
     assert "exitcode  : 2" in done.stderr
 
 
 @pytest.mark.slow
-def test_another_configuration_on_one_rank_is_refused(torchrun, small_config, tmp_path):
+def test_another_configuration_on_one_rank_is_refused(torchrun_train, small_config, tmp_path):
     fault = 'if rank == 1: sys.argv += ["--set", "seed=4"]'
-    done = torchrun(small_config, tmp_path / "run", fault=fault)
+    done = torchrun_train(small_config, tmp_path / "run", fault=fault)
     assert done.returncode == 1
     assert "rank 1 and rank 0 do not agree on the configuration" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -118,16 +149,36 @@ def test_another_configuration_on_one_rank_is_refused(torchrun, small_config, tm
 
 @pytest.mark.slow
 def test_a_polite_signal_to_one_process_stops_both_with_a_checkpoint(
-    torchrun, small_config, small_run, tmp_path
+    torchrun_train, small_config, small_run, tmp_path
 ):
     out = tmp_path / "run"
     fault = 'if rank == 1: os.environ["RECCLR_FAULT"] = "train.step:8:term"'
-    stopped = torchrun(small_config, out, fault=fault)
+    stopped = torchrun_train(small_config, out, fault=fault)
     assert stopped.stderr.count("exitcode  : 75") == 2, stopped.stderr
     assert stopped.stderr.count("stopped by a signal after step 9") == 1
     # Another number of processes goes on with it.
-    resumed = torchrun(small_config, out, "--resume", size=3)
+    resumed = torchrun_train(small_config, out, "--resume", size=3)
     assert resumed.returncode == 0, resumed.stderr
+    one = json.loads((small_run / "metrics.json").read_text())
+    close(one, json.loads((out / "metrics.json").read_text()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rows_in_files_are_written_again_after_a_restart(
+    torchrun_train, small_config, small_run, tmp_path, rank
+):
+    fault = f"""
+if rank == {rank} and attempt == 0:
+    os.environ["RECCLR_FAULT"] = "train.step:23:kill"
+"""
+    out = tmp_path / "run"
+    extra = ("--resume", "--set", "data.resident=false")
+    done = torchrun_train(small_config, out, *extra, fault=fault, restarts=2)
+    assert done.returncode == 0, done.stderr
+    # Of the selection, and of the refit before and after it was killed; by one of two processes.
+    assert done.stderr.count("reads its rows from files") == 3
+    assert not list(out.glob(".*"))
     one = json.loads((small_run / "metrics.json").read_text())
     close(one, json.loads((out / "metrics.json").read_text()))
 
@@ -136,7 +187,7 @@ def test_a_polite_signal_to_one_process_stops_both_with_a_checkpoint(
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("point", ["train.step:23", "checkpoint.manifest:2"])
 def test_a_killed_process_is_restarted_from_the_last_checkpoint(
-    torchrun, small_config, small_run, tmp_path, rank, point
+    torchrun_train, small_config, small_run, tmp_path, rank, point
 ):
     if point.startswith("checkpoint") and rank == 1:
         pytest.skip("only rank 0 writes")
@@ -145,7 +196,7 @@ if rank == {rank} and attempt == 0:
     os.environ["RECCLR_FAULT"] = "{point}:kill"
 """
     out = tmp_path / "run"
-    done = torchrun(small_config, out, "--resume", fault=fault, restarts=2)
+    done = torchrun_train(small_config, out, "--resume", fault=fault, restarts=2)
     assert done.returncode == 0, done.stderr
     assert "Signal 9" in done.stderr or "exitcode: -9" in done.stderr
     one = json.loads((small_run / "metrics.json").read_text())

@@ -45,6 +45,24 @@ def test_loss_and_every_gradient_are_those_of_one_process(
         assert all(torch.equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [(2, {"chunk_size": 2}), (2, {"accumulate": 3}), (3, {"chunk_size": 3, "accumulate": 2})],
+)
+def test_chunks_and_accumulated_batches_are_those_of_one_process(
+    work, spread, tmp_path, size, options
+):
+    settings = {"towers": "rich", "loss": "infonce", "steps": (0, 1)}
+    ended = spread("gradients", size, tmp_path, **settings, **options)
+    assert ended.codes == [0] * size, ended.texts
+    (tmp_path / "one").mkdir()
+    # Chunks change nothing, so one process does without.
+    options.pop("chunk_size", None)
+    work.alone("gradients", tmp_path / "one", **settings, **options)
+    one = load_file(tmp_path / "one" / "gradients-0.safetensors")
+    close(one, load_file(tmp_path / "gradients-1.safetensors"))
+
+
 def test_ranks_without_any_row_do_not_stop_the_others(work, spread, tmp_path):
     settings = {"towers": "rich", "loss": "infonce", "batch_size": 2}
     ended = spread("gradients", 3, tmp_path, **settings)
@@ -80,7 +98,30 @@ def test_a_training_ends_in_the_weights_of_one_process(work, spread, tmp_path, s
     assert told[0] == alone[0]
     assert told[1][0]["loss"] == pytest.approx(alone[1][0]["loss"], rel=1e-6)
     assert told[1][0]["masked_share"] == alone[1][0]["masked_share"]
+    assert told[1][0]["duplicate_share"] == alone[1][0]["duplicate_share"]
     assert told[1][0]["num_candidates"] == alone[1][0]["num_candidates"]
+
+
+@pytest.mark.parametrize(("size", "towers"), [(2, "timed"), pytest.param(3, "rich", marks=slow)])
+def test_the_first_rank_decides_where_the_rows_are_and_it_changes_no_bit(
+    spread, tmp_path, size, towers
+):
+    weights = {}
+    for resident in (True, False):
+        folder = tmp_path / str(resident)
+        # The others would decide otherwise.
+        asked = [resident] + [not resident] * (size - 1)
+        ended = spread("train", size, folder, towers=towers, resident=asked)
+        assert ended.codes == [0] * size, ended.texts
+        for rank in range(size):
+            assert json.loads((folder / f"mapped-{rank}.json").read_text()) is not resident
+        assert not list(folder.glob(".*"))
+        weights[resident] = [
+            load_file(folder / f"weights-{rank}.safetensors") for rank in range(size)
+        ]
+    for one, other in zip(weights[True], weights[False], strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 3), pytest.param(1, 2, marks=slow)])

@@ -6,12 +6,12 @@ A function gets its ``Ranks``, a folder for results, and JSON arguments.
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from recclr.batches import BatchSource
 from recclr.data.log import (
     CategoricalColumn,
     Csr,
@@ -21,10 +21,10 @@ from recclr.data.log import (
     Prepared,
     RaggedColumn,
 )
+from recclr.data.sharding import rows_for_training
 from recclr.distributed import ALONE
 from recclr.evaluate import EvaluationSet, evaluate
 from recclr.exchange import StepExchange
-from recclr.objective import Objective
 from recclr.optimizers import Optimizers
 from recclr.settings import (
     FeatureSettings,
@@ -40,7 +40,7 @@ from recclr.settings import (
 from recclr.statistics import DAY_S
 from recclr.topk import EmbeddingRanker
 from recclr.towers import build_model
-from recclr.train import fit, needs_time_cells
+from recclr.train import fit, step_parts
 
 NUM_USERS, NUM_ITEMS, NUM_ROWS, DIM = 11, 17, 53, 6
 
@@ -102,23 +102,41 @@ def prepared():
     return Prepared(log, FeatureTable(NUM_USERS, users), FeatureTable(NUM_ITEMS, items))
 
 
-def model_of(towers, loss):
+def model_of(towers, loss, log=None):
     user, item = TOWERS[towers]
-    settings = ModelSettings(embedding_dim=DIM)
-    return build_model(prepared(), user=user, item=item, model=settings, loss=loss, seed=2)
+    settings, data = ModelSettings(embedding_dim=DIM), prepared()
+    data = data if log is None else replace(data, train=log)
+    return build_model(data, user=user, item=item, model=settings, loss=loss, seed=2)
 
 
-def gradients(ranks, folder, *, towers, loss, negatives="mixed", batch_size=13, steps=(0, 3, 4)):
+def gradients(
+    ranks,
+    folder,
+    *,
+    towers,
+    loss,
+    negatives="mixed",
+    batch_size=13,
+    chunk_size=None,
+    accumulate=1,
+    steps=(0, 3, 4),
+):
     """Loss, masked pairs and every gradient of a few steps, before any update."""
     model, found = model_of(towers, LOSSES[loss]), {}
-    log, train = prepared().train, TrainSettings(batch_size=batch_size)
+    train = TrainSettings(batch_size=batch_size, chunk_size=chunk_size, accumulate=accumulate)
     model.train()
     optimizers = Optimizers(model, train, 10)
-    objective = Objective(log, LOSSES[loss], NEGATIVES[negatives], seed=4, ranks=ranks)
-    source = BatchSource(log, train, seed=4, time_cells=needs_time_cells(model))
+    source, objective = step_parts(
+        model,
+        prepared().train,
+        loss=LOSSES[loss],
+        negatives=NEGATIVES[negatives],
+        train=train,
+        seed=4,
+        ranks=ranks,
+    )
     for step in steps:
-        stats, stopped = objective(model, source.batch(step), step), False
-        stats.loss.backward()
+        stats, stopped = objective.backward(model, source.step(step)), False
         tables = optimizers.tables.gradients()
         if ranks.size > 1:
             asked = ranks.rank == 1 and step == steps[-1]
@@ -145,13 +163,22 @@ def train(
     resume=False,
     num_steps=None,
     odd=None,
+    resident=True,
 ):
     """A short training; the weights at its end, and the evaluations on the way.
 
     ``odd``: the rank on which one bit of one weight flips at the first evaluation.
+    ``resident``: what each rank says of the log, by rank; one value for all.
     """
-    model, log = model_of(towers, LOSSES[loss]), prepared().train
-    steps = []
+    asked = resident[ranks.rank] if isinstance(resident, list) else resident
+    own, said = {"device": "cpu", "resident": asked}, []
+    with rows_for_training(prepared().train, folder, **own, ranks=ranks, say=said.append) as log:
+        (folder / f"mapped-{ranks.rank}.json").write_text(json.dumps(log.mapped_for is not None))
+        _train(ranks, folder, log, towers, loss, checkpoints, resume, num_steps, odd)
+
+
+def _train(ranks, folder, log, towers, loss, checkpoints, resume, num_steps, odd):
+    model, steps = model_of(towers, LOSSES[loss], log), []
 
     def judged(candidate):
         if ranks.rank == odd:

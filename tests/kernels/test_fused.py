@@ -32,11 +32,17 @@ def composed(queries, candidates, weights, positives, row_weights, mask, *, seco
     return (loss * row_weights).sum()
 
 
-def with_gradients(function, case, second_temperature, upstream):
+def with_gradients(function, case, second_temperature, upstream, **options):
     leaves = [case[place].clone().requires_grad_() for place in (0, 1, 3)]
     queries, candidates, positives = leaves
     loss = function(
-        queries, candidates, case[2], positives, *case[4:], second_temperature=second_temperature
+        queries,
+        candidates,
+        case[2],
+        positives,
+        *case[4:],
+        second_temperature=second_temperature,
+        **options,
     )
     (loss * upstream).backward()
     return loss.detach(), [leaf.grad for leaf in leaves]
@@ -80,6 +86,21 @@ def test_value_and_gradients_equal_the_composition(
         )
 
 
+@pytest.mark.parametrize("width", [16, 2048])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 12.0])
+def test_bfloat16_rounds_the_gradients_of_both_sides_and_nothing_else(monkeypatch, width, scale):
+    """Of two factors with 8 bits each a product is off by at most 2^-7; of sums less remains."""
+    monkeypatch.setitem(tiled._MAX_WIDTH, "cpu", width)
+    case = problem(8, 300, 70, 9, share=0.2, scale=scale)
+    loss, exact = with_gradients(total_contrastive_loss, case, 1.3, -1.7)
+    same, rounded = with_gradients(total_contrastive_loss, case, 1.3, -1.7, bfloat16=True)
+    assert torch.equal(loss, same)
+    assert torch.equal(exact[2], rounded[2])
+    for ours, theirs in zip(rounded[:2], exact[:2], strict=True):
+        assert ours.dtype == torch.float32
+        assert 1e-5 < (ours - theirs).norm() / theirs.norm() < 2**-8
+
+
 @pytest.mark.parametrize("second_temperature", [None, 1.3])
 def test_slopes_are_the_derivatives_of_the_loss(second_temperature):
     draws = torch.Generator().manual_seed(1)
@@ -116,7 +137,9 @@ def test_more_candidates_than_rows_of_a_tile_can_hold_take_the_other_way(monkeyp
     monkeypatch.setitem(tiled._TILE_BYTES, "cpu", 1)
     taken = []
     monkeypatch.setattr(
-        fused, "masked_logsumexp", lambda *args: taken.append(1) or masked_logsumexp(*args)
+        fused,
+        "masked_logsumexp",
+        lambda *args, **options: taken.append(1) or masked_logsumexp(*args, **options),
     )
     case = problem(4, 70, 23, 4)
     found = with_gradients(total_contrastive_loss, case, None, 1.0)

@@ -135,7 +135,7 @@ def test_a_step_really_trains(bench, settings, log, features):
     row = bench.grid.training_row(
         "ids", log, settings, dim=8, batch_size=64, negatives=32, features=features
     )
-    model, step = bench.training.make_step(row.task)
+    model, step = bench.training.make_step(row.task, bench.data.make_log(log))
     names = {name.split(".")[0] for name in model.weights()}
     assert {"user_tower", "item_tower"} <= names
     before = {name: value.clone() for name, value in model.weights().items()}
@@ -253,7 +253,7 @@ def test_the_next_interpreter_may_have_the_library(bench, settings, log, tmp_pat
 
 def test_what_does_not_fit_is_not_tried(bench, settings, log, monkeypatch):
     row = bench.grid.training_row("growth", log, settings, dim=8, batch_size=64, negatives=32)
-    monkeypatch.setattr(bench.memory, "available_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(bench.runner, "available_bytes", lambda: 1 << 30)
     (entry,) = bench.runner.run_rows([row], lambda row: pytest.fail("tried"), say=lambda text: None)
     assert "needs about 0.5 GiB, 1.0 GiB of memory are free" in entry["skipped"]
 

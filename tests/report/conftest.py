@@ -91,8 +91,9 @@ def run(tmp_path, metrics) -> Path:
     log = copy.deepcopy(_LOG)
     for event, value in zip(log[3:], (0.2, 0.3), strict=True):
         event["metrics"] = {"recall@20": value}
-    for event in log[:3]:
+    for number, event in enumerate(log[:3]):
         event |= {"temperature": 0.1, "positives_per_s": 4000.0}
+        event |= {"duplicate_share": 0.1 * number, "masked_share": 0.0123}
     folder = tmp_path / "runs" / "nightly"
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(_CONFIG)

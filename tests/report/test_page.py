@@ -51,6 +51,8 @@ def test_the_facts_of_every_file_are_on_the_page(run):
         "45,678 bytes",
         "Temperature by epoch",  # log.jsonl
         "4,000",
+        "20.00%",
+        "1.23%",
         "torch 2.13",  # environment.json
         "seed = 3",  # config.toml
     ):
