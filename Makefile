@@ -21,8 +21,9 @@ $(VENV)/.core: $(VENV)/.created pyproject.toml constraints.txt
 	$(INSTALL) --editable .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.core
+$(VENV)/.test: $(VENV)/.core requirements-torchrec.txt
 	$(INSTALL) --editable '.[test]'
+	$(INSTALL) --no-deps --requirement requirements-torchrec.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test

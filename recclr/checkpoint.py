@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
+from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -32,6 +32,7 @@ from recclr.files import (
     write_json_atomic,
     write_pointer,
 )
+from recclr.sharded_tables import RowShard
 
 FORMAT_VERSION = 1
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -42,7 +43,8 @@ class Checkpoint:
     """One verified checkpoint.
 
     Attributes:
-        folder: where it stands. tensors: by name, on the CPU. state: the JSON part.
+        folder: where it stands. tensors: by name, on the CPU; mapped from the file, so that ranks
+            that each take a part of a table do not each hold the whole. state: the JSON part.
     """
 
     folder: Path
@@ -108,10 +110,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder} has checkpoint format {version}; this recclr reads 1 to {FORMAT_VERSION}"
         )
-    read = {name: _verified(folder / name, sha256) for name, sha256 in hashes.items()}
+    for name, sha256 in hashes.items():
+        _verify(folder / name, sha256)
     try:
-        return Checkpoint(folder, load_tensors(read[_TENSORS]), json.loads(read[_STATE]))
-    except (SafetensorError, ValueError) as error:
+        state = json.loads((folder / _STATE).read_bytes())
+        return Checkpoint(folder, load_file(folder / _TENSORS), state)
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
@@ -144,7 +148,9 @@ def find_checkpoint(root: Path, pointer: Literal["LAST", "BEST"] = "LAST") -> Ch
     return None
 
 
-def require_match(own: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
+def require_match(
+    own: Mapping[str, Tensor | RowShard], found: Mapping[str, Tensor], what: str
+) -> None:
     """Refuse tensors that do not fit, before any of them is loaded.
 
     Raises:
@@ -199,14 +205,13 @@ def _best(root: Path) -> Checkpoint | None:
     return None
 
 
-def _verified(path: Path, sha256: str) -> bytes:
+def _verify(path: Path, sha256: str) -> None:
     try:
-        data = path.read_bytes()
+        found = sha256_of(path)
     except OSError as error:
         raise CheckpointError(f"{path} is missing or cannot be read: {error.strerror}") from error
-    if hashlib.sha256(data).hexdigest() != sha256:
+    if found != sha256:
         raise CheckpointError(f"{path} is damaged (its SHA-256 is not the manifest's)")
-    return data
 
 
 def _step_of(folder: Path) -> int:

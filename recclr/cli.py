@@ -153,7 +153,7 @@ def train(
     Under torchrun, its processes share the work.
     """
     from recclr.config import load_config
-    from recclr.distributed import joined
+    from recclr.joining import joined
     from recclr.run import train_run
     from recclr.run_folder import METRICS, read_json
 
@@ -185,7 +185,7 @@ def evaluate(
 
     Under torchrun, its processes share the work.
     """
-    from recclr.distributed import joined
+    from recclr.joining import joined
     from recclr.judge import evaluate_run
     from recclr.keeping import digest_of
     from recclr.load import load_run, ranker_of

@@ -240,6 +240,11 @@ def _cross_check(config: Config, source: str) -> None:
         problems.append(
             f"train.time_cells: {needing['item'][0]} needs time cells; leave the key out"
         )
+    if config.train.sharded_tables != "none" and config.model.embedding_dim % 4:
+        problems.append(
+            "train.sharded_tables: needs a model.embedding_dim that is a multiple of 4, found "
+            f"{config.model.embedding_dim}"
+        )
     if config.data.event_weights and config.data.columns.event is None:
         problems.append(
             "data.event_weights: name the column of the event type in data.columns.event"

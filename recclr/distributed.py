@@ -15,10 +15,7 @@ import contextlib
 import faulthandler
 import json
 import os
-import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,13 +26,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from recclr.errors import ConfigError, PeerError, RankError, RecclrError
 
 # For what one process does alone while the others wait: baselines, export.
 LONG_S = 24 * 3600.0
-_JOIN_S = 120.0
+JOIN_S = 120.0
 # How long an end waits for the others, who may be busy; torchrun ends those.
 _GRACE_S = 5.0
 _FAILURE, _LATE, _ENDED, _LEFT = "failure", "late", "ended", "left"
@@ -46,7 +42,7 @@ class Ranks:
 
     Attributes:
         rank: number of this process. size: how many there are.
-        local_rank: number on this machine, which picks the GPU.
+        local_rank: number on this machine, which picks the GPU. local_size: how many are on it.
         timeout_s: of each collective, from ``start`` on.
 
     Every method but ``part`` and ``own_device`` must be called by all ranks, in one order. ``name``
@@ -55,10 +51,17 @@ class Ranks:
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, *, local_rank: int = 0, store: Store | None = None
+        self,
+        rank: int = 0,
+        size: int = 1,
+        *,
+        local_rank: int = 0,
+        local_size: int | None = None,
+        store: Store | None = None,
     ) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
-        self.timeout_s = _JOIN_S
+        self.local_size = local_size or size
+        self.timeout_s = JOIN_S
         self._store = store
         self._meetings = 0
         self._watched = False
@@ -81,7 +84,7 @@ class Ranks:
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
             backend = "cpu:gloo,cuda:nccl"
         assert self._store is not None
-        with self._operation("the start"):
+        with self.operation("the start"):
             dist.init_process_group(
                 backend,
                 store=PrefixStore("tensors", self._store),
@@ -120,8 +123,12 @@ class Ranks:
     def sum_(self, x: Tensor, name: str) -> Tensor:
         """``x`` summed over ranks, in place; the same bits everywhere."""
         if self.size > 1:
-            with self._operation(name):
-                dist.all_reduce(x)
+            # Gloo sums memory in the order it lies in, whatever the strides say.
+            dense = x.contiguous()
+            with self.operation(name):
+                dist.all_reduce(dense)
+            if dense is not x:
+                x.copy_(dense)
         return x
 
     def gather(self, x: Tensor, counts: Sequence[int], name: str) -> Tensor:
@@ -140,7 +147,7 @@ class Ranks:
         padded[: len(x)] = x
         blocks = x.new_empty((self.size * max(counts), *x.shape[1:]))
         each = torch.split(blocks, max(counts))
-        with self._operation(name):
+        with self.operation(name):
             dist.all_gather(list(each), padded)
         if min(counts) == max(counts):
             return blocks
@@ -196,7 +203,7 @@ class Ranks:
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         keys = [f"meeting/{self._meetings}/{rank}" for rank in range(self.size)]
         self._meetings += 1
-        with self._operation(name):
+        with self.operation(name):
             self._store.set(keys[self.rank], "here")
             end, pause_s = time.monotonic() + limit_s, 0.005
             while not self._store.check(keys):
@@ -220,7 +227,8 @@ class Ranks:
             self._watched = False
 
     @contextmanager
-    def _operation(self, name: str) -> Iterator[None]:
+    def operation(self, name: str) -> Iterator[None]:
+        """Exchanges of any kind; what c10d raises in the block becomes an error of ours."""
         self.unwatch()
         try:
             yield
@@ -241,7 +249,7 @@ class Ranks:
         except RuntimeError:
             pass  # the store went with its host
         return RankError(
-            f"another process was lost during '{name}' ({_first_line(error)}); run again with "
+            f"another process was lost during '{name}' ({first_line(error)}); run again with "
             "--resume, or start torchrun with --max-restarts"
         )
 
@@ -270,7 +278,7 @@ class Ranks:
                 return missing
             time.sleep(0.05)
 
-    def _fail(self, error: BaseException) -> PeerError | None:
+    def fail(self, error: BaseException) -> PeerError | None:
         """Leave word of a failure; that of another rank, if it was the first to fail."""
         assert self._store is not None
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
@@ -283,7 +291,7 @@ class Ranks:
                 return _peer(found)
         return None
 
-    def _close(self, *, wait: bool) -> None:
+    def close(self, *, wait: bool) -> None:
         """Close both channels; with ``wait``, once all ranks do."""
         assert self._store is not None
         self.unwatch()
@@ -305,83 +313,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-@contextmanager
-def joined() -> Iterator[Ranks]:
-    """The processes that torchrun started together with this one; ``ALONE`` without it.
-
-    However the block ends, it ends for all: an error of one rank gets its number and is raised
-    there; the others raise ``PeerError`` with the same exit code.
-
-    Raises:
-        ConfigError: torchrun's environment is incomplete. RankError: the others cannot be reached.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
-        return
-    ranks = _join()
-    try:
-        yield ranks
-    except Exception as error:
-        peer = _ended_by(ranks, error)
-        if peer is None and isinstance(error, RecclrError):
-            error.args = (f"rank {ranks.rank}: {error}",)
-        if peer is None or isinstance(error, PeerError):
-            raise
-        raise peer from error
-    except KeyboardInterrupt as error:
-        _ended_by(ranks, error)
-        raise
-    else:
-        ranks._close(wait=False)
-
-
-def _ended_by(ranks: Ranks, error: BaseException) -> PeerError | None:
-    """Tell the others and wait until they have heard; the failure that came before this one."""
-    if threading.current_thread() is threading.main_thread():
-        # torchrun ends the others at the first exit, and they shall have their own exit codes.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    peer = ranks._fail(error)
-    ranks._close(wait=True)
-    return peer
-
-
-def _join() -> Ranks:
-    """Meet the others at the address that torchrun gave."""
-    place = os.environ
-    missing = [n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in place]
-    if missing:
-        raise ConfigError(
-            f"WORLD_SIZE is {place['WORLD_SIZE']}, but {', '.join(missing)} is not set; start "
-            "several processes with torchrun, or unset WORLD_SIZE"
-        )
-    if place.get("LOCAL_WORLD_SIZE") == place["WORLD_SIZE"]:
-        # On one machine no name has to resolve and nobody outside can connect.
-        names = [name for _, name in socket.if_nameindex()]
-        if "lo" in names:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    try:
-        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=_JOIN_S)))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise RankError(
-            f"the processes cannot meet at {place['MASTER_ADDR']}:{place['MASTER_PORT']} "
-            f"({_first_line(error)}); is the port taken, or the name unknown?"
-        ) from error
-    attempt = place.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"recclr/{attempt}", store)
-    return Ranks(rank, size, local_rank=int(place["LOCAL_RANK"]), store=store)
-
-
-def restarts_are_safe() -> bool:
-    """Whether processes that torchrun restarts can meet again.
-
-    Through the store of its agent they may find the addresses of those before them and hang
-    (pytorch #135712); ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` beside torchrun gives them their
-    own.
-    """
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    return restarts == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 class _GatherRows(torch.autograd.Function):
@@ -407,5 +338,5 @@ def _ranks(numbers: Sequence[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -13,6 +13,8 @@ from recclr.data.log import EncodedLog, Prepared
 from recclr.data.sharding import rows_for_training, wanted_groups
 from recclr.distributed import ALONE, Ranks
 from recclr.load import fresh_model, ranker_of
+from recclr.sharded_tables import table_maker
+from recclr.spectral import start_from_spectral
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
 from recclr.train import FitResult, fit
@@ -61,7 +63,10 @@ def fit_model(
         return judge(ranker_of(candidate, prepared.cutoff))
 
     with rows as log:
-        model = fresh_model(config, replace(prepared, train=log))
+        data, new_table = replace(prepared, train=log), table_maker(config.train, ranks, device)
+        model = fresh_model(config, data, new_table)
+        if config.model.init == "spectral":
+            start_from_spectral(model, log, init_std=config.model.init_std, seed=config.seed)
         result = fit(
             model,
             log,

@@ -293,7 +293,7 @@ def _padded_bytes(model: TwoTower, batch_size: int, num_items: int) -> int:
         for part in parts:
             if isinstance(part, BagPart):
                 num_values = num_rows * part.longest
-                touched = min(num_values, len(part.table.weight))
+                touched = min(num_values, part.table.num_rows)
                 found.append(max(8 * num_values, 4 * dim * touched))
             if isinstance(part, HistoryPart):
                 found.append(4 * dim * num_rows * part.longest)

@@ -22,6 +22,7 @@ from recclr.distributed import ALONE, LONG_S, Ranks
 from recclr.errors import CheckpointError, ConfigError
 from recclr.files import read_pointer
 from recclr.optimizers import Optimizers
+from recclr.sharded_tables import RowShard
 from recclr.towers import TwoTower
 
 
@@ -37,7 +38,8 @@ class Progress:
 
 
 def load_weights(model: TwoTower, tensors: dict[str, Tensor]) -> None:
-    """Put a checkpoint's weights into a model of the same configuration and data.
+    """Put a checkpoint's weights into a model of the same configuration and data; of sharded tables
+    each rank takes its part.
 
     Args:
         tensors: as ``checkpoint.Checkpoint.tensors``; optimiser state in it is ignored.
@@ -50,7 +52,7 @@ def load_weights(model: TwoTower, tensors: dict[str, Tensor]) -> None:
         for name, value in tensors.items()
         if name.startswith("model/")
     }
-    own = model.weights()
+    own = model.weights() | model.shards()
     require_match(own, weights, "the checkpoint")
     with torch.no_grad():
         for name, value in weights.items():
@@ -60,7 +62,9 @@ def load_weights(model: TwoTower, tensors: dict[str, Tensor]) -> None:
 class Keeper:
     """Where states go: a folder of checkpoints, or memory for the best weights.
 
-    Of several ranks the first writes, after all have shown that they have the same state.
+    Of several ranks the first writes, after all have shown that they have the same state. A sharded
+    table is sent to it, and stands in the checkpoint as a whole one does, so the CPU memory of the
+    first rank has to hold the checkpoint; a resumed one is mapped, and each rank copies its part.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class Keeper:
         ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.optimizers, self.root, self.ranks = model, optimizers, root, ranks
-        self.best: dict[str, Tensor] = {}
+        self.best: dict[str, Tensor | RowShard] = {}
 
     def keep(self, progress: Progress, *, best: bool) -> None:
         """Keep this state, as the last and perhaps the best.
@@ -81,21 +85,31 @@ class Keeper:
         """
         if self.root is None:
             if best:
-                self.best = {name: value.clone() for name, value in self._weights().items()}
+                held = self.model.weights() | self.model.shards()
+                with torch.no_grad():
+                    self.best = {name: value.clone() for name, value in held.items()}
             return
         tensors = self._everything()
         self._agree(tensors, progress)
+        for name, shard in self._shards().items():
+            whole = shard.gathered(name)
+            if whole is not None:
+                tensors[name] = whole
         if self.ranks.first:
             save_checkpoint(self.root, tensors, asdict(progress), best=best)
         # Nobody trains on from a state that may never become durable.
         self.ranks.meet("the checkpoint")
 
-    def _weights(self) -> dict[str, Tensor]:
-        return {f"model/{name}": value.detach() for name, value in self.model.weights().items()}
-
     def _everything(self) -> dict[str, Tensor]:
-        state = self.optimizers.state_dict()
-        return {**self._weights(), **{f"optimizers/{name}": v for name, v in state.items()}}
+        """What each rank has whole."""
+        weights, state = self.model.weights(), self.optimizers.state_dict()
+        tensors = {f"model/{name}": value.detach() for name, value in weights.items()}
+        return tensors | {f"optimizers/{name}": value for name, value in state.items()}
+
+    def _shards(self) -> dict[str, RowShard]:
+        weights, state = self.model.shards(), self.optimizers.shards()
+        shards = {f"model/{name}": shard for name, shard in weights.items()}
+        return shards | {f"optimizers/{name}": shard for name, shard in state.items()}
 
     def _agree(self, tensors: dict[str, Tensor], progress: Progress) -> None:
         if self.ranks.size == 1:
@@ -144,10 +158,13 @@ class Keeper:
             raise CheckpointError(f"{found.folder} is of another program: {error}") from error
 
     def restore_best(self, step: int) -> None:
-        best = self.best
         if self.root is not None:
-            best = load_checkpoint(self.root / f"step-{step}").tensors
-        load_weights(self.model, best)
+            load_weights(self.model, load_checkpoint(self.root / f"step-{step}").tensors)
+            return
+        held: dict[str, Any] = self.model.weights() | self.model.shards()
+        with torch.no_grad():
+            for name, value in self.best.items():
+                held[name].copy_(value)
 
 
 def digest_of(tensors: dict[str, Tensor]) -> str:

@@ -13,7 +13,9 @@ from recclr.data.log import Prepared
 from recclr.data.prepared import PreparedLog
 from recclr.errors import CheckpointError, ConfigError
 from recclr.keeping import load_weights
+from recclr.optim import Table
 from recclr.run_folder import read_config
+from recclr.sharded_tables import NewTable
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower, build_model
 
@@ -29,8 +31,13 @@ def load_run(run: Path) -> tuple[Config, PreparedLog, TwoTower]:
     return config, prepared, load_model(config, prepared.tensors, run / "checkpoints")
 
 
-def load_model(config: Config, prepared: Prepared, checkpoints: Path) -> TwoTower:
+def load_model(
+    config: Config, prepared: Prepared, checkpoints: Path, new_table: NewTable = Table
+) -> TwoTower:
     """The model that BEST (or, without evaluations, LAST) names.
+
+    Args:
+        new_table: see ``towers.build_model``.
 
     Raises:
         CheckpointError: there is none, or it does not fit.
@@ -38,7 +45,7 @@ def load_model(config: Config, prepared: Prepared, checkpoints: Path) -> TwoTowe
     found = find_checkpoint(checkpoints, "BEST") or find_checkpoint(checkpoints, "LAST")
     if found is None:
         raise CheckpointError(f"{checkpoints} holds no checkpoint; has the run trained yet?")
-    model = fresh_model(config, prepared)
+    model = fresh_model(config, prepared, new_table)
     load_weights(model, found.tensors)
     return model.eval()
 
@@ -49,8 +56,12 @@ def ranker_of(model: TwoTower, cutoff: int | None, name: str = "model") -> Embed
     return EmbeddingRanker(name, users.cpu(), items.cpu())
 
 
-def fresh_model(config: Config, prepared: Prepared) -> TwoTower:
-    """The model of a configuration before its first step, on the CPU."""
+def fresh_model(config: Config, prepared: Prepared, new_table: NewTable = Table) -> TwoTower:
+    """The model of a configuration before its first step, on the CPU.
+
+    Args:
+        new_table: see ``towers.build_model``.
+    """
     return build_model(
         prepared,
         user=config.user,
@@ -58,6 +69,7 @@ def fresh_model(config: Config, prepared: Prepared) -> TwoTower:
         model=config.model,
         loss=config.loss,
         seed=config.seed,
+        new_table=new_table,
     )
 
 

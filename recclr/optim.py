@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,12 +60,16 @@ class Table(nn.Module):
         self.lookups: list[Lookup] = []
 
     @property
+    def num_rows(self) -> int:
+        return int(self.weight.shape[0])
+
+    @property
     def dim(self) -> int:
         return int(self.weight.shape[1])
 
     def forward(self, rows: Tensor) -> Tensor:
         """Vectors of ``rows`` (int64 [M], repeats allowed), float32 [M, dim]."""
-        vectors = self.weight.index_select(0, rows)
+        vectors = self._vectors(rows)
         if self._watched():
             vectors.requires_grad_(True)
             self.lookups.append(Lookup(rows, vectors))
@@ -77,10 +81,8 @@ class Table(nn.Module):
         Args:
             values: int64 [n] row numbers. offsets: int64 [M] start of each bag, the first 0.
         """
-        if not len(values):
-            return self.weight.new_zeros((len(offsets), self.dim))
-        bags = embedding_bag(values, self.weight, offsets, mode="sum")
-        if self._watched():
+        bags = self._sums(values, offsets)
+        if len(values) and self._watched():
             # The gradient of a row is the sum of those of its bags, whatever else is in them, so
             # only the bags are kept: M vectors, not one for each value.
             bags.requires_grad_(True)
@@ -110,6 +112,35 @@ class Table(nn.Module):
             places = torch.where(alive, numbers[:-1, None], num_bags).reshape(-1)
             self.lookups.append(Lookup(flat, bags, places))
         return bags[:-1]
+
+    def mean(self, keep: Tensor) -> Tensor:
+        """Mean of the rows where ``keep`` (bool [num_rows], at least one), float32 [dim]."""
+        return self.weight[keep].mean(0)
+
+    def take_gradient(self, *, fixed_shape: bool = False) -> tuple[Tensor, Tensor] | None:
+        """What the lookups have to teach, which are forgotten: distinct rows, rising, and the sum
+        of each one's gradients; None where no gradient arrived.
+
+        Args:
+            fixed_shape: as many rows as there can be, see ``summed_rows``.
+        """
+        found = [
+            (each.rows, each.vectors.grad, each.places)
+            for each in self.lookups
+            if each.vectors.grad is not None
+        ]
+        self.lookups.clear()
+        if not found:
+            return None
+        return summed_rows(found, num_rows=self.num_rows if fixed_shape else None)
+
+    def _vectors(self, rows: Tensor) -> Tensor:
+        return self.weight.index_select(0, rows)
+
+    def _sums(self, values: Tensor, offsets: Tensor) -> Tensor:
+        if not len(values):
+            return self.weight.new_zeros((len(offsets), self.dim))
+        return embedding_bag(values, self.weight, offsets, mode="sum")
 
     def _watched(self) -> bool:
         return torch.is_grad_enabled() and self.training
@@ -209,15 +240,9 @@ class TableOptimizer:
     def gradients(self) -> Iterator[RowGradients]:
         """Take the lookups of this step: what each table that had some has to learn."""
         for name, table in self.tables.items():
-            found = [
-                (each.rows, each.vectors.grad, each.places)
-                for each in table.lookups
-                if each.vectors.grad is not None
-            ]
-            table.lookups.clear()
-            if found:
-                num_rows = len(table.weight) if self.fixed_shapes else None
-                yield name, *summed_rows(found, num_rows=num_rows)
+            found = table.take_gradient(fixed_shape=self.fixed_shapes)
+            if found is not None:
+                yield name, *found
 
     def _move(
         self, weight: Tensor, name: str, rows: Tensor, grad: Tensor, lr: float | Tensor
@@ -274,24 +299,32 @@ class TableOptimizer:
         Raises:
             CheckpointError: the state is of another optimiser or of other tables.
         """
-        own = self.state_dict()
-        if own.keys() != state.keys():
+        load_state(self.state_dict(), state)
+
+
+def load_state(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Copy the state of tables into ``own``: tensors, or what has their shape, dtype and copy_.
+
+    Raises:
+        CheckpointError: the state is of another optimiser or of other tables.
+    """
+    if own.keys() != state.keys():
+        raise CheckpointError(
+            f"the checkpoint holds optimiser state {sorted(state)}, this run needs "
+            f"{sorted(own)}; was train.table_optimizer changed?"
+        )
+    for name, value in state.items():
+        if own[name].shape != value.shape:
             raise CheckpointError(
-                f"the checkpoint holds optimiser state {sorted(state)}, this run needs "
-                f"{sorted(own)}; was train.table_optimizer changed?"
+                f"optimiser state {name}: expected shape {tuple(own[name].shape)}, found "
+                f"{tuple(value.shape)}"
             )
-        for name, value in state.items():
-            if own[name].shape != value.shape:
-                raise CheckpointError(
-                    f"optimiser state {name}: expected shape {tuple(own[name].shape)}, found "
-                    f"{tuple(value.shape)}"
-                )
-            if own[name].dtype != value.dtype:
-                raise CheckpointError(
-                    f"optimiser state {name}: expected {own[name].dtype}, found {value.dtype}; "
-                    "was train.table_moments changed?"
-                )
-            own[name].copy_(value)
+        if own[name].dtype != value.dtype:
+            raise CheckpointError(
+                f"optimiser state {name}: expected {own[name].dtype}, found {value.dtype}; "
+                "was train.table_moments changed?"
+            )
+        own[name].copy_(value)
 
 
 def _mean_square(grad: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from recclr.errors import CheckpointError
-from recclr.optim import RowGradients, TableOptimizer
+from recclr.optim import RowGradients, TableOptimizer, load_state
 from recclr.settings import TrainSettings
+from recclr.sharded_tables import RowShard, ShardedTable
 from recclr.towers import TwoTower
 
 
@@ -33,8 +34,10 @@ class Optimizers:
     ) -> None:
         self.model, self.settings, self.total_steps = model, settings, total_steps
         self.fixed_shapes = fixed_shapes
+        tables = model.tables()
+        self.sharded = {n: table for n, table in tables.items() if isinstance(table, ShardedTable)}
         self.tables = TableOptimizer(
-            model.tables(),
+            {name: table for name, table in tables.items() if name not in self.sharded},
             settings.table_optimizer,
             settings.table_moments,
             fixed_shapes=fixed_shapes,
@@ -79,7 +82,11 @@ class Optimizers:
         return settings.final_lr + (1 - settings.final_lr) * left
 
     def step(self, step: int, gradients: Iterable[RowGradients] | None = None) -> None:
-        """Move every weight; ``gradients``: those of tables, where they are not the lookups'."""
+        """Move every weight.
+
+        Args:
+            gradients: those of whole tables, where they are not the lookups' own.
+        """
         self.prepare(step)
         self.apply(gradients)
 
@@ -100,6 +107,8 @@ class Optimizers:
     def apply(self, gradients: Iterable[RowGradients] | None = None) -> None:
         """As ``step``, once ``prepare`` was called: what runs on the device."""
         self.tables.apply(self.table_rate, gradients)
+        for table in self.sharded.values():
+            table.update(float(self.table_rate))
         if self.adamw is not None:
             if self.settings.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.dense.values(), self.settings.clip_norm)
@@ -110,11 +119,13 @@ class Optimizers:
     def forget(self) -> None:
         """Drop what a step that was not finished left: lookups and gradients."""
         self.tables.forget()
+        for table in self.sharded.values():
+            table.lookups.clear()
         if self.adamw is not None:
             self.adamw.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat tensors: tables, and AdamW's moments by parameter name."""
+        """Flat tensors: whole tables, and AdamW's moments by parameter name."""
         state = {f"tables/{name}": value for name, value in self.tables.state_dict().items()}
         if self.adamw is not None:
             for name, parameter in self.dense.items():
@@ -122,17 +133,24 @@ class Optimizers:
                     state[f"dense/{name}/{key}"] = torch.as_tensor(value)
         return state
 
+    def shards(self) -> dict[str, RowShard]:
+        """State of sharded tables, by the names that that of whole ones has in ``state_dict``."""
+        return {
+            f"tables/{name}/{key}": shard
+            for name, table in self.sharded.items()
+            for key, shard in table.state.items()
+        }
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what ``state_dict`` gave.
+        """Restore what ``state_dict`` gave, and of sharded tables this rank's part.
 
         Raises:
             CheckpointError: the state is of another optimiser or of another model.
         """
         prefix = "tables/"
         dense = self._moments({k: v for k, v in state.items() if not k.startswith(prefix)})
-        self.tables.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        )
+        own = {f"{prefix}{name}": value for name, value in self.tables.state_dict().items()}
+        load_state(own | self.shards(), {k: v for k, v in state.items() if k.startswith(prefix)})
         if self.adamw is None:
             return
         for name, parameter in self.dense.items():

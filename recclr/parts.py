@@ -117,7 +117,7 @@ class IdPart(nn.Module):
         if self.trains_unknown or rows.generator is not None:
             return vectors
         # Row 0 is as random as on the first day; the mean is the id that popularity would have.
-        mean = self.table.weight[1:][self.known[:-1]].mean(0)
+        mean = self.table.mean(self.known.roll(1))
         return torch.where(known[:, None], vectors, mean)
 
 
@@ -160,7 +160,7 @@ class BagPart(nn.Module):
         hidden = rows.dropped(self.dropout)
         absent = lengths == 0 if hidden is None else (lengths == 0) | hidden
         # Looked up once, whatever the number of empty bags.
-        last = torch.full((1,), len(self.table.weight) - 1, device=lengths.device)
+        last = torch.full((1,), self.table.num_rows - 1, device=lengths.device)
         return torch.where(absent[:, None], _vectors(self.table, last), pooled)
 
     def _ragged(self, idx: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,7 +176,7 @@ class BagPart(nn.Module):
             return self.table.weight.new_zeros((len(idx), self.table.dim)), stop - start
         places, alive = _grid(start, stop, self.longest, len(self.values))
         # Beyond its end a bag asks for the row that is looked up below in any case.
-        values = torch.where(alive, self.values[places].long(), len(self.table.weight) - 1)
+        values = torch.where(alive, self.values[places].long(), self.table.num_rows - 1)
         return self.table.padded_bag(values, alive), stop - start
 
 
@@ -319,8 +319,7 @@ class HistoryPart(nn.Module):
         squares.index_add_(0, bags.row_numbers(), weights**2)
         hidden = rows.dropped(self.dropout)
         wanted = self._wanted(distinct, rows)
-        if not len(distinct) and wanted.whole is None:
-            return self.missing.expand(bags.num_rows, -1)
+        # Also without any item: the tables of another rank may wait for this lookup.
         vectors = torch.stack([part(wanted) for part in self.item_parts]).sum(0)
         if not len(distinct):
             return self.missing.expand(bags.num_rows, -1)

@@ -23,11 +23,12 @@ from recclr.config import Config
 from recclr.data.log import Prepared
 from recclr.data.prepare import PreparedLog, prepare
 from recclr.data.split import Split
-from recclr.distributed import ALONE, LONG_S, Ranks, restarts_are_safe
+from recclr.distributed import ALONE, LONG_S, Ranks
 from recclr.errors import InterruptedTraining
 from recclr.evaluate import SLICES, Evaluation, EvaluationSet, evaluate
 from recclr.files import clear_errors, write_bytes_atomic, write_json_atomic
 from recclr.fitting import fit_model
+from recclr.joining import restarts_are_safe
 from recclr.judge import collect_results, judged_by
 from recclr.load import load_model, pick_device, ranker_of
 from recclr.ranking import Ranker
@@ -47,6 +48,7 @@ from recclr.run_folder import (
     require_same_inputs,
     require_shared,
 )
+from recclr.sharded_tables import table_maker
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
 
@@ -302,7 +304,8 @@ def _fit(
     """Train a stage, or load it if an earlier call finished it; the model and its best step."""
     config, done = context.config, folder / f"{stage}.json"
     if context.ranks.from_first(done.exists(), "looking for what is done"):
-        model = load_model(config, prepared.tensors, folder / "checkpoints")
+        tables = table_maker(config.train, context.ranks, "cpu")
+        model = load_model(config, prepared.tensors, folder / "checkpoints", tables)
         return model, int(read_json(done)["best_step"])
     context.enter(stage)
 

@@ -45,8 +45,9 @@ _SHOWN_S = 10.0
 _FREE = {
     "data.resident",
     "train.collective_timeout_s",
-    "train.cuda_graph",
     "train.compile",
+    "train.cuda_graph",
+    "train.sharded_tables",
 }
 # Checkpoints, prepared tensors and exports of a small run; larger ones are told when they fail.
 _MIN_BYTES = 200 << 20

@@ -191,6 +191,10 @@ class NegativesSettings:
             raise ValueError("no source of negatives is left: set in_batch, uniform or popularity")
 
 
+# Whose fused updates are those of ``optim``; FBGEMM's Adams count the steps of the whole table.
+SHARDED_OPTIMIZERS = ("rowwise_adagrad", "sgd")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """The loop."""
@@ -243,6 +247,9 @@ class TrainSettings:
     """Capture a step as a CUDA graph and replay it: on a GPU, where nothing stands against it."""
     compile: bool | Literal["auto"] = "auto"
     """Dense layers by ``torch.compile``; ``auto``: on a GPU. What fails to compile runs plain."""
+    sharded_tables: int | Literal["none", "all"] = "none"
+    """With several processes: tables of at least so many rows are split by rows among them; each
+    holds its part of the table and of the optimiser's state (see ``sharded_tables``)."""
     collective_timeout_s: float = 120.0
     """With several processes: how long each waits for the others before it gives up."""
 
@@ -264,8 +271,15 @@ class TrainSettings:
             evaluate_every=(0.001, 1e6),
             checkpoint_every=(0.001, 1e6),
             staleness_d=(0.0, 1e5),
+            sharded_tables=(1, 1 << 40),
             collective_timeout_s=(1.0, 1e6),
         )
+        if self.sharded_tables != "none" and self.table_optimizer not in SHARDED_OPTIMIZERS:
+            raise ValueError(
+                f"sharded_tables = {self.sharded_tables!r} needs a table_optimizer that does the "
+                f"same on a part of a table, {' or '.join(SHARDED_OPTIMIZERS)}; found "
+                f"{self.table_optimizer!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ from recclr.settings import (
     ModelSettings,
     TowerSettings,
 )
+from recclr.sharded_tables import NewTable, RowShard, ShardedTable
 from recclr.statistics import TimeIndex
 
 _CHUNK = 16_384
@@ -152,10 +153,20 @@ class TwoTower(nn.Module):
         return {name: part for name, part in self.named_modules() if isinstance(part, Table)}
 
     def weights(self) -> dict[str, Tensor]:
-        """Everything that is saved: each parameter and persistent buffer once, however shared."""
+        """What is saved and each rank has whole: each parameter and persistent buffer once, however
+        shared.
+        """
         saved = self.state_dict(keep_vars=True).keys()
         buffers = {name: value for name, value in self.named_buffers() if name in saved}
         return {**dict(self.named_parameters()), **buffers}
+
+    def shards(self) -> dict[str, RowShard]:
+        """What is saved and split over ranks, named as ``weights`` names whole tables."""
+        return {
+            f"{name}.weight": table.rows
+            for name, table in self.tables().items()
+            if isinstance(table, ShardedTable)
+        }
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Everything trained that is no table."""
@@ -167,16 +178,19 @@ class TwoTower(nn.Module):
 
         Returns:
             users float32 [num_users + 1, D], whose last row serves unknown users, and items
-            float32 [num_items, D].
+            float32 [num_items, D]; on the CPU if a table is sharded.
         """
         was_training = self.training
         self.eval()
         device = self.log_temperature.device
+        # Tables that outgrow the device have vectors that do.
+        kept_on = "cpu" if self.shards() else device
         at = None if cutoff is None else torch.tensor(cutoff, device=device)
 
         def embed(tower: nn.Module, count: int) -> Tensor:
             chunks = torch.split(torch.arange(count, device=device), _CHUNK)
-            return torch.cat([self._finish(tower(Rows(chunk, at))).float() for chunk in chunks])
+            parts = (self._finish(tower(Rows(chunk, at))).float() for chunk in chunks)
+            return torch.cat([part.to(kept_on) for part in parts])
 
         vectors = embed(self.user_tower, self.num_users + 1), embed(self.item_tower, self.num_items)
         self.train(was_training)
@@ -191,13 +205,17 @@ def build_model(
     model: ModelSettings,
     loss: LossSettings,
     seed: int,
+    new_table: NewTable = Table,
 ) -> TwoTower:
     """Both towers for the given data, freshly initialised on the CPU.
+
+    Args:
+        new_table: makes every embedding table; see ``sharded_tables.table_maker``.
 
     Raises:
         ConfigError: a feature needs timestamps that the log lacks, or a tower would be empty.
     """
-    builder = _Builder(prepared, model, seed)
+    builder = _Builder(prepared, model, seed, new_table)
     item_tower = builder.tower("item", item, prepared.items)
     user_tower = builder.tower("user", user, prepared.users)
     return TwoTower(
@@ -213,8 +231,10 @@ def build_model(
 class _Builder:
     """Tables and time indexes that parts of both towers share."""
 
-    def __init__(self, prepared: Prepared, model: ModelSettings, seed: int) -> None:
-        self.log = prepared.train
+    def __init__(
+        self, prepared: Prepared, model: ModelSettings, seed: int, new_table: NewTable
+    ) -> None:
+        self.log, self.new_table = prepared.train, new_table
         self.dim = model.embedding_dim
         self.std = model.init_std / math.sqrt(model.embedding_dim)
         self.generator = keyed_generator("cpu", seed, 0x7AB1E)
@@ -225,13 +245,13 @@ class _Builder:
     def table(self, num_rows: int, shared: str | None = None) -> Table:
         """A fresh table, or the one that bears the shared name."""
         if shared is not None and shared in self.shared:
-            if self.shared[shared].weight.shape[0] != num_rows:
+            if self.shared[shared].num_rows != num_rows:
                 raise ConfigError(
                     f"shared table {shared!r}: the features that share it differ in kind or "
-                    f"buckets ({self.shared[shared].weight.shape[0]} and {num_rows} rows)"
+                    f"buckets ({self.shared[shared].num_rows} and {num_rows} rows)"
                 )
             return self.shared[shared]
-        table = Table(num_rows, self.dim, std=self.std, generator=self.generator)
+        table = self.new_table(num_rows, self.dim, std=self.std, generator=self.generator)
         if shared is not None:
             self.shared[shared] = table
         return table

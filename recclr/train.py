@@ -76,8 +76,9 @@ def fit(
     """Train in place; with ``evaluate``, leave the model at its best evaluation.
 
     Args:
-        model: moved to ``device``. log: rows to learn from, in memory or mapped (``data.shards``),
-            which changes no bit of the result.
+        model: moved to ``device``; its tables are whole or sharded as it was built (see
+            ``sharded_tables.table_maker``). log: rows to learn from, in memory or mapped
+            (``data.shards``), which changes no bit of the result.
         evaluate: metrics of the model on validation; called every ``train.evaluate_every`` epochs
             and at the end. The best by ``select`` is kept, ``train.patience`` counts the others.
         checkpoints: folder for ``step-N``, LAST, BEST. None: nothing is written, and the best

@@ -65,8 +65,9 @@ def require_finite(loss: Tensor, model: TwoTower, step: int, *, weights: bool = 
 
 
 def _broken(model: TwoTower) -> list[str]:
-    """Names of weights that are not finite."""
-    return [name for name, p in model.weights().items() if not torch.isfinite(p).all()]
+    """Names of weights that are not finite, sharded ones as far as this rank holds them."""
+    held = model.weights() | {name: shard.local for name, shard in model.shards().items()}
+    return [name for name, p in held.items() if not torch.isfinite(p).all()]
 
 
 def _cause(model: TwoTower, broken: list[str]) -> str:

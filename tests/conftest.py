@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when a kernel is defined, those of Triton's own library included, and TorchRec, which
+    # some tests import first, imports Triton.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 SMALL = """
 seed = 3

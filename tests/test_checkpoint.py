@@ -21,6 +21,7 @@ from recclr.checkpoint import (
     save_checkpoint,
 )
 from recclr.errors import CheckpointError, StoreError
+from recclr.memory import held_bytes
 
 pytestmark = pytest.mark.usefixtures("no_power_cut")
 
@@ -84,6 +85,23 @@ def test_what_is_saved_comes_back_in_every_bit(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     digest = files.sha256_of(folder / "tensors.safetensors")
     assert load_checkpoint(folder).digest == digest
+
+
+def test_a_checkpoint_is_read_as_far_as_it_is_used(tmp_path):
+    """Each of several ranks on a machine takes its part of a table, none the whole."""
+    if held_bytes() is None:
+        pytest.skip("this system does not say what a process holds")
+    table = torch.arange(1 << 23, dtype=torch.float32).view(-1, 8)
+    folder = save_checkpoint(tmp_path, {"table": table}, {"step": 1}, best=False)
+    load_checkpoint(folder)
+    before = held_bytes()
+    found = load_checkpoint(folder)
+    part = found.tensors["table"][300:500].clone()
+    assert held_bytes() - before < 8 << 20 < table.nbytes
+    # What was read stays, also when the folder is pruned.
+    shutil.rmtree(folder)
+    assert torch.equal(part, table[300:500])
+    assert torch.equal(found.tensors["table"], table)
 
 
 def test_no_checkpoint_is_none(tmp_path):

@@ -110,6 +110,7 @@ CONFIGS = st.fixed_dictionaries(
             epochs=between(0.001, 1e6) | st.integers(1, 1_000_000),
             clip_norm=between(1e-9, 1e9),
             table_optimizer=st.sampled_from(["adam", "rowwise_adam", "rowwise_adagrad", "sgd"]),
+            sharded_tables=st.just("none"),
             time_cells=st.just(True),
             refit=st.booleans(),
             cuda_graph=st.booleans() | st.just("auto"),
@@ -386,6 +387,7 @@ def test_several_problems_are_told_at_once_one_per_line():
 
 
 STATISTICS = {"features": {"recent": {"kind": "statistics"}}}
+SPLIT_BY_ROWS = {"sharded_tables": "all", "table_optimizer": "sgd"}
 TIMELESS = {"data": {"events": "e", "columns": {"timestamp": ""}}}
 
 
@@ -403,6 +405,10 @@ TIMELESS = {"data": {"events": "e", "columns": {"timestamp": ""}}}
         ({"split": {"by": "time", "valid_events": "v"}}, "split.valid_events: is read with"),
         ({"split": {"valid": 0.0}, "train": {"refit": True}}, "train.refit: there is no"),
         ({"negatives": {"in_batch": False, "uniform": 0}}, "no source of negatives"),
+        (
+            {"train": SPLIT_BY_ROWS, "model": {"embedding_dim": 6}},
+            "train.sharded_tables: needs a model.embedding_dim that is a multiple of 4, found 6",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(sections, words):

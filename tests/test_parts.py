@@ -140,6 +140,9 @@ def table_gradient(table):
     """Of every row, and which rows were looked up."""
     grads, touched = torch.zeros_like(table.weight), torch.zeros(len(table.weight))
     for lookup in table.lookups:
+        if lookup.vectors.grad is None:
+            assert not len(lookup.rows)
+            continue
         places = torch.arange(len(lookup.rows)) if lookup.places is None else lookup.places
         grads.index_add_(0, lookup.rows, lookup.vectors.grad[places])
         touched[lookup.rows] = 1

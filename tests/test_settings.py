@@ -65,6 +65,19 @@ def test_every_number_of_the_training_has_a_range():
         assert (settings.TrainSettings, name) in tested
 
 
+def test_optimizers_without_a_twin_for_parts_of_tables_are_refused():
+    for found in ("adam", "rowwise_adam"):
+        for sharded in ("all", 9):
+            with pytest.raises(ValueError, match=f"rowwise_adagrad or sgd; found {found!r}"):
+                settings.TrainSettings(table_optimizer=found, sharded_tables=sharded)
+        settings.TrainSettings(table_optimizer=found, sharded_tables="none")
+    for fine in settings.SHARDED_OPTIMIZERS:
+        assert settings.TrainSettings(table_optimizer=fine, sharded_tables=1).sharded_tables == 1
+        for rows in (0, -1):
+            with pytest.raises(ValueError, match="sharded_tables must be between 1 and"):
+                settings.TrainSettings(table_optimizer=fine, sharded_tables=rows)
+
+
 def test_lists_are_checked_value_by_value():
     with pytest.raises(ValueError, match=r"mlp widths .*\[8, 0\]"):
         settings.TowerSettings(mlp=(8, 0))

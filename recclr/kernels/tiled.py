@@ -127,7 +127,7 @@ class _MaskedLogSumExp(torch.autograd.Function):
                 into = grad_weights[tile.columns]
                 torch.addmv(into, out.T, scale.squeeze(1), out=into)
         give_back(scratch)
-        return grad_queries, grad_candidates.T, grad_weights, None
+        return grad_queries, grad_candidates.T.contiguous(), grad_weights, None
 
 
 def joined(sums: Tensor, shifts: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import pytest
 
 WORK = Path(__file__).with_name("work.py")
 PRELOADED = ["torch._dynamo", "recclr.cli", "recclr.run", "recclr.report", "recclr.evaluate"]
+# Not an error where they are not installed.
+PRELOADED += ["torchrec.distributed.embedding", "torchrec.distributed.shard"]
 # Environment, stderr and function of one rank.
 PROGRAM = """
 import os, runpy, sys

@@ -3,8 +3,9 @@
 import socket
 
 import pytest
+from torch.distributed import HashStore
 
-from recclr import distributed
+from recclr import joining
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, RankError
 
@@ -91,8 +92,21 @@ def test_half_an_environment_is_refused(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     missing = "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"
-    with pytest.raises(ConfigError, match=missing), distributed.joined():
+    with pytest.raises(ConfigError, match=missing), joining.joined():
         pass
+
+
+def test_a_rank_knows_how_many_are_on_its_machine(monkeypatch):
+    place = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    for name, value in {**place, "MASTER_ADDR": "somewhere", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    met = HashStore(), 5, 8
+    monkeypatch.setattr(joining, "rendezvous", lambda *where, **limits: iter([met]))
+    ranks = joining._join()
+    assert (ranks.rank, ranks.size, ranks.local_rank, ranks.local_size) == (5, 8, 1, 4)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert joining._join().local_size == 8
+    assert ALONE.local_size == 1
 
 
 def test_a_port_that_is_taken_is_named(monkeypatch):
@@ -103,15 +117,15 @@ def test_a_port_that_is_taken_is_named(monkeypatch):
         place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         for name, value in {**place, "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(RankError, match=f"127.0.0.1:{port}"), distributed.joined():
+        with pytest.raises(RankError, match=f"127.0.0.1:{port}"), joining.joined():
             pass
 
 
 def test_restarts_through_the_store_of_the_agent_are_told_of(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
-    assert distributed.restarts_are_safe()
+    assert joining.restarts_are_safe()
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    assert not distributed.restarts_are_safe()
+    assert not joining.restarts_are_safe()
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
-    assert distributed.restarts_are_safe()
+    assert joining.restarts_are_safe()

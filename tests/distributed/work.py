@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from recclr import sharded_tables
 from recclr.data.log import (
     CategoricalColumn,
     Csr,
@@ -25,6 +26,7 @@ from recclr.data.sharding import rows_for_training
 from recclr.distributed import ALONE
 from recclr.evaluate import EvaluationSet, evaluate
 from recclr.exchange import StepExchange
+from recclr.optim import Table, TableOptimizer
 from recclr.optimizers import Optimizers
 from recclr.settings import (
     FeatureSettings,
@@ -37,6 +39,7 @@ from recclr.settings import (
     TowerSettings,
     TrainSettings,
 )
+from recclr.sharded_tables import ShardedTable, table_maker
 from recclr.statistics import DAY_S
 from recclr.topk import EmbeddingRanker
 from recclr.towers import build_model
@@ -77,6 +80,8 @@ RECENT = {"recent": FeatureSettings(kind="statistics", windows_d=(9.0,))}
 TOWERS = {
     "ids": IDS,
     "rich": RICH,
+    # Histories of items that never drop: a rank without any item has none to ask for.
+    "history": (TowerSettings(history=HistorySettings(length=3)), TowerSettings()),
     "timed": (RICH[0], TowerSettings(id=IdSettings(as_of=True), features=RECENT)),
 }
 
@@ -102,11 +107,18 @@ def prepared():
     return Prepared(log, FeatureTable(NUM_USERS, users), FeatureTable(NUM_ITEMS, items))
 
 
-def model_of(towers, loss, log=None):
-    user, item = TOWERS[towers]
-    settings, data = ModelSettings(embedding_dim=DIM), prepared()
+def model_of(towers, loss, dim=DIM, new_table=Table, log=None):
+    (user, item), settings, data = TOWERS[towers], ModelSettings(embedding_dim=dim), prepared()
     data = data if log is None else replace(data, train=log)
-    return build_model(data, user=user, item=item, model=settings, loss=loss, seed=2)
+    return build_model(
+        data,
+        user=user,
+        item=item,
+        model=settings,
+        loss=loss,
+        seed=2,
+        new_table=new_table,
+    )
 
 
 def gradients(
@@ -153,9 +165,22 @@ def gradients(
     save_file(found, folder / f"gradients-{ranks.rank}.safetensors")
 
 
-def train(
+def train(ranks, folder, *, resident=True, **options):
+    """A short training; see ``_train``.
+
+    ``resident``: what each rank says of the log, by rank; one value for all.
+    """
+    asked = resident[ranks.rank] if isinstance(resident, list) else resident
+    own, said = {"device": "cpu", "resident": asked}, []
+    with rows_for_training(prepared().train, folder, **own, ranks=ranks, say=said.append) as log:
+        (folder / f"mapped-{ranks.rank}.json").write_text(json.dumps(log.mapped_for is not None))
+        _train(ranks, folder, log, **options)
+
+
+def _train(
     ranks,
     folder,
+    log,
     *,
     towers,
     loss="infonce",
@@ -163,39 +188,43 @@ def train(
     resume=False,
     num_steps=None,
     odd=None,
-    resident=True,
+    dim=DIM,
+    sharded="none",
+    optimizer="rowwise_adagrad",
+    batch_size=13,
+    precision="auto",
+    worse=False,
 ):
-    """A short training; the weights at its end, and the evaluations on the way.
+    """The weights at its end (of sharded tables on the first rank), how many of its elements are
+    held sharded, and the evaluations on the way.
 
-    ``odd``: the rank on which one bit of one weight flips at the first evaluation.
-    ``resident``: what each rank says of the log, by rank; one value for all.
+    ``odd``: the rank on which one bit of one weight flips at the first evaluation, or one value of
+    a sharded table becomes NaN. ``worse``: whether the first evaluation is the best.
     """
-    asked = resident[ranks.rank] if isinstance(resident, list) else resident
-    own, said = {"device": "cpu", "resident": asked}, []
-    with rows_for_training(prepared().train, folder, **own, ranks=ranks, say=said.append) as log:
-        (folder / f"mapped-{ranks.rank}.json").write_text(json.dumps(log.mapped_for is not None))
-        _train(ranks, folder, log, towers, loss, checkpoints, resume, num_steps, odd)
-
-
-def _train(ranks, folder, log, towers, loss, checkpoints, resume, num_steps, odd):
-    model, steps = model_of(towers, LOSSES[loss], log), []
-
-    def judged(candidate):
-        if ranks.rank == odd:
-            weight = next(iter(candidate.tables().values())).weight
-            weight.view(torch.int32)[3, 2] ^= 1
-        users, items = candidate.all_vectors(NUM_ROWS * DAY_S)
-        return {"recall@20": float((users[:-1] @ items.T).abs().sum())}
-
     settings = TrainSettings(
-        batch_size=13,
+        batch_size=batch_size,
         epochs=2.5,
-        table_optimizer="rowwise_adagrad",
+        table_optimizer=optimizer,
         table_lr=0.05,
         dense_lr=0.01,
         clip_norm=0.5,
         checkpoint_every=0.5,
+        sharded_tables=sharded,
+        precision=precision,
     )
+    model = model_of(towers, LOSSES[loss], dim, table_maker(settings, ranks, "cpu"), log)
+    steps = []
+
+    def judged(candidate):
+        users, items = candidate.all_vectors(NUM_ROWS * DAY_S)
+        if ranks.rank == odd and candidate.shards():
+            next(iter(candidate.shards().values())).local[1, 2] = torch.nan
+        elif ranks.rank == odd:
+            weight = next(iter(candidate.tables().values())).weight
+            weight.view(torch.int32)[3, 2] ^= 1
+        found = float((users[:-1] @ items.T).abs().sum())
+        return {"recall@20": -found if worse else found}
+
     result = fit(
         model,
         log,
@@ -211,8 +240,94 @@ def _train(ranks, folder, log, towers, loss, checkpoints, resume, num_steps, odd
         ranks=ranks,
     )
     weights = {name: value.detach().clone() for name, value in model.weights().items()}
+    held = {name: shard.local.numel() for name, shard in model.shards().items()}
+    for name, shard in model.shards().items():
+        whole = shard.gathered(name)
+        if whole is not None:
+            weights[name] = whole
     save_file(weights, folder / f"weights-{ranks.rank}.safetensors")
     (folder / f"steps-{ranks.rank}.json").write_text(json.dumps([result.steps, steps]))
+    (folder / f"held-{ranks.rank}.json").write_text(json.dumps(held))
+
+
+def sharded_table(ranks, folder, *, num_rows, dim, optimizer):
+    """Lookups, bags, means and three updates of a sharded table, beside those of a whole one.
+
+    The whole one learns from the lookups of all ranks, which each rank can draw. Some ask for no
+    row, some repeat rows; in the second step nobody asks for any; in the third there is one lookup,
+    of which no gradient comes back on rank 1, and in the last there is none.
+    """
+    # Three rows of each rank at a time.
+    sharded_tables._STRETCH = 3 * dim * ranks.size
+    generators = [torch.Generator().manual_seed(6) for _ in range(2)]
+    sharded = ShardedTable(
+        num_rows,
+        dim,
+        std=0.7,
+        generator=generators[0],
+        optimizer=optimizer,
+        ranks=ranks,
+        device="cpu",
+    )
+    whole = Table(num_rows, dim, std=0.7, generator=generators[1])
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+    assert (sharded.num_rows, sharded.dim) == (num_rows, dim)
+    assert not list(sharded.parameters())
+    assert not sharded.state_dict()
+    twin, draws = TableOptimizer({"table": whole}, optimizer), torch.Generator().manual_seed(8)
+    rate = {"rowwise_adagrad": 0.3, "sgd": 0.05}[optimizer]
+
+    def look(table, rows, weights, used):
+        vectors = table(rows)
+        if used:
+            (vectors * weights[: len(rows)]).sum().backward()
+        return (vectors.detach(),)
+
+    def learn(table, rows, values, offsets, weights):
+        vectors, bags = table(rows), table.bag(values, offsets)
+        again = table(rows.flip(0))
+        loss = (vectors * weights[: len(rows)]).sum() + (bags * bags).sum() + again.sum()
+        loss.backward()
+        return vectors.detach(), bags.detach(), again.detach()
+
+    for step, lr in enumerate((rate, 2 * rate, rate / 3, rate)):
+        for rank in range(ranks.size if step < 3 else 0):
+            count = 0 if step == 1 or (step == 0 and rank == 1) else 5 + 2 * rank
+            rows = torch.randint(num_rows, (count,), generator=draws)
+            values = torch.randint(num_rows, (2 * count,), generator=draws)
+            offsets = torch.tensor([0, 0, count // 2, 2 * count])
+            weights = torch.randn(count, dim, generator=draws)
+            asked = (rows, weights, rank != 1) if step == 2 else (rows, values, offsets, weights)
+            expected = (look if step == 2 else learn)(whole, *asked)
+            if rank == ranks.rank:
+                found = (look if step == 2 else learn)(sharded, *asked)
+                # To the bit before the first update; the kernel's roundings are its own.
+                tolerance = 0.0 if step == 0 else 4e-6
+                torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+        sharded.update(lr)
+        twin.step(lr)
+        assert not sharded.lookups
+        start, stop = sharded.rows.starts[ranks.rank], sharded.rows.starts[ranks.rank + 1]
+        assert len(sharded.rows.local) == stop - start > 0
+        torch.testing.assert_close(sharded.rows.local, whole.weight[start:stop], atol=2e-6, rtol=0)
+        assert sharded.state.keys() == {key.split("/")[1] for key in twin.state_dict()}
+        for name, shard in sharded.state.items():
+            assert shard.shape == twin.state["table"][name].shape
+            torch.testing.assert_close(shard.local, shard.own(twin.state["table"][name]))
+    with torch.no_grad():
+        keep = torch.arange(num_rows) % 3 != 1
+        torch.testing.assert_close(sharded.mean(keep), sharded_mean(sharded, keep))
+        assert sharded(torch.tensor([0])).requires_grad is False
+    whole_again = sharded.rows.gathered("the table")
+    assert (whole_again is None) == (ranks.rank > 0)
+    if whole_again is not None:
+        torch.testing.assert_close(whole_again, whole.weight.data, atol=2e-6, rtol=0)
+    (folder / f"done-{ranks.rank}").touch()
+
+
+def sharded_mean(table, keep):
+    """By looking every row up."""
+    return table(torch.arange(table.num_rows))[keep].mean(0)
 
 
 def judge(ranks, folder, *, num_users):
@@ -260,6 +375,13 @@ def exchanges(ranks, folder):
     assert torch.equal(own.grad, 2 * factor * own.detach())
     empty = ranks.gather(torch.empty(0, 4), [0] * ranks.size, "nothing")
     assert empty.shape == (0, 4)
+    # The strides differ by rank, as those of a gradient may.
+    summed = torch.arange(6.0).view(2, 3)
+    if ranks.first:
+        summed = summed.T.contiguous().T
+    assert summed.is_contiguous() == (ranks.rank > 0)
+    expected = ranks.size * torch.arange(6.0).view(2, 3)
+    assert torch.equal(ranks.sum_(summed, "strides"), expected)
     values = [{"text": "é" * (10 * rank), "rank": rank} for rank in range(ranks.size)]
     assert ranks.gather_json(values[ranks.rank], "values") == values
     assert ranks.from_first(f"of {ranks.rank}", "a value") == "of 0"
@@ -293,11 +415,21 @@ def fails(ranks, folder, *, who, error, where):
 
 def sleeps(ranks, folder, *, who, where):
     """One rank never arrives."""
+    if where in ("lookup", "update"):
+        settings = TrainSettings(table_optimizer="sgd", sharded_tables="all")
+        make = table_maker(settings, ranks, "cpu")
+        table = make(9, 4, std=1.0, generator=torch.Generator())
+        if where == "update":
+            table(torch.tensor([1, 8])).sum().backward()
     if ranks.rank == who:
         ranks.watch()
         time.sleep(30)
     if where == "collective":
         ranks.sum_(torch.ones(3), "a sum")
+    elif where == "lookup":
+        table(torch.tensor([1, 8]))
+    elif where == "update":
+        table.update(0.1)
     else:
         ranks.meet("a meeting")
 
@@ -323,8 +455,8 @@ def main(function, folder, timeout_s, arguments):
     import sys
 
     from recclr import distributed
-    from recclr.distributed import joined
     from recclr.errors import PeerError, RecclrError
+    from recclr.joining import joined
 
     torch.set_num_threads(1)
     # A rank that hangs or is dead will not say that it ends.

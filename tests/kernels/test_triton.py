@@ -21,23 +21,12 @@ from recclr.kernels.reference import masked_logsumexp_reference
 from recclr.known_positives import KnownPositives
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-with pytest.MonkeyPatch.context() as _patch:
-    if DEVICE == "cpu":
-        # Read when a kernel is defined, those of Triton's own library included.
-        _patch.setenv("TRITON_INTERPRET", "1")
-    pytest.importorskip("triton", reason="needs Triton: pip install triton, or PyTorch for CUDA")
-    import recclr.kernels.triton_logsumexp as twin
-    from recclr.kernels.triton_known import known_bits_triton
-    from recclr.kernels.triton_logsumexp import masked_logsumexp_triton
+pytest.importorskip("triton", reason="needs Triton: pip install triton, or PyTorch for CUDA")
+import recclr.kernels.triton_logsumexp as twin  # noqa: E402
+from recclr.kernels.triton_known import known_bits_triton  # noqa: E402
+from recclr.kernels.triton_logsumexp import masked_logsumexp_triton  # noqa: E402
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """Some of Triton's own modules are imported at the first launch."""
-    if DEVICE == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(params=[1, 7])
