@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from recclr.settings import STRICT
+from recclr.strict import STRICT
 
 BASELINE_NAMES = (
     "popularity",

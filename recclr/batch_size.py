@@ -9,11 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from recclr.config import Config
 from recclr.data.log import Prepared
+from recclr.distributed import ALONE
+from recclr.graphs import graph_of, plan_graph
 from recclr.load import fresh_model
 from recclr.memory import available_bytes, forget_peak, held_bytes, peak_bytes
 from recclr.objective import StepStats
@@ -24,6 +27,8 @@ _FIRST = 256
 _LAST = 1 << 20
 # What is left to others and to what a step was not seen to need.
 _SHARE = 0.8
+# Steps after which a capture as a CUDA graph is not waited for any more.
+_LAST_WARM_UP = 9
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,9 @@ class BatchTrial:
     """What one batch size came to.
 
     Attributes:
-        batch_size: rows of a step. positives_per_s: over whole steps, the first left out.
+        batch_size: rows of a step.
+        positives_per_s: over whole steps, the first (on a GPU, all before they are replayed) left
+            out.
         peak_bytes: most memory held during them; None where the system does not say.
         duplicate_share: of the first batch, rows whose item an earlier row has.
         masked_share: of its scored pairs, known positives.
@@ -98,6 +105,16 @@ def _trial(
 ) -> BatchTrial:
     settings = replace(config.train, batch_size=size)
     model = fresh_model(config, prepared).to(device).train()
+    captured = plan_graph(
+        model,
+        loss=config.loss,
+        negatives=config.negatives,
+        train=settings,
+        batch_size=size,
+        device=torch.device(device),
+        ranks=ALONE,
+        emit=_ignore,
+    )
     source, objective = step_parts(
         model,
         prepared.train.to(device),
@@ -105,21 +122,30 @@ def _trial(
         negatives=config.negatives,
         train=settings,
         seed=config.seed,
+        fixed_shapes=captured,
     )
-    optimizers = Optimizers(model, settings, 1_000)
+    optimizers = Optimizers(model, settings, 1_000, fixed_shapes=captured)
+    graph = graph_of(model, objective, optimizers, emit=_ignore)
 
     def step(number: int) -> StepStats:
-        stats = objective.backward(model, source.step(number))
-        optimizers.step(number)
+        if graph is not None:
+            stats = graph(source.batch(number), number)
+        else:
+            stats = objective.backward(model, source.step(number))
+            optimizers.step(number)
         _wait(device)
         return stats
 
     _forget_peak(device)
     try:
         # A whole batch, where the last one of an epoch is smaller.
-        first = step(0)
-        began, number, num_rows = time.perf_counter(), 0, 0
-        while number == 0 or time.perf_counter() - began < seconds:
+        whole, first = step(0), 0
+        shares = whole.duplicate_share, whole.masked_share
+        while graph is not None and not graph.settled and first < _LAST_WARM_UP:
+            first += 1
+            step(first)
+        began, number, num_rows = time.perf_counter(), first, 0
+        while number == first or time.perf_counter() - began < seconds:
             number += 1
             num_rows += step(number).num_rows
     finally:
@@ -128,9 +154,13 @@ def _trial(
         size,
         num_rows / (time.perf_counter() - began),
         _peak_bytes(device),
-        duplicate_share=first.duplicate_share,
-        masked_share=first.masked_share,
+        duplicate_share=shares[0],
+        masked_share=shares[1],
     )
+
+
+def _ignore(event: dict[str, Any]) -> None:
+    """What is said of a training that is thrown away."""
 
 
 def _next_peak(trials: list[BatchTrial]) -> float:

@@ -37,6 +37,7 @@ class RunProgress:
         self.console = Console(stderr=True, highlight=False, quiet=quiet, soft_wrap=True)
         self.bar = _bar(self.console, quiet=quiet)
         self.task: TaskID | None = None
+        self.notes: set[str] = set()
 
     def __enter__(self) -> RunProgress:
         self.bar.start()
@@ -74,6 +75,19 @@ class RunProgress:
 
     def _note(self, event: dict[str, Any]) -> None:
         self.console.print(f"  note: {escape(event['text'])}")
+
+    def _graph(self, event: dict[str, Any]) -> None:
+        if not event["captured"]:
+            self._once(f"steps are not captured as a CUDA graph: {event['reason']}")
+
+    def _compile(self, event: dict[str, Any]) -> None:
+        self._once(f"dense layers are not compiled: {event['reason']}")
+
+    def _once(self, text: str) -> None:
+        """A note that the stages of a run, and a resumed one, have in common."""
+        if text not in self.notes:
+            self.notes.add(text)
+            self._note({"text": text})
 
     def _baseline(self, event: dict[str, Any]) -> None:
         self._waiting(f"{event['name']} {event['value']:.4f}")

@@ -6,6 +6,10 @@ All rows of a batch share the candidates. An item drawn several times, or from s
 one candidate: with c draws and an expected count E under all sources together it enters the
 denominator as (c / E)·exp(logit), whose expectation is exp(logit) whatever the mixture. So the sum
 over candidates estimates the full softmax (Bengio and Senécal 2008, for a mixture of samplers).
+
+``draw`` gives as many candidates as there are. With ``fixed_shapes`` it gives as many as there can
+be, N + B or the whole catalogue: spare places repeat the last item with a log_weight of -inf, which
+adds exactly nothing to loss and gradients; so does an item that is only a positive.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor
 
 from recclr.data.log import EncodedLog
+from recclr.distinct import counted, padded_distinct
 from recclr.errors import ConfigError
 from recclr.settings import NegativesSettings, TrainSettings
 
@@ -25,16 +30,19 @@ class Candidates:
     """What one step scores.
 
     Attributes:
-        item_idx: int64 [U], distinct: every item the item tower must encode, once.
+        item_idx: int64 [U], rising: every item the item tower must encode, once but for ``places``.
         positive_row: int64 [B]: where each positive stands in ``item_idx``.
         candidate_row: int64 [C]: which of ``item_idx`` are candidates; None for all of them.
         log_weights: float32 [C]: log draws - strength · log expected count.
+        places: int64 [U] with fixed shapes, where each of ``item_idx`` stands first: spare places
+            name the one they repeat, all others themselves. None where all are distinct.
     """
 
     item_idx: Tensor
     positive_row: Tensor
     candidate_row: Tensor | None
     log_weights: Tensor
+    places: Tensor | None = None
 
     @property
     def candidate_idx(self) -> Tensor:
@@ -49,11 +57,18 @@ class CandidateSampler:
         log: train rows; popularity and log_q come from these only.
         settings: sources and their sizes.
         log_q_strength: 1 for the full correction, 0 for none.
+        fixed_shapes: see above; nothing then waits for a GPU.
     """
 
     def __init__(
-        self, log: EncodedLog, settings: NegativesSettings, *, log_q_strength: float = 1.0
+        self,
+        log: EncodedLog,
+        settings: NegativesSettings,
+        *,
+        log_q_strength: float = 1.0,
+        fixed_shapes: bool = False,
     ) -> None:
+        self.fixed_shapes = fixed_shapes
         self.settings = settings
         self.strength = log_q_strength
         self.num_items, self.num_rows = log.num_items, len(log)
@@ -85,16 +100,21 @@ class CandidateSampler:
         drawn = self._draws(generator, positives.device)
         num_draws = len(drawn)
         merged = torch.cat([drawn, positives])
-        item_idx, inverse = torch.unique(merged, return_inverse=True)
-        counted = inverse if self.settings.in_batch else inverse[:num_draws]
-        draws = torch.bincount(counted, minlength=len(item_idx))
+        places = None
+        if self.fixed_shapes:
+            found = padded_distinct(merged, self.num_items)
+            item_idx, inverse, places = found.values, found.inverse(), found.places
+        else:
+            item_idx, inverse = torch.unique(merged, return_inverse=True)
+        draws = counted(inverse if self.settings.in_batch else inverse[:num_draws], len(item_idx))
         expected = self._expected(item_idx, len(positives), in_batch_counts)
         candidate_row = None
-        if not self.settings.in_batch:
+        if not self.settings.in_batch and not self.fixed_shapes:
             candidate_row = draws.nonzero().squeeze(1)
             draws, expected = draws[candidate_row], expected[candidate_row]
-        log_weights = draws.float().log() - self.strength * expected.log()
-        return Candidates(item_idx, inverse[num_draws:], candidate_row, log_weights)
+        # Nobody drew a spare place, and log 0 is the weight it needs.
+        log_weights = draws.log() - self.strength * expected.log()
+        return Candidates(item_idx, inverse[num_draws:], candidate_row, log_weights, places)
 
     def everything(self, positives: Tensor) -> Candidates:
         """All items as candidates: the full softmax."""
@@ -138,7 +158,7 @@ class CandidateSampler:
                 counts, num_rows = self.counts[item_idx], self.num_rows
             else:
                 pool, num_rows = in_batch_counts
-                counts = torch.bincount(pool, minlength=self.num_items)[item_idx].float()
+                counts = counted(pool.long(), self.num_items)[item_idx]
             expected += (batch_size - 1) / max(num_rows - 1, 1) * counts
         return expected.clamp_min(1e-12)
 

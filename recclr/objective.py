@@ -10,7 +10,7 @@ Shape letters: B positives of a step, C candidates, D dimension.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,11 +19,11 @@ from recclr.batches import Batch
 from recclr.caching import Embed, embed_in_chunks
 from recclr.data.log import EncodedLog
 from recclr.distributed import ALONE, Ranks
-from recclr.kernels import total_contrastive_loss
+from recclr.kernels import Mask, total_contrastive_loss
 from recclr.known_positives import KnownPositives
 from recclr.losses import mean_weights
 from recclr.negatives import Candidates, CandidateSampler
-from recclr.order import generator
+from recclr.order import generator, mix
 from recclr.parts import Rows
 from recclr.settings import LossSettings, NegativesSettings
 from recclr.towers import TwoTower
@@ -36,7 +36,8 @@ class StepStats:
     """What a step reports: tensors so that reading them, a host sync, stays optional.
 
     Of several ranks ``loss`` is the part of one, and all parts sum up to the mean over positives;
-    ``num_masked`` is likewise its own. ``exchange`` makes both those of the step.
+    ``num_masked`` is likewise its own. ``exchange`` makes both those of the step. With fixed shapes
+    counts that follow from draws are scalars on the device.
 
     Attributes:
         num_candidates: of each batch, on average. num_pairs: scored, masked ones included.
@@ -45,16 +46,16 @@ class StepStats:
     """
 
     loss: Tensor
-    num_candidates: float
-    num_pairs: int
-    num_masked: int
+    num_candidates: float | Tensor
+    num_pairs: int | Tensor
+    num_masked: int | Tensor
     num_rows: int
     num_distinct: Tensor
 
     @property
     def masked_share(self) -> float:
-        """Share of the scored pairs that are known positives, in [0, 1]."""
-        return self.num_masked / max(self.num_pairs, 1)
+        """Share of the scored pairs that are known positives, in [0, 1]. May wait for a GPU."""
+        return int(self.num_masked) / max(int(self.num_pairs), 1)
 
     @property
     def duplicate_share(self) -> float:
@@ -72,6 +73,8 @@ class Objective:
         log: train rows on the training device. ranks: who shares the step.
         bfloat16: towers, and the products of the loss as ``total_contrastive_loss`` has it.
         chunk_size: rows that a tower encodes at once, at most; None for all.
+        fixed_shapes: shapes follow from that of the batch alone, and nothing waits for a GPU, so
+            that a step can be captured as a CUDA graph. For one rank, and without chunks.
     """
 
     def __init__(
@@ -84,12 +87,30 @@ class Objective:
         bfloat16: bool = False,
         chunk_size: int | None = None,
         ranks: Ranks = ALONE,
+        fixed_shapes: bool = False,
     ) -> None:
-        self.ranks, self.chunk_size = ranks, chunk_size
+        self.ranks, self.chunk_size, self.fixed_shapes = ranks, chunk_size, fixed_shapes
         self.loss, self.seed, self.bfloat16 = loss, seed, bfloat16
         self.device = log.device
-        self.sampler = CandidateSampler(log, negatives, log_q_strength=loss.log_q_strength)
+        self.sampler = CandidateSampler(
+            log, negatives, log_q_strength=loss.log_q_strength, fixed_shapes=fixed_shapes
+        )
         self.known_positives = KnownPositives(log, only_own=not loss.mask_known_positives)
+        self.draws: dict[int, torch.Generator] = {}
+        self.renew_draws()
+
+    def renew_draws(self) -> None:
+        """Generators that stay, for a graph that draws from them; ``prepare`` sets them."""
+        if self.fixed_shapes:
+            self.draws = {key: torch.Generator(self.device) for key in (_NEGATIVES, _DROPOUT)}
+
+    def prepare(self, step: int) -> None:
+        """With fixed shapes, make the draws of the next call those of a step."""
+        for key, draws in self.draws.items():
+            draws.manual_seed(mix(self.seed, step, key))
+
+    def _draws(self, step: int, key: int) -> torch.Generator:
+        return self.draws[key] if self.draws else generator(self.device, self.seed, step, key)
 
     def backward(
         self,
@@ -112,6 +133,7 @@ class Objective:
             if check is not None:
                 check(stats.loss)
             stats.loss.backward()  # type: ignore[no-untyped-call]
+            # Its graph would keep nodes of autograd alive that belong to the stream of this step.
             stats.loss = stats.loss.detach()
             found.append(stats)
         return found[0] if len(found) == 1 else _joined(found)
@@ -122,13 +144,18 @@ class Objective:
         """Forward pass of one batch.
 
         Args:
-            number: of the batch, which keys its draws.
+            number: of the batch, which keys its draws; with fixed shapes ``prepare`` is told it,
+                and this is not looked at.
             total: weight of the rows of all batches of the step, where there are more.
         """
         candidates = self._candidates(batch, number)
-        draws = generator(self.device, self.seed, number, _DROPOUT)
-        users = Rows(batch.user_idx, batch.user_at, batch.item_idx, draws)
-        wanted = Rows(candidates.item_idx, batch.item_at, None, draws)
+        draws, fixed = self._draws(number, _DROPOUT), self.fixed_shapes
+        users = Rows(batch.user_idx, batch.user_at, batch.item_idx, draws, fixed_shapes=fixed)
+        wanted = Rows(candidates.item_idx, batch.item_at, None, draws, fixed_shapes=fixed)
+        if candidates.places is not None:
+            # A spare place is what it repeats in all, in what dropout hides as well: the same rows
+            # of tables are touched as without it.
+            wanted = replace(wanted, whole=wanted, places=candidates.places)
         user_idx, item_idx, weight = batch.user_idx, batch.item_idx, batch.weight
         positive_row = candidates.positive_row
         shared = self.ranks.size > 1
@@ -148,7 +175,7 @@ class Objective:
             items = self.ranks.gather_rows(items, counts, "item embeddings")
         positives = items.index_select(0, positive_row)
         rows = candidates.candidate_row
-        mask = self.known_positives.mask(user_idx, item_idx, candidates.candidate_idx)
+        mask, num_masked, num_candidates = self._masked(user_idx, item_idx, candidates)
         loss = total_contrastive_loss(
             queries,
             items if rows is None else items.index_select(0, rows),
@@ -159,15 +186,29 @@ class Objective:
             second_temperature=self.loss.second_temperature,
             bfloat16=self.bfloat16,
         )
-        num_rows, num_candidates = len(batch.user_idx), len(candidates.log_weights)
+        num_rows = len(batch.user_idx)
         return StepStats(
             loss,
             num_candidates,
             num_rows * num_candidates,
-            len(mask),
+            num_masked,
             num_rows,
             _num_distinct(candidates),
         )
+
+    def _masked(
+        self, user_idx: Tensor, item_idx: Tensor, candidates: Candidates
+    ) -> tuple[Mask, int | Tensor, int | Tensor]:
+        """Known positives among the candidates, how many these are, and how many candidates."""
+        known, weights = self.known_positives, candidates.log_weights
+        if not self.fixed_shapes:
+            mask = known.mask(user_idx, item_idx, candidates.candidate_idx)
+            return mask, len(mask), len(weights)
+        alive, places = weights > -torch.inf, candidates.places
+        if places is not None:
+            places = torch.where(alive.index_select(0, places), places, -1)
+        bits, num_masked = known.bits(user_idx, item_idx, candidates.item_idx, places)
+        return bits, num_masked, alive.sum()
 
     def _embed(self, embed: Embed, rows: Rows, num_rows: int) -> Tensor:
         """Embeddings of this rank's ``rows``, a part of ``num_rows``, in as many chunks as all."""
@@ -187,7 +228,7 @@ class Objective:
             return self.sampler.everything(batch.item_idx)
         return self.sampler.draw(
             batch.item_idx,
-            generator(self.device, self.seed, number, _NEGATIVES),
+            self._draws(number, _NEGATIVES),
             in_batch_counts=None if batch.pool is None else (batch.pool, len(batch.pool)),
         )
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
+from recclr.distinct import padded_distinct
 from recclr.errors import CheckpointError
-from recclr.order import generator as keyed_generator
+from recclr.order import mix
 
 TableOptimizerKind = Literal["adam", "rowwise_adam", "rowwise_adagrad", "sgd"]
 StateKind = Literal["float32", "bfloat16"]
@@ -91,13 +92,37 @@ class Table(nn.Module):
             self.lookups.append(Lookup(values, bags, places))
         return bags
 
+    def padded_bag(self, values: Tensor, alive: Tensor) -> Tensor:
+        """As ``bag`` at a fixed shape, float32 [M, dim]; nothing waits for a GPU.
+
+        Args:
+            values: int64 [M, W] row numbers. alive: bool [M, W], which of them count; the others
+                get no gradient, but are looked up.
+        """
+        num_bags, width = values.shape
+        numbers = torch.arange(num_bags + 1, device=values.device)
+        flat = values.reshape(-1)
+        weights = alive.reshape(-1).to(self.weight.dtype)
+        # One more bag, always empty: it stands for all that do not count, and gets no gradient.
+        bags = embedding_bag(
+            flat, self.weight, numbers * width, mode="sum", per_sample_weights=weights
+        )
+        if self._watched():
+            bags.requires_grad_(True)
+            places = torch.where(alive, numbers[:-1, None], num_bags).reshape(-1)
+            self.lookups.append(Lookup(flat, bags, places))
+        return bags[:-1]
+
     def mean(self, keep: Tensor) -> Tensor:
         """Mean of the rows where ``keep`` (bool [num_rows], at least one), float32 [dim]."""
         return self.weight[keep].mean(0)
 
-    def take_gradient(self) -> tuple[Tensor, Tensor] | None:
+    def take_gradient(self, *, fixed_shape: bool = False) -> tuple[Tensor, Tensor] | None:
         """What the lookups have to teach, which are forgotten: distinct rows, rising, and the sum
         of each one's gradients; None where no gradient arrived.
+
+        Args:
+            fixed_shape: as many rows as there can be, see ``summed_rows``.
         """
         found = [
             (each.rows, each.vectors.grad, each.places)
@@ -105,7 +130,9 @@ class Table(nn.Module):
             if each.vectors.grad is not None
         ]
         self.lookups.clear()
-        return summed_rows(found) if found else None
+        if not found:
+            return None
+        return summed_rows(found, num_rows=self.num_rows if fixed_shape else None)
 
     def _vectors(self, rows: Tensor) -> Tensor:
         return self.weight.index_select(0, rows)
@@ -135,15 +162,39 @@ class TableOptimizer:
         moments: what Adam's moments of a table's size are stored in; arithmetic is float32. In
             bfloat16 they are rounded at random (Gupta et al. 2015): to the nearest, a step of
             0.1 % would be lost, since two neighbours differ by 0.4 %.
+        fixed_shapes: as many rows are written as were looked up, the last of them again where some
+            were looked up twice; nothing then waits for a GPU.
     """
 
     def __init__(
-        self, tables: Mapping[str, Table], kind: TableOptimizerKind, moments: StateKind = "float32"
+        self,
+        tables: Mapping[str, Table],
+        kind: TableOptimizerKind,
+        moments: StateKind = "float32",
+        *,
+        fixed_shapes: bool = False,
     ) -> None:
         self.tables = dict(tables)
         self.kind = kind
+        self.fixed_shapes = fixed_shapes
         self.moments = {"float32": torch.float32, "bfloat16": torch.bfloat16}[moments]
         self.state = {name: self._fresh(table.weight) for name, table in self.tables.items()}
+        self.draws: dict[str, torch.Generator] = {}
+        self.renew_draws()
+
+    def renew_draws(self) -> None:
+        """Generators for the rounding of moments, of each table that needs one."""
+        self.draws = {
+            name: torch.Generator(self.tables[name].weight.device)
+            for name, state in self.state.items()
+            if any(value.dtype != torch.float32 for value in state.values())
+        }
+
+    def seed(self, number: int) -> None:
+        """Make the draws those of step ``number``."""
+        for place, name in enumerate(self.tables):
+            if name in self.draws:
+                self.draws[name].manual_seed(mix(number, place, _ROUNDING))
 
     def _fresh(self, weight: Tensor) -> dict[str, Tensor]:
         full, row = weight.shape, (weight.shape[0], 1)
@@ -158,48 +209,53 @@ class TableOptimizer:
             for name, shape in shapes[self.kind].items()
         }
 
-    @torch.no_grad()
     def step(
-        self, lr: float, gradients: Iterable[RowGradients] | None = None, *, number: int = 0
+        self,
+        lr: float | Tensor,
+        gradients: Iterable[RowGradients] | None = None,
+        *,
+        number: int = 0,
     ) -> None:
         """Apply and forget the lookups of this step.
 
         Args:
-            lr: absolute learning rate. number: of the step; keys the rounding of the moments.
+            lr: absolute learning rate, float32 scalar if it is a tensor.
             gradients: instead of the lookups' own, which were taken already.
+            number: of the step; keys the rounding of the moments.
         """
-        places = {name: place for place, name in enumerate(self.tables)}
+        self.seed(number)
+        self.apply(lr, gradients)
+
+    @torch.no_grad()
+    def apply(self, lr: float | Tensor, gradients: Iterable[RowGradients] | None = None) -> None:
+        """As ``step``, once ``seed`` was called: what runs on the device."""
         for name, rows, grad in self.gradients() if gradients is None else gradients:
-            # Written back by copy: rows are distinct, and adding to places is single-threaded.
+            # Written back by copy: rows are distinct (or written the same again), and adding to
+            # places is single-threaded.
             weight = self.tables[name].weight
             moved = weight.index_select(0, rows)
-            self._move(moved, self.state[name], rows, grad, lr, (number, places[name]))
+            self._move(moved, name, rows, grad, lr)
             weight.index_copy_(0, rows, moved)
 
     def gradients(self) -> Iterator[RowGradients]:
         """Take the lookups of this step: what each table that had some has to learn."""
         for name, table in self.tables.items():
-            found = table.take_gradient()
+            found = table.take_gradient(fixed_shape=self.fixed_shapes)
             if found is not None:
                 yield name, *found
 
     def _move(
-        self,
-        weight: Tensor,
-        state: dict[str, Tensor],
-        rows: Tensor,
-        grad: Tensor,
-        lr: float,
-        key: tuple[int, int],
+        self, weight: Tensor, name: str, rows: Tensor, grad: Tensor, lr: float | Tensor
     ) -> None:
         """Bring the state of ``rows`` up to date, and ``weight``, their vectors, in place."""
+        state = self.state[name]
         if self.kind == "sgd":
-            weight.add_(grad, alpha=-lr)
+            weight.sub_(grad * lr)
             return
         if self.kind == "rowwise_adagrad":
             second = state["second"].index_select(0, rows).add_(_mean_square(grad))
             state["second"].index_copy_(0, rows, second)
-            weight.addcdiv_(grad, second.sqrt_().add_(_EPSILON), value=-lr)
+            weight.addcmul_(grad, second.sqrt_().add_(_EPSILON).reciprocal_().mul_(-lr))
             return
         count = state["count"].index_select(0, rows).add_(1)
         first = state["first"].index_select(0, rows).float().lerp_(grad, 1 - _BETA_1)
@@ -209,15 +265,20 @@ class TableOptimizer:
         else:
             second.addcmul_(grad, grad, value=1 - _BETA_2)
         state["count"].index_copy_(0, rows, count)
-        draws = None
-        for name, value in (("first", first), ("second", second)):
-            stored, rounded = state[name], value
+        for field, value in (("first", first), ("second", second)):
+            stored, rounded = state[field], value
             if stored.dtype != value.dtype:
-                draws = draws or keyed_generator(grad.device, *key, _ROUNDING)
-                rounded = _rounded(value, draws)
+                rounded = self._rounded(value, name, rows)
             stored.index_copy_(0, rows, rounded)
         scale = _left(_BETA_2, count).sqrt_().div_(_left(_BETA_1, count)).mul_(-lr)
         weight.addcdiv_(first.mul_(scale), second.sqrt_().add_(_EPSILON))
+
+    def _rounded(self, value: Tensor, name: str, rows: Tensor) -> Tensor:
+        rounded = _rounded(value, self.draws[name])
+        if self.fixed_shapes:
+            # A row that comes again has another draw, and must be written as it was first.
+            rounded = rounded.index_select(0, torch.searchsorted(rows, rows))
+        return rounded
 
     def forget(self) -> None:
         """Drop lookups without a step (an evaluation that tracked gradients, an aborted step)."""
@@ -288,23 +349,32 @@ def _left(beta: float, count: Tensor) -> Tensor:
 
 
 def summed_rows(
-    parts: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+    parts: Sequence[tuple[Tensor, Tensor, Tensor | None]], *, num_rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Distinct rows, rising, and the sum of each one's gradients in the order of ``parts``.
 
     Args:
         parts: one or more of (rows int64 [n], gradients [M, dim], places int64 [n]): which gradient
             each row has; None where n = M and each row has its own.
+        num_rows: of the table. With it the shape is fixed: of n rows in all min(n, num_rows) are
+            given, the last distinct one again with its sum until there are so many, and nothing
+            waits for a GPU.
     """
     first_rows, first_grads, first_places = parts[0]
-    if len(parts) == 1 and first_places is None and bool((first_rows.diff() > 0).all()):
+    single = len(parts) == 1 and first_places is None and num_rows is None
+    if single and bool((first_rows.diff() > 0).all()):
         return first_rows, first_grads
     grads = torch.cat([grad for _, grad, _ in parts])
-    rows, order = torch.cat([rows for rows, _, _ in parts]).sort(stable=True)
+    rows, places = torch.cat([rows for rows, _, _ in parts]), _places(parts)
+    if num_rows is not None:
+        found = padded_distinct(rows, num_rows)
+        sums = embedding_bag(places[found.order], grads, found.starts(), mode="sum")
+        return found.values, sums.index_select(0, found.places)
+    rows, order = rows.sort(stable=True)
     distinct, counts = torch.unique_consecutive(rows, return_counts=True)
     # Sums each row's gradients in the order of the lookups, on all cores.
     starts = counts.cumsum(0) - counts
-    return distinct, embedding_bag(_places(parts)[order], grads, starts, mode="sum")
+    return distinct, embedding_bag(places[order], grads, starts, mode="sum")
 
 
 def _places(parts: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:

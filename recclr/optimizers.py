@@ -16,14 +16,35 @@ from recclr.towers import TwoTower
 
 
 class Optimizers:
-    """Row-wise updates for tables, AdamW for the rest, one schedule over both."""
+    """Row-wise updates for tables, AdamW for the rest, one schedule over both.
 
-    def __init__(self, model: TwoTower, settings: TrainSettings, total_steps: int) -> None:
+    Args:
+        model: on the training device. total_steps: what the schedule spans.
+        fixed_shapes: nothing waits for a GPU, and all that differs from step to step is in tensors
+            that stay where they are, so that ``apply`` can be captured as a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        model: TwoTower,
+        settings: TrainSettings,
+        total_steps: int,
+        *,
+        fixed_shapes: bool = False,
+    ) -> None:
         self.model, self.settings, self.total_steps = model, settings, total_steps
+        self.fixed_shapes = fixed_shapes
         tables = model.tables()
         self.sharded = {n: table for n, table in tables.items() if isinstance(table, ShardedTable)}
-        whole = {name: table for name, table in tables.items() if name not in self.sharded}
-        self.tables = TableOptimizer(whole, settings.table_optimizer, settings.table_moments)
+        self.tables = TableOptimizer(
+            {name: table for name, table in tables.items() if name not in self.sharded},
+            settings.table_optimizer,
+            settings.table_moments,
+            fixed_shapes=fixed_shapes,
+        )
+        device = model.log_temperature.device
+        self.table_rate: float | Tensor = torch.zeros((), device=device) if fixed_shapes else 0.0
+        self.dense_rate: float | Tensor = torch.zeros((), device=device) if fixed_shapes else 0.0
         self.dense = model.dense_parameters()
         self.adamw = None
         if self.dense:
@@ -34,7 +55,13 @@ class Optimizers:
                 {"params": decayed, "weight_decay": settings.weight_decay},
                 {"params": plain, "weight_decay": 0.0},
             ]
-            self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.dense_lr)
+            # Fused, AdamW counts its steps on the device and takes its rate from there.
+            self.adamw = torch.optim.AdamW(
+                [g for g in groups if g["params"]],
+                lr=self.dense_rate,
+                fused=fixed_shapes or None,
+                capturable=fixed_shapes and device.type == "cuda",
+            )
 
     def rate(self, step: int) -> float:
         """What the given rates are multiplied by at a step: linear warm-up, decay, batch size."""
@@ -60,15 +87,31 @@ class Optimizers:
         Args:
             gradients: those of whole tables, where they are not the lookups' own.
         """
+        self.prepare(step)
+        self.apply(gradients)
+
+    def prepare(self, step: int) -> None:
+        """Set what follows from the number of a step: rates, and draws for rounding."""
         rate = self.rate(step)
-        self.tables.step(self.settings.table_lr * rate, gradients, number=step)
+        self.tables.seed(step)
+        table_rate, dense_rate = self.settings.table_lr * rate, self.settings.dense_lr * rate
+        if isinstance(self.table_rate, Tensor) and isinstance(self.dense_rate, Tensor):
+            self.table_rate.fill_(table_rate)
+            self.dense_rate.fill_(dense_rate)
+            return
+        self.table_rate, self.dense_rate = table_rate, dense_rate
+        if self.adamw is not None:
+            for group in self.adamw.param_groups:
+                group["lr"] = dense_rate
+
+    def apply(self, gradients: Iterable[RowGradients] | None = None) -> None:
+        """As ``step``, once ``prepare`` was called: what runs on the device."""
+        self.tables.apply(self.table_rate, gradients)
         for table in self.sharded.values():
-            table.update(self.settings.table_lr * rate)
+            table.update(float(self.table_rate))
         if self.adamw is not None:
             if self.settings.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.dense.values(), self.settings.clip_norm)
-            for group in self.adamw.param_groups:
-                group["lr"] = self.settings.dense_lr * rate
             self.adamw.step()
             self.adamw.zero_grad(set_to_none=True)
             self.model.clamp_temperature()
@@ -113,11 +156,14 @@ class Optimizers:
         for name, parameter in self.dense.items():
             self.adamw.state.pop(parameter, None)
             if name in dense:
-                # "step" stays on the CPU, where AdamW counts.
                 self.adamw.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device).clone()
+                    key: value.to(self._device(key, parameter), copy=True)
                     for key, value in dense[name].items()
                 }
+
+    def _device(self, key: str, parameter: Tensor) -> torch.device | str:
+        """Where AdamW keeps a value: its steps it counts on the CPU unless it is fused."""
+        return "cpu" if key == "step" and not self.fixed_shapes else parameter.device
 
     def _moments(self, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """AdamW's state by parameter name; a parameter that never had a gradient has none."""

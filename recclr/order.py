@@ -15,6 +15,8 @@ _MASK_64 = (1 << 64) - 1
 _ROUNDS = 4
 # Below this size the network's digits are too small to reach all orders (of 3 rows: 3 of 6).
 _FEW = 32
+# Values outside the range, less than √size, that are walked ahead; 2^16 suffice for 2^32 rows.
+_MAX_DETOURS = 1 << 16
 
 
 def mix(*keys: int) -> int:
@@ -53,12 +55,40 @@ def permuted(positions: Tensor, size: int, *keys: int) -> Tensor:
     low = -(-size // high)
     round_keys = [mix(*keys, number) & 0x7FFFFFFF for number in range(_ROUNDS)]
     result = _feistel(positions, high, low, round_keys)
+    num_outside = high * low - size
+    if num_outside <= _MAX_DETOURS:
+        if num_outside:
+            detours = _detours(num_outside, size, high, low, round_keys, positions.device)
+            outside = (result - size).clamp_(min=0)
+            result = torch.where(result >= size, detours[outside], result)
+        return result
     outside = (result >= size).nonzero().squeeze(1)
     while len(outside):
         # At most one value in √size lies outside, so this ends at once.
         result[outside] = _feistel(result[outside], high, low, round_keys)
         outside = outside[result[outside] >= size]
     return result
+
+
+def _detours(
+    num_outside: int,
+    size: int,
+    high: int,
+    low: int,
+    round_keys: list[int],
+    device: torch.device,
+) -> Tensor:
+    """Where cycle walking takes the values from ``size`` on, int64 [num_outside].
+
+    By doubling, so that nothing depends on what is found and a GPU is never waited for. A cycle of
+    values that are all outside stays there; no position leads into it.
+    """
+    values = torch.arange(size, size + num_outside, device=device)
+    walked = _feistel(values, high, low, round_keys)
+    for _ in range(num_outside.bit_length()):
+        further = walked[(walked - size).clamp_(min=0)]
+        walked = torch.where(walked >= size, further, walked)
+    return walked
 
 
 def _feistel(values: Tensor, high: int, low: int, round_keys: list[int]) -> Tensor:

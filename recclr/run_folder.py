@@ -42,7 +42,13 @@ _LIBRARIES = ("recclr", "torch", "numpy", "polars", "pyarrow", "scikit-learn", "
 _FOOTER_BYTES = 1 << 16
 _SHOWN_S = 10.0
 # Of how a run is carried out, not of what comes out of it.
-_FREE = {"train.collective_timeout_s", "train.sharded_tables", "data.resident"}
+_FREE = {
+    "data.resident",
+    "train.collective_timeout_s",
+    "train.compile",
+    "train.cuda_graph",
+    "train.sharded_tables",
+}
 # Checkpoints, prepared tensors and exports of a small run; larger ones are told when they fail.
 _MIN_BYTES = 200 << 20
 

@@ -10,20 +10,10 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+from recclr.strict import STRICT
+from recclr.strict import require_ranges as _check
+
 FeatureKind = Literal["categorical", "multi_hot", "numeric", "vector", "text", "statistics"]
-
-# pydantic reads this attribute from a standard dataclass: it refuses unknown keys and silent casts.
-STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
-
-
-def _check(settings: Any, **ranges: tuple[float, float]) -> None:
-    """Refuse a value outside its closed range; None means "not set" and passes."""
-    for name, (low, high) in ranges.items():
-        value = getattr(settings, name)
-        if value is None or isinstance(value, (str, bool)):
-            continue
-        if not (math.isfinite(value) and low <= value <= high):
-            raise ValueError(f"{name} must be between {low} and {high}, found {value!r}")
 
 
 def defaults_of(settings: Any) -> dict[str, Any]:
@@ -253,6 +243,10 @@ class TrainSettings:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """``bfloat16``: towers and the products of the loss, with sums and the loss itself in float32;
     faster on GPUs and on CPUs with AVX-512 BF16 or AMX. ``auto``: on a GPU only."""
+    cuda_graph: bool | Literal["auto"] = "auto"
+    """Capture a step as a CUDA graph and replay it: on a GPU, where nothing stands against it."""
+    compile: bool | Literal["auto"] = "auto"
+    """Dense layers by ``torch.compile``; ``auto``: on a GPU. What fails to compile runs plain."""
     sharded_tables: int | Literal["none", "all"] = "none"
     """With several processes: tables of at least so many rows are split by rows among them; each
     holds its part of the table and of the optimiser's state (see ``sharded_tables``)."""

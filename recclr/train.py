@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from recclr.batches import BatchSource
+from recclr.compiling import compile_layers
 from recclr.data.log import EncodedLog
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, DivergedError, InterruptedTraining
 from recclr.exchange import StepExchange
 from recclr.files import fault_point
+from recclr.graphs import graph_of, plan_graph
 from recclr.keeping import Keeper, Progress
 from recclr.negatives import require_negatives
 from recclr.objective import Objective
@@ -84,7 +86,8 @@ def fit(
         resume: go on from LAST if there is one.
         num_steps: end after so many steps while the schedule still spans ``train.epochs``, as a
             refit for a selected number of steps does.
-        on_event: gets a dict for each logged step and each evaluation.
+        on_event: gets a dict for each logged step and each evaluation; on a GPU, whether steps are
+            captured as a CUDA graph; and why layers could not be compiled.
         stop: asked after every step; true writes a checkpoint and raises.
         ranks: the processes that share every step, all of which call this with the same arguments;
             ``evaluate`` must give all of them the same metrics. The weights are those of one
@@ -94,27 +97,46 @@ def fit(
         DivergedError: the loss is not finite. InterruptedTraining: ``stop`` said so.
         CheckpointError: ``resume`` found checkpoints that are damaged or of another run.
         ConfigError: without ``resume``, ``checkpoints`` holds some; or the settings do not fit
-        the log or the model.
+        the log, the model or the device.
     """
     began = time.perf_counter()
-    model, log = model.to(device), log.to(device)
+    model, log, device = model.to(device), log.to(device), torch.device(device)
+    emit = on_event or (lambda event: None)
+    captured = plan_graph(
+        model,
+        loss=loss,
+        negatives=negatives,
+        train=train,
+        batch_size=min(train.batch_size, len(log)),
+        device=device,
+        ranks=ranks,
+        emit=emit,
+    )
     source, objective = step_parts(
-        model, log, loss=loss, negatives=negatives, train=train, seed=seed, ranks=ranks
+        model,
+        log,
+        loss=loss,
+        negatives=negatives,
+        train=train,
+        seed=seed,
+        ranks=ranks,
+        fixed_shapes=captured,
     )
     per_epoch = source.steps_per_epoch
     total = max(1, round(train.epochs * per_epoch))
     end = total if num_steps is None else min(num_steps, total)
-    optimizers = Optimizers(model, train, total)
+    optimizers = Optimizers(model, train, total, fixed_shapes=captured)
+    graph = graph_of(model, objective, optimizers, emit=emit)
     exchange = StepExchange(optimizers, ranks) if ranks.size > 1 else None
     keeper = Keeper(model, optimizers, checkpoints, ranks)
     progress = keeper.begun(resume=resume)
-    meter = Meter(on_event or (lambda event: None), per_epoch, end)
+    meter = Meter(emit, per_epoch, end)
 
     def require_finite_loss(loss: Tensor) -> None:
         require_finite(loss, model, progress.step + 1, weights=False)
 
     # Reading the loss waits for a GPU; elsewhere each one is checked before it reaches a weight.
-    watched = torch.device(device).type == "cpu" and exchange is None
+    watched = device.type == "cpu" and exchange is None
     check = require_finite_loss if watched else None
 
     evaluate_every = max(1, round(train.evaluate_every * per_epoch))
@@ -122,15 +144,19 @@ def fit(
     patience = train.patience or math.inf
     optimizers.forget()
     model.train()
+    make_plain = compile_layers(model, train, bfloat16=objective.bfloat16, emit=emit)
     try:
         while progress.step < end and progress.bad_evaluations < patience:
             step = progress.step
-            stats = objective.backward(model, source.step(step), check)
-            gradients = None
-            if exchange is not None:
-                stats, gradients, interrupted = exchange(stats, stopped=stop is not None and stop())
-                require_finite(stats.loss, model, step + 1, weights=False)
-            optimizers.step(step, gradients)
+            if graph is not None:
+                stats = graph(source.batch(step), step)
+            else:
+                stats, gradients = objective.backward(model, source.step(step), check), None
+                if exchange is not None:
+                    asked = stop is not None and stop()
+                    stats, gradients, interrupted = exchange(stats, stopped=asked)
+                    require_finite(stats.loss, model, step + 1, weights=False)
+                optimizers.step(step, gradients)
             progress.step = step + 1
             meter.add(stats, model, progress.step, train.table_lr * optimizers.rate(step))
             fault_point("train.step")
@@ -142,6 +168,8 @@ def fit(
                 improved = _judge(evaluate(model), select, progress, meter)
                 optimizers.forget()
                 model.train()
+                if graph is not None:
+                    graph.look_again()
             if exchange is None:
                 interrupted = stop is not None and stop()
             if improved or last or interrupted or progress.step % checkpoint_every == 0:
@@ -156,6 +184,7 @@ def fit(
         source.close()
         ranks.unwatch()
         optimizers.forget()
+        make_plain()
     if progress.best_value is not None:
         keeper.restore_best(progress.best_step)
     model.eval()
@@ -178,11 +207,12 @@ def step_parts(
     train: TrainSettings,
     seed: int,
     ranks: Ranks = ALONE,
+    fixed_shapes: bool = False,
 ) -> tuple[BatchSource, Objective]:
     """Where the batches of a training come from, and what a step makes of them.
 
     Args:
-        model, log: on one device. The others as in ``fit``.
+        model, log: on one device. fixed_shapes: see ``Objective``. The others as in ``fit``.
 
     Raises:
         ConfigError: the settings do not fit the log or the model. DataError: no rows.
@@ -199,6 +229,7 @@ def step_parts(
         bfloat16=bfloat16,
         chunk_size=train.chunk_size,
         ranks=ranks,
+        fixed_shapes=fixed_shapes,
     )
     return source, objective
 

@@ -45,7 +45,7 @@ class Meter:
                 "positives_per_s": self.rows / max(now - self.since, 1e-9),
                 "masked_share": stats.masked_share,
                 "duplicate_share": stats.duplicate_share,
-                "num_candidates": stats.num_candidates,
+                "num_candidates": float(stats.num_candidates),
             }
         )
         self.since, self.rows = time.perf_counter(), 0

@@ -48,6 +48,39 @@ def test_sizes_double_up_to_the_whole_log(config):
     assert all(trial.positives_per_s > 0 for trial in trials)
 
 
+def test_where_steps_are_replayed_only_those_are_timed(config, monkeypatch):
+    calls = []
+
+    class Device:
+        """In place of a GPU."""
+
+        def __init__(self, device):
+            calls.append([])
+
+        def aside(self, step):
+            calls[-1].append("aside")
+            return step()
+
+        def capture(self, step, generators):
+            return lambda: (calls[-1].append("replay"), step())[1]
+
+    ticks = itertools.count()
+
+    def tick():
+        if calls:
+            calls[-1].append("clock")
+        return next(ticks)
+
+    monkeypatch.setattr(module, "plan_graph", lambda *args, **options: True)
+    monkeypatch.setattr("recclr.graphs.CudaDevice", Device)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=tick))
+    trials = try_batch_sizes(config, prepared(700), device="cpu", seconds=0.0)
+    assert [trial.batch_size for trial in trials] == [256, 512, 700]
+    for each in calls:
+        assert each[:3] == ["aside"] * 3
+        assert each.index("replay") < each.index("clock")
+
+
 def test_each_size_tells_its_duplicates_and_what_it_masks(config):
     """Of 97 rows of one batch: their items, and their users' items among themselves."""
     log = prepared(97).train

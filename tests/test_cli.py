@@ -260,6 +260,11 @@ EVENTS = [
     {"kind": "judging", "name": "als"},
     {"kind": "judging", "name": "als", "done": 16_384, "total": 107_000},
     {"kind": "baseline", "name": "als", "value": 0.125},
+    {"kind": "graph", "captured": True, "reason": None},
+    {"kind": "graph", "captured": False, "reason": "a [part] pools lists"},
+    {"kind": "compile", "compiled": False, "reason": "no compiler"},
+    # Again by the refit.
+    {"kind": "graph", "captured": False, "reason": "a [part] pools lists"},
     {"kind": "of another version"},
 ]
 
@@ -275,6 +280,8 @@ def test_where_there_is_no_terminal_lines_are_written(capsys):
         "  note: k is [large]",
         "  epoch 2.0  recall@20 0.2500",
         "  als",
+        "  note: steps are not captured as a CUDA graph: a [part] pools lists",
+        "  note: dense layers are not compiled: no compiler",
     ]
 
 

@@ -113,6 +113,8 @@ CONFIGS = st.fixed_dictionaries(
             sharded_tables=st.just("none"),
             time_cells=st.just(True),
             refit=st.booleans(),
+            cuda_graph=st.booleans() | st.just("auto"),
+            compile=st.booleans() | st.just("auto"),
         ),
         "evaluate": st.tuples(
             st.lists(st.integers(1, 100_000), min_size=1, max_size=4), st.sampled_from(METRIC_NAMES)

@@ -61,6 +61,39 @@ def test_both_walks_find_every_known_pair_and_no_other(
         assert pairs(known.mask(users, positives[: len(users)], items)) == expected
 
 
+@given(
+    seed=st.integers(0, 10_000),
+    num_users=st.integers(1, 12),
+    num_items=st.integers(1, 45),
+    num_rows=st.integers(1, 60),
+    batch_size=st.integers(1, 17),
+    num_candidates=st.integers(1, 45),
+    num_spare=st.integers(0, 5),
+    only_own=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_bits_are_the_pairs_whatever_is_repeated(
+    seed, num_users, num_items, num_rows, batch_size, num_candidates, num_spare, only_own
+):
+    log, user_idx, positives, candidates = case(
+        seed, num_users, num_items, num_rows, batch_size, min(num_candidates, num_items)
+    )
+    known = KnownPositives(log, only_own=only_own)
+    expected = known.mask(user_idx, positives, candidates)
+    padded = torch.cat([candidates, candidates[-1:].expand(num_spare)])
+    places = torch.arange(len(padded)).clamp(max=len(candidates) - 1)
+    for asked, of in ((padded, places), (candidates, None)):
+        bits, count = known.bits(user_idx, positives, asked, of)
+        found = bits.dense(len(asked)).nonzero()
+        assert set(map(tuple, found.tolist())) == pairs(expected)
+        assert int(count) == len(expected)
+    # An item that is looked at and is no candidate.
+    bits, count = known.bits(user_idx, positives, padded, torch.where(places == 0, -1, places))
+    hidden = bits.dense(len(padded))
+    assert int(count) == int(hidden.sum()) == sum(column > 0 for _, column in pairs(expected))
+    assert not hidden[:, 0].any()
+
+
 def test_the_positive_itself_is_always_masked():
     log, user_idx, positives, _ = case(1, 5, 9, 30, 7, 0)
     candidates = torch.arange(9)

@@ -41,6 +41,37 @@ def test_candidates_are_distinct_and_positives_are_found_in_them():
     assert torch.equal(found.candidate_idx, found.item_idx)
 
 
+@pytest.mark.parametrize("in_batch", [True, False])
+@pytest.mark.parametrize("pool", [None, torch.tensor([1, 1, 6, 4, 2, 2], dtype=torch.int32)])
+# Fewer draws and positives than there are items, and more.
+@pytest.mark.parametrize(("uniform", "size"), [(1, 6), (5, NUM_ITEMS)])
+def test_at_a_fixed_shape_the_same_candidates_come_with_spare_places(in_batch, pool, uniform, size):
+    settings = {"in_batch": in_batch, "uniform": uniform}
+    settings |= {"popularity": PopularitySettings(count=1)}
+    log = planted()
+    loose = CandidateSampler(log, NegativesSettings(**settings), log_q_strength=0.7)
+    fixed = CandidateSampler(
+        log, NegativesSettings(**settings), log_q_strength=0.7, fixed_shapes=True
+    )
+    positives = torch.tensor([4, 4, 1, 6])
+    counts = None if pool is None else (pool, len(pool))
+    for seed in range(30):
+        drawn, padded = (
+            each.draw(positives, generator("cpu", seed), in_batch_counts=counts)
+            for each in (loose, fixed)
+        )
+        num_items = len(drawn.item_idx)
+        assert padded.candidate_row is None
+        assert padded.item_idx.shape == padded.places.shape == padded.log_weights.shape == (size,)
+        assert torch.equal(padded.item_idx[:num_items], drawn.item_idx)
+        assert (padded.item_idx[num_items:] == drawn.item_idx[-1]).all()
+        assert torch.equal(padded.places, torch.arange(size).clamp(max=num_items - 1))
+        assert torch.equal(padded.positive_row, drawn.positive_row)
+        alive = padded.log_weights > -torch.inf
+        assert torch.equal(padded.item_idx[alive], drawn.candidate_idx)
+        assert torch.equal(padded.log_weights[alive], drawn.log_weights)
+
+
 def test_without_in_batch_a_positive_is_a_candidate_only_where_it_was_drawn():
     source = sampler(in_batch=False, uniform=2)
     positives = torch.tensor([4, 1, 6])

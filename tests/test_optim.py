@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recclr.errors import CheckpointError
-from recclr.optim import Table, TableOptimizer, _rounded
+from recclr.optim import Table, TableOptimizer, _rounded, summed_rows
 
 NUM_ROWS, DIM, LR = 7, 3, 0.05
 KINDS = ("adam", "rowwise_adam", "rowwise_adagrad", "sgd")
@@ -118,6 +118,57 @@ def test_rows_that_were_not_looked_up_never_move(kind, lookups):
         for name, value in optimizer.state_dict().items():
             assert torch.equal(value[still], state[name][still])
         assert (table.weight[rows] != before[rows]).any(1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(lookups=steps.map(lambda each: [rows for rows in each if rows]))
+@settings(max_examples=40, deadline=None)
+def test_at_a_fixed_shape_the_same_rows_move_the_same_way(kind, lookups):
+    tables = table_of(), table_of()
+    loose = TableOptimizer({"t": tables[0]}, kind)
+    fixed = TableOptimizer({"t": tables[1]}, kind, fixed_shapes=True)
+    for step, rows in enumerate(lookups):
+        take_step(tables[0], loose, rows, step)
+        # The rate as a GPU has it.
+        take_step(tables[1], fixed, rows, step, torch.tensor(LR))
+        torch.testing.assert_close(tables[1].weight, tables[0].weight, rtol=1e-5, atol=1e-6)
+    for name, value in loose.state_dict().items():
+        torch.testing.assert_close(fixed.state_dict()[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_at_a_fixed_shape_sums_are_padded_with_the_last_row():
+    grads = torch.arange(15.0).view(5, 3)
+    rows, sums = summed_rows(
+        [(torch.tensor([4, 1, 4]), grads[:3], None), (torch.tensor([1, 0]), grads[3:], None)],
+        num_rows=NUM_ROWS,
+    )
+    assert rows.tolist() == [0, 1, 4, 4, 4]
+    last = grads[0] + grads[2]
+    assert torch.equal(sums, torch.stack([grads[4], grads[1] + grads[3], last, last, last]))
+    # A gradient that stands for several rows, as that of a bag does.
+    places = torch.tensor([1, 1, 0])
+    rows, sums = summed_rows([(torch.tensor([2, 5, 2]), grads[:2], places)], num_rows=2)
+    assert rows.tolist() == [2, 5]
+    assert torch.equal(sums, torch.stack([grads[0] + grads[1], grads[1]]))
+
+
+def test_a_row_that_is_written_twice_is_rounded_once():
+    """On a GPU either of two writes may be the last."""
+    table = table_of()
+    optimizer = TableOptimizer({"t": table}, "adam", "bfloat16", fixed_shapes=True)
+    rows, seen = [3, 6, 6, 6, 6, 6], []
+    patch = pytest.MonkeyPatch()
+    keep = torch.Tensor.index_copy_
+    patch.setattr(
+        torch.Tensor,
+        "index_copy_",
+        lambda self, dim, index, source: (seen.append(source), keep(self, dim, index, source))[1],
+    )
+    take_step(table, optimizer, rows, 0)
+    patch.undo()
+    assert len(seen) == 4
+    for written in seen:
+        assert (written[1:] == written[1]).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -191,18 +191,20 @@ def test_a_forgotten_step_leaves_no_gradient_anywhere():
         assert torch.equal(value, twin.weights()[name])
 
 
-def trained(kind, steps):
+def trained(kind, steps, *, fixed_shapes=False):
     model = model_of()
-    optimizers = Optimizers(model, TrainSettings(table_optimizer=kind, clip_norm=1.0), 12)
+    settings = TrainSettings(table_optimizer=kind, clip_norm=1.0)
+    optimizers = Optimizers(model, settings, 12, fixed_shapes=fixed_shapes)
     for step in range(steps):
         backward(model, step)
         optimizers.step(step)
     return model, optimizers
 
 
+@pytest.mark.parametrize("fixed_shapes", [False, True])
 @pytest.mark.parametrize("kind", ["adam", "rowwise_adam", "rowwise_adagrad", "sgd"])
-def test_restored_state_is_all_state_and_goes_on_to_the_same_bits(kind):
-    model, optimizers = trained(kind, 5)
+def test_restored_state_is_all_state_and_goes_on_to_the_same_bits(kind, fixed_shapes):
+    model, optimizers = trained(kind, 5, fixed_shapes=fixed_shapes)
     saved = {name: value.clone() for name, value in optimizers.state_dict().items()}
     # A parameter that no loss used so far has no moments to save.
     assert not any("idle" in name for name in saved)
@@ -210,7 +212,7 @@ def test_restored_state_is_all_state_and_goes_on_to_the_same_bits(kind):
         name for name in saved if name.endswith("/exp_avg")
     }
     # Restored over a state that has seen other steps, of which nothing may be left.
-    other, restored = trained(kind, 9)
+    other, restored = trained(kind, 9, fixed_shapes=fixed_shapes)
     with torch.no_grad():
         for name, value in other.weights().items():
             value.copy_(model.weights()[name])

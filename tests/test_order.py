@@ -23,6 +23,16 @@ def test_large_sizes_and_single_positions(size):
     assert torch.equal(permuted(some, size, 4, 2), whole[some])
 
 
+@given(size=st.integers(32, 3000), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_detours_worked_out_ahead_are_the_walks(size, seed):
+    positions = torch.arange(size)
+    ahead = permuted(positions, size, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recclr.order._MAX_DETOURS", -1)
+        assert torch.equal(permuted(positions, size, seed), ahead)
+
+
 def test_keys_name_the_permutation():
     size = 501
     orders = {tuple(permuted(torch.arange(size), size, 7, e).tolist()) for e in range(20)}

@@ -1,5 +1,7 @@
 """Parts of a tower against loops over entities; histories never see their future or target."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -134,6 +136,46 @@ def test_a_bag_is_the_mean_of_its_categories_as_a_loop_has_it(lists, asked):
         torch.testing.assert_close(vector, expected)
 
 
+def table_gradient(table):
+    """Of every row, and which rows were looked up."""
+    grads, touched = torch.zeros_like(table.weight), torch.zeros(len(table.weight))
+    for lookup in table.lookups:
+        if lookup.vectors.grad is None:
+            assert not len(lookup.rows)
+            continue
+        places = torch.arange(len(lookup.rows)) if lookup.places is None else lookup.places
+        grads.index_add_(0, lookup.rows, lookup.vectors.grad[places])
+        touched[lookup.rows] = 1
+    table.lookups.clear()
+    return grads, touched
+
+
+def assert_padded(part, rows, tables):
+    """Padded to a fixed shape a part gives the same, and teaches its tables the same."""
+    found = {}
+    for fixed_shapes in (False, True):
+        vectors = part(replace(rows, fixed_shapes=fixed_shapes))
+        pull = torch.linspace(-1.0, 2.0, vectors.numel()).view_as(vectors)
+        (vectors * pull).sum().backward()
+        found[fixed_shapes] = vectors.detach(), [table_gradient(table) for table in tables]
+    torch.testing.assert_close(found[True][0], found[False][0], rtol=1e-5, atol=1e-5)
+    for (ours, touched), (theirs, asked) in zip(found[True][1], found[False][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        yield touched, asked
+
+
+@given(lists=bags, asked=st.lists(st.integers(0, 8), min_size=1, max_size=9))
+@settings(max_examples=100, deadline=None)
+def test_padded_bags_equal_ragged_ones(lists, asked):
+    values = torch.tensor([v for bag in lists for v in bag], dtype=torch.int32)
+    offsets = torch.tensor([0, *(len(bag) for bag in lists)]).cumsum(0)
+    part = BagPart(table_of(6), RaggedColumn(Csr(offsets, values), 5), dropout=0.0)
+    rows = Rows(torch.tensor(asked), generator=draws())
+    for touched, expected in assert_padded(part, rows, [part.table]):
+        # The row of empty bags is looked up in either form.
+        assert torch.equal(touched, expected)
+
+
 def test_gradients_of_bags_reach_each_category_by_its_share():
     column = RaggedColumn(Csr(torch.tensor([0, 3, 3]), torch.tensor([1, 1, 4]).int()), 5)
     part = BagPart(table_of(6), column, dropout=0.0)
@@ -255,6 +297,54 @@ def test_timed_histories_equal_a_loop(rows, asked, length, half_life_d):
     for moment in at[:1]:
         together = part(Rows(idx, moment))
         assert torch.equal(together, part(Rows(idx, moment.expand(len(idx)))))
+
+
+@given(
+    rows=events,
+    asked=st.lists(
+        st.tuples(st.integers(0, NUM_USERS + 2), st.integers(-1, 14), st.integers(0, 5)),
+        min_size=1,
+        max_size=6,
+    ),
+    length=st.integers(1, 6),
+    half_life_d=st.sampled_from([None, HALF_LIFE_D]),
+    timed=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_padded_histories_equal_ragged_ones(rows, asked, length, half_life_d, timed):
+    part = history_of(rows, timed=timed, length=length, half_life_d=half_life_d)
+    users, steps, targets = (torch.tensor(column) for column in zip(*asked, strict=True))
+    at = 1_000_000 + steps * (DAY_S // 2) if timed else None
+    wanted = Rows(users, at, targets, draws())
+    table = part.item_parts[0].table
+    for touched, expected in assert_padded(part, wanted, [table]):
+        # Where nobody has a history, the first target, which the item tower looks up as well.
+        if not expected.any():
+            expected[targets[0] + 1] = 1
+        assert torch.equal(touched, expected)
+
+
+def test_in_a_padded_history_dropout_hides_an_item_wherever_it_stands():
+    log = log_of([(t, t % 2, 4) for t in range(40)], timed=True)
+    items = IdPart(table_of(NUM_ITEMS + 1, seed=3), every(NUM_ITEMS), dropout=0.5)
+    part = HistoryPart(
+        [items],
+        log.user_items(),
+        TimeIndex.of_users(log),
+        dim=DIM,
+        length=9,
+        half_life_d=None,
+        dropout=0.0,
+    )
+    shown, hidden = items.table.weight[5] * 3, items.table.weight[0] * 3
+    seen = set()
+    for seed in range(12):
+        rows = Rows(torch.tensor([0, 1]), torch.tensor(99), torch.tensor([1, 1]), draws(seed))
+        found = part(replace(rows, fixed_shapes=True))
+        torch.testing.assert_close(found[0], found[1])
+        seen.add(bool(torch.isclose(found[0], hidden).all()))
+        assert torch.isclose(found[0], shown).all() or torch.isclose(found[0], hidden).all()
+    assert seen == {True, False}
 
 
 @given(

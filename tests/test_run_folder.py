@@ -94,6 +94,16 @@ def test_a_changed_configuration_is_refused_key_by_key(tmp_path, finished):
     assert load_config(tmp_path / "config.toml") == CONFIG
 
 
+def test_how_a_run_is_carried_out_may_change_when_it_is_resumed(tmp_path):
+    begin(tmp_path)
+    train = {"cuda_graph": False, "compile": True, "collective_timeout_s": 9.0}
+    other = parse_config(
+        {"data": {"events": "e"}, "user": {"dropout": 0.1}, "seed": 3}
+        | {"item": {"dropout": 0.1}, "train": train}
+    )
+    assert run_folder.open_run(tmp_path, other, resume=True)
+
+
 def test_another_run_that_began_in_the_meantime_is_noticed_under_the_lock(tmp_path):
     other = CONFIG.model_copy(update={"seed": 9})
     assert run_folder.open_run(tmp_path, CONFIG, resume=False)

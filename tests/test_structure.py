@@ -12,7 +12,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "recclr"
 # DESIGN, "Layout": a module imports only from its own floor or from floors below.
 FLOORS = {
-    0: {"errors", "settings", "baseline_settings", "config", "files", "memory", "order"},
+    0: {
+        "errors",
+        "strict",
+        "settings",
+        "baseline_settings",
+        "config",
+        "files",
+        "memory",
+        "order",
+        "distinct",
+    },
     1: {"data", "metrics", "bootstrap", "distributed", "joining"},
     2: {
         "caching",
@@ -27,7 +37,7 @@ FLOORS = {
         "known_positives",
     }
     | {"kernels", "windows", "batches", "objective", "optimizers", "ranking", "exchange"},
-    3: {"topk", "coarse", "selection", "checkpoint", "keeping", "watching"},
+    3: {"topk", "coarse", "selection", "checkpoint", "keeping", "watching", "graphs", "compiling"},
     4: {"train", "evaluate", "baselines", "export", "recommend"},
     5: {
         "api",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recclr.kernels.logsumexp import masked_logsumexp, require_shapes
-from recclr.kernels.reference import PairMask
+from recclr.kernels.reference import BitMask, Mask
 from recclr.kernels.tiled import (
     Tiles,
     borrow,
@@ -40,7 +40,7 @@ def total_contrastive_loss(
     log_weights: Tensor,
     positive_logits: Tensor,
     row_weights: Tensor,
-    mask: PairMask | None = None,
+    mask: Mask | None = None,
     *,
     second_temperature: float | None = None,
     bfloat16: bool = False,
@@ -62,7 +62,8 @@ def total_contrastive_loss(
     tracked = torch.is_grad_enabled() and any(
         each.requires_grad for each in (queries, candidates, positive_logits)
     )
-    if tracked and queries.device.type == "cpu" and len(queries) and len(candidates):
+    fits = queries.device.type == "cpu" and len(queries) and len(candidates)
+    if tracked and fits and not isinstance(mask, BitMask):
         require_shapes(queries, candidates, log_weights)
         candidates, log_weights = padded(candidates, log_weights)
         tiles = Tiles(len(queries), len(candidates), queries.device, mask, whole_rows=True)

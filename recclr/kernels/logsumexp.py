@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from recclr.errors import ShapeError
-from recclr.kernels.reference import PairMask
+from recclr.kernels.reference import BitMask, Mask, masked_logsumexp_reference
 from recclr.kernels.tiled import masked_logsumexp_tiled
 
 
 class _Twin(Protocol):
     def __call__(
-        self, queries: Tensor, candidates: Tensor, log_weights: Tensor, mask: PairMask | None
+        self, queries: Tensor, candidates: Tensor, log_weights: Tensor, mask: Mask | None
     ) -> Tensor: ...
 
 
@@ -26,14 +26,15 @@ def masked_logsumexp(
     queries: Tensor,
     candidates: Tensor,
     log_weights: Tensor,
-    mask: PairMask | None = None,
+    mask: Mask | None = None,
     *,
     bfloat16: bool = False,
 ) -> Tensor:
     """As ``masked_logsumexp_reference``, which has the definition of arguments and result.
 
     On a GPU with Triton, for D up to 256, in Triton's kernels: nothing waits for the device, and
-    shapes follow from those of the arguments. Everywhere else in tiles of PyTorch.
+    shapes follow from those of the arguments. Everywhere else in tiles of PyTorch, or plainly with
+    a ``BitMask``, whose B × C logits then lie in memory.
 
     Args:
         queries, candidates, log_weights, mask: as there.
@@ -47,8 +48,21 @@ def masked_logsumexp(
     require_shapes(queries, candidates, log_weights)
     if len(candidates) == 0:
         return queries.new_full((len(queries),), -torch.inf)
-    twin = _twin_for(queries.device, queries.shape[1], bfloat16)
-    return twin(queries, candidates, log_weights, mask)
+    twin = _triton_for(queries.device, queries.shape[1], bfloat16)
+    if twin is not None:
+        return twin(queries, candidates, log_weights, mask)
+    if isinstance(mask, BitMask):
+        return masked_logsumexp_reference(queries, candidates, log_weights, mask)
+    return masked_logsumexp_tiled(queries, candidates, log_weights, mask)
+
+
+def why_not_triton(dim: int) -> str | None:
+    """What keeps a GPU from the kernels in Triton for rows of so many numbers; None for nothing."""
+    if not _has_triton():
+        return "Triton is not installed"
+    from recclr.kernels.triton_logsumexp import MAX_DIM
+
+    return None if 1 <= dim <= MAX_DIM else f"Triton's kernels are for 1 to {MAX_DIM} dimensions"
 
 
 def require_shapes(queries: Tensor, candidates: Tensor, log_weights: Tensor) -> None:
@@ -71,13 +85,12 @@ def require_shapes(queries: Tensor, candidates: Tensor, log_weights: Tensor) -> 
         )
 
 
-def _twin_for(device: torch.device, dim: int, bfloat16: bool) -> _Twin:
-    if device.type == "cuda" and _has_triton():
-        from recclr.kernels.triton_logsumexp import MAX_DIM, masked_logsumexp_triton
+def _triton_for(device: torch.device, dim: int, bfloat16: bool) -> _Twin | None:
+    if device.type != "cuda" or why_not_triton(dim) is not None:
+        return None
+    from recclr.kernels.triton_logsumexp import masked_logsumexp_triton
 
-        if 1 <= dim <= MAX_DIM:
-            return partial(masked_logsumexp_triton, bfloat16=bfloat16)
-    return masked_logsumexp_tiled
+    return partial(masked_logsumexp_triton, bfloat16=bfloat16)
 
 
 @cache

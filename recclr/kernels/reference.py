@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+WORD_BITS = 32
+
 
 @dataclass(frozen=True)
 class PairMask:
@@ -26,8 +28,41 @@ class PairMask:
         return len(self.rows)
 
 
+@dataclass(frozen=True)
+class BitMask:
+    """The same as one bit for each pair: B·C / 8 bytes, whatever is masked.
+
+    Attributes:
+        words: int32 [B, ceil(C / 32)]; bit c % 32 of word c // 32 says that candidate c takes no
+            part in the row. Bits from C on mean nothing.
+    """
+
+    words: Tensor
+
+    @classmethod
+    def from_dense(cls, hidden: Tensor) -> BitMask:
+        """From bool [B, C]."""
+        num_queries, num_candidates = hidden.shape
+        width = -(-num_candidates // WORD_BITS)
+        bits = hidden.new_zeros((num_queries, width * WORD_BITS), dtype=torch.int64)
+        bits[:, :num_candidates] = hidden
+        weights = 1 << torch.arange(WORD_BITS, device=hidden.device)
+        words = (bits.view(num_queries, width, WORD_BITS) * weights).sum(2)
+        # Bit 31 becomes the sign: the cast keeps the lower half.
+        return cls(words.int())
+
+    def dense(self, num_candidates: int) -> Tensor:
+        """Bool [B, num_candidates]."""
+        columns = torch.arange(num_candidates, device=self.words.device)
+        words = self.words.index_select(1, columns // WORD_BITS)
+        return (words >> (columns % WORD_BITS)) & 1 != 0
+
+
+Mask = PairMask | BitMask
+
+
 def masked_logsumexp_reference(
-    queries: Tensor, candidates: Tensor, log_weights: Tensor, mask: PairMask | None = None
+    queries: Tensor, candidates: Tensor, log_weights: Tensor, mask: Mask | None = None
 ) -> Tensor:
     """Log Σ_j exp(⟨query, candidate_j⟩ + log_weight_j) over the candidates not masked.
 
@@ -41,7 +76,9 @@ def masked_logsumexp_reference(
         float32 [B]; -inf, with zero gradient, where every candidate is masked or C is 0.
     """
     logits = queries @ candidates.T + log_weights
-    if mask is not None and len(mask):
+    if isinstance(mask, BitMask):
+        logits = logits.masked_fill(mask.dense(len(candidates)), -torch.inf)
+    elif mask is not None and len(mask):
         dead = torch.zeros_like(logits, dtype=torch.bool)
         dead[mask.rows, mask.columns] = True
         logits = logits.masked_fill(dead, -torch.inf)

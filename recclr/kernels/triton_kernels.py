@@ -11,6 +11,7 @@ Masked pairs come sorted by block and then by other row, so a program meets them
 tiles. A chunk of K of them becomes the product of two one-hot matrices, [R, K] and [K, T], a
 fraction of the tile's own product with D in the middle; K comparisons with the whole tile would
 cost several times the exponentials. A tile without pairs costs one comparison of scalars.
+Where shapes must not follow from the number of pairs, the mask has one bit for every pair instead.
 
 ``WIDEN`` is for the interpreter, whose tl.dot multiplies the bit patterns of bfloat16. ``ONE`` is
 the type of the one-hot matrices, in which a product lies in registers as that of the rows does.
@@ -89,8 +90,36 @@ def _hide(
     return logits, place
 
 
+@triton.jit
+def _hide_bits(
+    logits,
+    words,
+    width,
+    start,
+    first,
+    num_own,
+    num_other,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    OF_QUERIES: tl.constexpr,
+):
+    """Logits [R, T] with -inf where the bit of the pair is set; words are [queries, width].
+
+    Every logit loads its word, which the cache has: 32 of them share one.
+    """
+    own = start + tl.arange(0, SIZE)[:, None]
+    other = first + tl.arange(0, TILE)[None, :]
+    if OF_QUERIES:
+        query, candidate = own, other
+    else:
+        query, candidate = other, own
+    at = words + tl.cast(query, tl.int64) * width + candidate // 32
+    word = tl.load(at, mask=(own < num_own) & (other < num_other), other=0)
+    return tl.where(((word >> (candidate % 32)) & 1) != 0, -float("inf"), logits)
+
+
 # Counts differ from step to step; a kernel of its own for those divisible by 16 gains nothing.
-@triton.jit(do_not_specialize=["num_queries", "num_candidates", "tiles_per_part"])
+@triton.jit(do_not_specialize=["num_queries", "num_candidates", "tiles_per_part", "width"])
 def logsumexp_kernel(
     queries,
     candidates,
@@ -99,14 +128,17 @@ def logsumexp_kernel(
     owns,
     others,
     edges,
+    words,
     num_queries,
     num_candidates,
     tiles_per_part,
+    width,
     D: tl.constexpr,
     PAD_D: tl.constexpr,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
     PAIRS: tl.constexpr,
+    BITS: tl.constexpr,
     ONE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -128,6 +160,10 @@ def logsumexp_kernel(
         logits += _load_shifts(log_weights, first, num_candidates, TILE)[None, :]
         if PAIRS:
             logits, place = _hide(logits, owns, others, place, stop, start, first, SIZE, TILE, ONE)
+        if BITS:
+            logits = _hide_bits(
+                logits, words, width, start, first, num_queries, num_candidates, SIZE, TILE, True
+            )
         higher = tl.maximum(peak, tl.max(logits, 1))
         # The peak of a row that has had no candidate yet is -inf, and -inf - -inf would be NaN.
         shift = tl.where(higher > -float("inf"), higher, 0.0)
@@ -140,7 +176,7 @@ def logsumexp_kernel(
     tl.store(out, result, mask=rows < num_queries)
 
 
-@triton.jit(do_not_specialize=["num_own", "num_other", "tiles_per_part"])
+@triton.jit(do_not_specialize=["num_own", "num_other", "tiles_per_part", "width"])
 def gradient_kernel(
     own_rows,
     other_rows,
@@ -152,15 +188,18 @@ def gradient_kernel(
     owns,
     others,
     edges,
+    words,
     num_own,
     num_other,
     tiles_per_part,
+    width,
     D: tl.constexpr,
     PAD_D: tl.constexpr,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
     OF_QUERIES: tl.constexpr,
     PAIRS: tl.constexpr,
+    BITS: tl.constexpr,
     ONE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -193,6 +232,10 @@ def gradient_kernel(
             logits = (logits + own_shift) + other_shift
         if PAIRS:
             logits, place = _hide(logits, owns, others, place, stop, start, first, SIZE, TILE, ONE)
+        if BITS:
+            logits = _hide_bits(
+                logits, words, width, start, first, num_own, num_other, SIZE, TILE, OF_QUERIES
+            )
         pull = tl.exp(logits)
         if not OF_QUERIES:
             rows = first + tl.arange(0, TILE)

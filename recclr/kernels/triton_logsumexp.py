@@ -4,10 +4,10 @@ Shape letters: B queries, C candidates, D dimension, P masked pairs.
 
 Cost (performance.md §3 (i)): 8·B·C·D multiply-adds over forward and backward, 3·B·C exponentials,
 since either side's gradient recomputes the probabilities from the stored result rather than adding
-to memory that other programs write. Memory grows with B·D + C·D + P: tiles stay in registers, and
-the few parts that a walk is split into when there are not enough blocks for the device are bounded
-by the device's size. Nothing waits for the device and every shape follows from B, C, D and P, so a
-step with it can be captured as a CUDA graph.
+to memory that other programs write. Memory grows with B·D + C·D + P, or B·C / 32 with a mask of
+bits: tiles stay in registers, and the few parts that a walk is split into when there are not enough
+blocks for the device are bounded by the device's size. Nothing waits for the device and every shape
+follows from B, C, D and P, so a step with it can be captured as a CUDA graph.
 
 Importing this module needs Triton; ``kernels.logsumexp`` does so where there is a GPU.
 """
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recclr.kernels.reference import PairMask
+from recclr.kernels.reference import BitMask, Mask
 from recclr.kernels.triton_kernels import gradient_kernel, logsumexp_kernel
 
 # Above it a block of rows and its gradient no longer fit the registers of a program.
@@ -64,7 +64,7 @@ def masked_logsumexp_triton(
     queries: Tensor,
     candidates: Tensor,
     log_weights: Tensor,
-    mask: PairMask | None = None,
+    mask: Mask | None = None,
     *,
     bfloat16: bool = False,
 ) -> Tensor:
@@ -72,9 +72,13 @@ def masked_logsumexp_triton(
 
     Second derivatives are refused.
     """
-    rows, columns = (mask.rows, mask.columns) if mask is not None and len(mask) else (None, None)
+    rows = columns = words = None
+    if isinstance(mask, BitMask):
+        words = mask.words.contiguous()
+    elif mask is not None and len(mask):
+        rows, columns = mask.rows, mask.columns
     result: Tensor = _MaskedLogSumExp.apply(  # type: ignore[no-untyped-call]
-        queries, candidates, log_weights, rows, columns, bfloat16
+        queries, candidates, log_weights, rows, columns, words, bfloat16
     )
     return result
 
@@ -90,17 +94,18 @@ class _MaskedLogSumExp(torch.autograd.Function):
         log_weights: Tensor,
         rows: Tensor | None,
         columns: Tensor | None,
+        words: Tensor | None,
         bfloat16: bool,
     ) -> Tensor:
         dtype = torch.bfloat16 if bfloat16 else torch.float32
         # Rounded once here: a cast in the kernel would be repeated for every tile.
         queries, candidates = queries.to(dtype).contiguous(), candidates.to(dtype).contiguous()
         log_weights = log_weights.contiguous()
-        walk = _Walk.plan(queries, candidates, rows, columns)
+        walk = _Walk.plan(queries, candidates, rows, columns, words)
         results = log_weights.new_empty((walk.num_parts, len(queries)))
         walk.launch(logsumexp_kernel, queries, candidates, log_weights, results)
         result = results[0] if walk.num_parts == 1 else results.logsumexp(0)
-        ctx.save_for_backward(queries, candidates, log_weights, rows, columns, result)
+        ctx.save_for_backward(queries, candidates, log_weights, rows, columns, words, result)
         ctx.walk = walk
         return result
 
@@ -109,7 +114,7 @@ class _MaskedLogSumExp(torch.autograd.Function):
         if torch.is_grad_enabled():
             # once_differentiable would drop them where nothing that is upstream needs a gradient.
             raise RuntimeError("masked_logsumexp supports automatic differentiation only once")
-        queries, candidates, log_weights, rows, columns, result = ctx.saved_tensors
+        queries, candidates, log_weights, rows, columns, words, result = ctx.saved_tensors
         # A row without any candidate: its logits are -inf, and no shift may make them NaN.
         empty = result == -torch.inf
         upstream = grad_outputs[0].masked_fill(empty, 0.0).contiguous()
@@ -121,18 +126,19 @@ class _MaskedLogSumExp(torch.autograd.Function):
                 queries, candidates, shifts, log_weights, upstream, of_queries=True
             )
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            walk = _Walk.plan(candidates, queries, columns, rows)
+            walk = _Walk.plan(candidates, queries, columns, rows, words)
             grad_candidates, grad_weights = walk.gradient(
                 candidates, queries, log_weights, shifts, upstream, of_queries=False
             )
-        return grad_queries, grad_candidates, grad_weights, None, None, None
+        return grad_queries, grad_candidates, grad_weights, None, None, None, None
 
 
 @dataclass(frozen=True)
 class _Walk:
     """Blocks of one side ("own"), each walking the other side in parts of so many tiles.
 
-    ``pairs``: own rows, other rows and edges as ``_sorted_pairs`` gives them.
+    ``pairs``: own rows, other rows and edges as ``_sorted_pairs`` gives them. ``words``: of a
+    ``BitMask``.
     """
 
     num_own: int
@@ -141,9 +147,17 @@ class _Walk:
     num_parts: int
     tiles_per_part: int
     pairs: tuple[Tensor, Tensor, Tensor] | None
+    words: Tensor | None
 
     @classmethod
-    def plan(cls, own: Tensor, other: Tensor, owns: Tensor | None, others: Tensor | None) -> _Walk:
+    def plan(
+        cls,
+        own: Tensor,
+        other: Tensor,
+        owns: Tensor | None,
+        others: Tensor | None,
+        words: Tensor | None,
+    ) -> _Walk:
         """From both sides' rows and the masked pairs; all but ``pairs`` follows from shapes."""
         blocks = _blocks_for(own.shape[1], own.dtype)
         num_blocks = triton.cdiv(len(own), blocks.size)
@@ -155,7 +169,7 @@ class _Walk:
         if owns is not None and others is not None:
             span = tiles_per_part * blocks.tile
             pairs = _sorted_pairs(owns, others, blocks.size, span, num_blocks, num_parts)
-        return cls(len(own), len(other), blocks, num_parts, tiles_per_part, pairs)
+        return cls(len(own), len(other), blocks, num_parts, tiles_per_part, pairs, words)
 
     def launch(self, kernel: Any, *tensors: Tensor, **options: bool) -> None:
         own = tensors[0]
@@ -165,14 +179,17 @@ class _Walk:
             kernel[(triton.cdiv(self.num_own, blocks.size), self.num_parts)](
                 *tensors,
                 *(self.pairs or (own, own, own)),
+                own if self.words is None else self.words,
                 self.num_own,
                 self.num_other,
                 self.tiles_per_part,
+                0 if self.words is None else self.words.shape[1],
                 D=dim,
                 PAD_D=max(16, triton.next_power_of_2(dim)),
                 SIZE=blocks.size,
                 TILE=blocks.tile,
                 PAIRS=self.pairs is not None,
+                BITS=self.words is not None,
                 ONE=tl.float32 if own.dtype == torch.float32 else tl.float16,
                 PRECISION=_PRECISION,
                 WIDEN=own.device.type == "cpu",

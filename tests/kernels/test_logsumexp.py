@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import recclr.kernels.tiled as tiled
 from recclr.errors import ShapeError
-from recclr.kernels import PairMask, masked_logsumexp
+from recclr.kernels import BitMask, PairMask, masked_logsumexp
 from recclr.kernels.reference import masked_logsumexp_reference
 
 
@@ -87,6 +87,39 @@ def test_tiles_equal_the_plain_twin(
         patch.setitem(tiled._MAX_WIDTH, "cpu", width)
         patch.setattr(tiled, "_STORE_BYTES", 1 << 27 if keep else 0)
         assert_twins(case)
+
+
+@given(seed=st.integers(0, 1000), num_queries=st.integers(1, 9), num_candidates=st.integers(1, 70))
+@settings(max_examples=40, deadline=None)
+def test_bits_hold_any_mask(seed, num_queries, num_candidates):
+    draws = torch.Generator().manual_seed(seed)
+    hidden = torch.rand(num_queries, num_candidates, generator=draws) < 0.5
+    mask = BitMask.from_dense(hidden)
+    assert mask.words.dtype == torch.int32
+    assert mask.words.shape == (num_queries, math.ceil(num_candidates / 32))
+    assert torch.equal(mask.dense(num_candidates), hidden)
+    for row in range(num_queries):
+        written = [
+            int(mask.words[row, column // 32]) >> column % 32 & 1
+            for column in range(num_candidates)
+        ]
+        assert written == hidden[row].int().tolist()
+
+
+def test_a_mask_of_bits_is_that_of_the_pairs():
+    queries, candidates, weights, pairs = problem(3, 13, 70, 5, share=0.4, repeats=5)
+    hidden = torch.zeros(13, 70, dtype=torch.bool)
+    hidden[pairs.rows, pairs.columns] = True
+    hidden[7] = True
+    rows, columns = hidden.nonzero(as_tuple=True)
+    case = queries, candidates, weights, PairMask(rows, columns)
+    bits = queries, candidates, weights, BitMask.from_dense(hidden)
+    upstream = torch.linspace(-1.0, 2.0, 13)
+    expected, expected_grads = value_and_gradients(masked_logsumexp_reference, *case, upstream)
+    for function in (masked_logsumexp_reference, masked_logsumexp):
+        found, grads = value_and_gradients(function, *bits, upstream)
+        assert torch.equal(found, expected)
+        assert all(map(torch.equal, grads, expected_grads))
 
 
 def loop(queries, candidates, weights, mask):

@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import recclr.kernels.logsumexp as dispatch
-from recclr.kernels import PairMask, masked_logsumexp
+from recclr.data.log import EncodedLog
+from recclr.kernels import BitMask, PairMask, masked_logsumexp
 from recclr.kernels.reference import masked_logsumexp_reference
-from recclr.kernels.tiled import masked_logsumexp_tiled
+from recclr.known_positives import KnownPositives
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="needs Triton: pip install triton, or PyTorch for CUDA")
 import recclr.kernels.triton_logsumexp as twin  # noqa: E402
+from recclr.kernels.triton_known import known_bits_triton  # noqa: E402
 from recclr.kernels.triton_logsumexp import masked_logsumexp_triton  # noqa: E402
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -54,8 +56,8 @@ def value_and_gradients(function, queries, candidates, weights, mask):
     """On the function's device, brought back; upstream gradients differ from row to row."""
     device = "cpu" if function is masked_logsumexp_reference else DEVICE
     leaves = [t.to(device, copy=True).requires_grad_() for t in (queries, candidates, weights)]
-    pairs = None if mask is None else PairMask(mask.rows.to(device), mask.columns.to(device))
-    result = function(*leaves, pairs)
+    moved = None if mask is None else type(mask)(*(t.to(device) for t in vars(mask).values()))
+    result = function(*leaves, moved)
     upstream = torch.linspace(-1.0, 2.0, len(queries), device=device)
     alive = result > -math.inf
     (torch.where(alive, result, 0.0) * upstream).sum().backward()
@@ -107,6 +109,43 @@ def test_in_bfloat16_it_equals_the_plain_one_on_rounded_rows(
     case = problem(seed, num_queries, num_candidates, dim, **options)
     # Products of rounded rows are exact, so values are; gradients see rounded probabilities.
     assert_twins(case, in_bfloat16, rounded(*case), error=1e-2)
+
+
+def as_bits(queries, candidates, weights, mask):
+    """The same with one bit for each pair."""
+    hidden = torch.zeros(len(queries), len(candidates), dtype=torch.bool)
+    hidden[mask.rows, mask.columns] = True
+    return queries, candidates, weights, BitMask.from_dense(hidden)
+
+
+@random_problems
+@settings(few, max_examples=5)
+def test_a_mask_of_bits_hides_what_the_pairs_hide(small, seed, num_queries, **options):
+    case = problem(seed, num_queries, options.pop("num_candidates"), **options)
+    assert_twins(as_bits(*case), oracle=case)
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_bits_with_the_blocks_of_every_dimension(dim):
+    case = problem(dim, 70, 131, dim, scale=dim**-0.5)
+    assert_twins(as_bits(*case), oracle=case)
+    assert_twins(as_bits(*case), in_bfloat16, rounded(*case), error=1e-2)
+
+
+def test_a_candidate_of_no_weight_adds_exactly_nothing(small):
+    """As the spare places of a step of fixed shapes."""
+    queries, candidates, weights, mask = problem(13, 35, 20, 3)
+    padded = torch.cat([candidates, candidates[-1:].expand(14, -1)])
+    none = torch.cat([weights, torch.full((14,), -math.inf)])
+    found, grads = value_and_gradients(
+        masked_logsumexp_triton, *as_bits(queries, padded, none, mask)
+    )
+    expected, expected_grads = value_and_gradients(
+        masked_logsumexp_triton, *as_bits(queries, candidates, weights, mask)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grads[0], expected_grads[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(grads[1][20:], torch.zeros(14, 3))
 
 
 @pytest.mark.parametrize("dim", [1, 64, 65, 200, 256])
@@ -250,17 +289,21 @@ class Calls(TorchDispatchMode):
 def test_nothing_waits_for_the_device_and_shapes_do_not_follow_from_data(small, bfloat16):
     """What a CUDA graph asks for."""
 
-    def calls(seed):
+    def calls(seed, *, bits):
         queries, candidates, weights, mask = problem(seed, 40, 50, 7)
-        pairs = PairMask(mask.rows[:90].to(DEVICE), mask.columns[:90].to(DEVICE))
+        masks = PairMask(mask.rows[:90].to(DEVICE), mask.columns[:90].to(DEVICE))
+        if bits:
+            masks = BitMask(as_bits(queries, candidates, weights, mask)[3].words.to(DEVICE))
         leaves = [t.to(DEVICE).requires_grad_() for t in (queries, candidates, weights)]
         with Calls() as mode:
-            masked_logsumexp_triton(*leaves, pairs, bfloat16=bfloat16).sum().backward()
+            masked_logsumexp_triton(*leaves, masks, bfloat16=bfloat16).sum().backward()
         return mode.seen
 
-    first = calls(9)
+    first = calls(9, bits=False)
     assert sum(name.startswith("searchsorted") for name, *_ in first) == 2
-    assert calls(10) == first
+    assert calls(10, bits=False) == first
+    # Pairs in any number.
+    assert calls(9, bits=True) == calls(10, bits=True)
 
 
 def test_nothing_as_large_as_all_pairs_is_ever_made(small):
@@ -274,18 +317,86 @@ def test_nothing_as_large_as_all_pairs_is_ever_made(small):
     assert largest <= 250 * 4 * 4 < 150 * 250 // 8
 
 
+@pytest.mark.parametrize("only_own", [False, True])
+def test_known_positives_walk_to_the_bits_that_a_search_finds(only_own):
+    draws = torch.Generator().manual_seed(3)
+    users, items = (torch.randint(size, (90,), generator=draws).int() for size in (7, 41))
+    log = EncodedLog(users.to(DEVICE), items.to(DEVICE), 7, 41)
+    known = KnownPositives(log, only_own=only_own)
+    rows = torch.arange(11, device=DEVICE)
+    asked = log.user_idx[rows].long(), log.item_idx[rows].long()
+    # Two spare places that repeat the last item, and one item that is no candidate.
+    candidates = torch.tensor([*range(1, 40), 39, 39], device=DEVICE)
+    places = torch.tensor([-1, *range(1, 39), 38, 38], device=DEVICE)
+    for _ in range(2):
+        # The second time over what the first left.
+        bits, count = known._walked_bits(*asked, candidates, places)
+        expected, number = known._searched_bits(*asked, candidates, places)
+        assert torch.equal(bits.words, expected.words)
+        assert int(count) == int(number) == int(bits.dense(41).sum()) > 5
+    assert not bits.dense(41)[:, [0, 39, 40]].any()
+    assert (known.item_slots == -1).all()
+
+
 def test_which_twin_runs_where(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert dispatch._twin_for(cpu, 8, False) is masked_logsumexp_tiled
-    chosen = dispatch._twin_for(cuda, 256, True)
+    assert dispatch._triton_for(cpu, 8, False) is None
+    chosen = dispatch._triton_for(cuda, 256, True)
     assert (chosen.func, chosen.keywords) == (masked_logsumexp_triton, {"bfloat16": True})
-    assert dispatch._twin_for(cuda, 257, False) is masked_logsumexp_tiled
+    assert dispatch._triton_for(cuda, 257, False) is None
+    assert dispatch.why_not_triton(256) is None
+    assert "1 to 256" in dispatch.why_not_triton(257)
     monkeypatch.setitem(sys.modules, "triton", None)
     dispatch._has_triton.cache_clear()
     try:
-        assert dispatch._twin_for(cuda, 8, False) is masked_logsumexp_tiled
+        assert dispatch._triton_for(cuda, 8, False) is None
+        assert dispatch.why_not_triton(8) == "Triton is not installed"
     finally:
         dispatch._has_triton.cache_clear()
+
+
+def known_of(lists, rows, slots, num_candidates):
+    """By loops: hidden pairs, and how many each row has."""
+    hidden = torch.zeros(len(rows), num_candidates, dtype=torch.bool)
+    for row, of in enumerate(rows):
+        for item in lists[of]:
+            if slots[item] >= 0:
+                hidden[row, slots[item]] = True
+    return hidden
+
+
+@given(
+    seed=st.integers(0, 1000),
+    num_rows=st.integers(0, 9),
+    num_candidates=st.integers(1, 75),
+    longest=st.sampled_from([0, 3, 140, 300]),
+)
+@few
+def test_every_row_walks_its_own_list(seed, num_rows, num_candidates, longest):
+    draws = torch.Generator().manual_seed(seed)
+    num_items, num_lists = 311, 5
+    lengths = torch.randint(longest + 1, (num_lists,), generator=draws).tolist()
+    lists = [torch.randperm(num_items, generator=draws)[:length].tolist() for length in lengths]
+    rows = torch.randint(num_lists, (num_rows,), generator=draws)
+    slots = torch.full((num_items,), -1)
+    slots[torch.randperm(num_items, generator=draws)[:num_candidates]] = torch.arange(
+        num_candidates
+    )
+    flat = torch.tensor([item for each in lists for item in each], dtype=torch.int32)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    bits, counts = known_bits_triton(
+        offsets.to(DEVICE),
+        # One more, so that no list at all is still an address.
+        torch.cat([flat, torch.zeros(1, dtype=torch.int32)]).to(DEVICE),
+        rows.to(DEVICE),
+        slots.to(DEVICE),
+        num_candidates,
+    )
+    expected = known_of(lists, rows.tolist(), slots.tolist(), num_candidates)
+    assert bits.words.shape == (num_rows, -(-num_candidates // 32))
+    assert torch.equal(bits.dense(num_candidates).cpu(), expected)
+    assert torch.equal(bits.words.cpu(), BitMask.from_dense(expected).words)
+    assert torch.equal(counts.cpu().long(), expected.sum(1))
 
 
 def test_a_cpu_computes_in_float32_whatever_is_allowed():
@@ -300,20 +411,21 @@ import torch, triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from recclr.kernels import triton_kernels, triton_logsumexp
+from recclr.kernels import triton_kernels, triton_known, triton_logsumexp
 
-dim, capability = int(sys.argv[1]), int(sys.argv[2])
+dim, capability, bits = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "bits"
 for dtype, name, one in ((torch.float32, "fp32", tl.float32), (torch.bfloat16, "bf16", tl.float16)):
     blocks = triton_logsumexp._blocks_for(dim, dtype)
     for kernel in (triton_kernels.logsumexp_kernel, triton_kernels.gradient_kernel):
-        fixed = dict(D=dim, PAD_D=dim, SIZE=blocks.size, TILE=blocks.tile, PAIRS=True, ONE=one)
+        fixed = dict(D=dim, PAD_D=dim, SIZE=blocks.size, TILE=blocks.tile, ONE=one)
+        fixed |= dict(PAIRS=not bits, BITS=bits)
         fixed |= dict(PRECISION="ieee", WIDEN=False, OF_QUERIES=False)
         types = dict.fromkeys(kernel.arg_names, "*fp32")
-        types |= dict.fromkeys(("owns", "others", "edges"), "*i32")
+        types |= dict.fromkeys(("owns", "others", "edges", "words"), "*i32")
         for at in kernel.arg_names:
             if at in ("queries", "candidates", "own_rows", "other_rows"):
                 types[at] = "*" + name
-            if at.startswith("num_") or at == "tiles_per_part":
+            if at.startswith("num_") or at in ("tiles_per_part", "width"):
                 types[at] = "i32"
             if at in fixed:
                 types[at] = "constexpr"
@@ -328,16 +440,27 @@ for dtype, name, one in ((torch.float32, "fp32", tl.float32), (torch.bfloat16, "
         )
         text = made.asm["ptx"]
         print(made.metadata.shared, "cp.async" in text, "mma" in text)
+types = dict.fromkeys(triton_known.known_bits_kernel.arg_names, "*i64")
+types |= dict.fromkeys(("values", "words", "counts"), "*i32")
+types |= {"width": "i32", "CHUNK": "constexpr"}
+place = triton_known.known_bits_kernel.arg_names.index("CHUNK")
+made = triton.compile(
+    ASTSource(triton_known.known_bits_kernel, types, {(place,): 128}, {}),
+    target=GPUTarget("cuda", capability, 32),
+    options=dict(num_warps=4),
+)
+assert "atom" in made.asm["ptx"] or "red" in made.asm["ptx"]
 """
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mask", ["pairs", "bits"])
 @pytest.mark.parametrize(("dim", "capability"), [(64, 80), (256, 90)])
-def test_the_kernels_compile_for_a_gpu_that_is_not_here(dim, capability, tmp_path):
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(dim, capability, mask, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(dim), str(capability)],
+        [sys.executable, "-c", COMPILE, str(dim), str(capability), mask],
         capture_output=True,
         text=True,
         check=False,
