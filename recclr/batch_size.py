@@ -16,7 +16,8 @@ import torch
 from recclr.config import Config
 from recclr.data.log import Prepared
 from recclr.distributed import ALONE
-from recclr.graphs import graph_of, plan_graph
+from recclr.graph_plan import plan_graph
+from recclr.graphs import graph_of
 from recclr.load import fresh_model
 from recclr.memory import available_bytes, forget_peak, held_bytes, peak_bytes
 from recclr.objective import StepStats

@@ -23,7 +23,8 @@ from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, DivergedError, InterruptedTraining
 from recclr.exchange import StepExchange
 from recclr.files import fault_point
-from recclr.graphs import graph_of, plan_graph
+from recclr.graph_plan import plan_graph
+from recclr.graphs import graph_of
 from recclr.keeping import Keeper, Progress
 from recclr.negatives import require_negatives
 from recclr.objective import Objective

@@ -5,7 +5,6 @@ from dataclasses import fields
 
 import pytest
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import recclr.graphs as graphs
@@ -20,9 +19,8 @@ from recclr.data.log import (
     Prepared,
     RaggedColumn,
 )
-from recclr.distributed import ALONE, Ranks
-from recclr.errors import ConfigError, InterruptedTraining
-from recclr.graphs import CudaDevice, StepGraph, plan_graph
+from recclr.errors import InterruptedTraining
+from recclr.graphs import CudaDevice, StepGraph
 from recclr.objective import Objective
 from recclr.optimizers import Optimizers
 from recclr.settings import (
@@ -37,7 +35,7 @@ from recclr.settings import (
     TrainSettings,
 )
 from recclr.statistics import DAY_S
-from recclr.towers import TwoTower, build_model
+from recclr.towers import build_model
 from recclr.train import fit, needs_time_cells
 
 pytestmark = pytest.mark.usefixtures("no_power_cut")
@@ -639,134 +637,6 @@ def test_inside_an_epoch_the_host_reads_where_a_step_is_logged_and_nowhere_else(
     # At the end of an epoch weights are looked at, to be written.
     assert read == sorted({step for step in logged if step < 15} | {5, 10})
     assert 2 <= len(set(logged) - {5, 10}) <= 7
-
-
-# what stands against it
-
-
-class Others(nn.Module):
-    """A tower of somebody's own."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(NUM_ITEMS, DIM)
-
-    def forward(self, rows):
-        return self.embedding(rows.idx)
-
-
-def own_tower():
-    return TwoTower(
-        model_of().user_tower,
-        Others(),
-        num_users=NUM_USERS,
-        num_items=NUM_ITEMS,
-        similarity="cosine",
-        loss=LossSettings(),
-    )
-
-
-def planned(model, said, *, device="cuda", ranks=ALONE, wanted="auto", loss=None, **options):
-    return plan_graph(
-        model,
-        loss=loss or LossSettings(),
-        negatives=options.pop("negatives", SOURCES["mixed"]),
-        batch_size=options.pop("batch_size", 12),
-        train=TrainSettings(cuda_graph=wanted, **options),
-        device=torch.device(device),
-        ranks=ranks,
-        emit=said.append,
-    )
-
-
-@pytest.fixture
-def with_triton(monkeypatch):
-    """As on a GPU, where PyTorch brings Triton along."""
-    monkeypatch.setattr(
-        graphs,
-        "why_not_triton",
-        lambda dim: None if dim <= 256 else "Triton's kernels are for 1 to 256 dimensions",
-    )
-
-
-BIG = {"batch_size": 1 << 15, "negatives": NegativesSettings(uniform=1 << 16)}
-
-
-@pytest.mark.parametrize(
-    ("model", "options", "words"),
-    [
-        (own_tower, {}, "item_tower is a Others"),
-        (model_of, {"ranks": Ranks(0, 2)}, "several processes"),
-        (model_of, {"chunk_size": 5}, "train.chunk_size and"),
-        (model_of, {"accumulate": 2}, "train.accumulate run"),
-        (lambda: model_of(dim=300), {}, "256 dimensions"),
-        (model_of, BIG, "32,768 rows and 98,304 candidates takes more than 256 MiB"),
-        (
-            model_of,
-            {"batch_size": 1 << 27, "loss": LossSettings(kind="full_softmax")},
-            "134,217,728 rows and 17 candidates",
-        ),
-    ],
-    ids=["own tower", "ranks", "chunks", "accumulated", "wide", "large mask", "full softmax"],
-)
-def test_what_stands_against_capture_is_said_or_refused(with_triton, model, options, words):
-    said = []
-    assert planned(model_of(FEATURES), said)
-    assert planned(model_of(TIMED), said)
-    assert planned(model_of(DROPPED), said)
-    assert said == []
-    assert not planned(model(), said, **options)
-    (event,) = said
-    assert (event["kind"], event["captured"]) == ("graph", False)
-    with pytest.raises(ConfigError, match=f"train.cuda_graph = true, but .*{words}"):
-        planned(model(), said, wanted=True, **options)
-    assert not planned(model(), said, wanted=False, **options)
-    assert len(said) == 1
-
-
-MOST = int(DATA.train.user_counts().max())
-
-
-@pytest.mark.parametrize(
-    ("towers", "dim", "num_bytes"),
-    [
-        # 12 users, three items each, a vector of four float32 for each of those.
-        (HISTORY, 4, 12 * 3 * 4 * 4),
-        # No history is longer than the longest.
-        ((TowerSettings(history=HistorySettings(length=50)), IDS[1]), 4, 12 * MOST * 4 * 4),
-        # All 17 items, two words each, as int64.
-        (LISTS, 4, 17 * 2 * 8),
-        # Gradients of the six rows that there are, in float32.
-        (LISTS, 40, 6 * 40 * 4),
-        # Both words of every item of every history.
-        (BOTH, 2, 12 * 3 * 2 * 8),
-    ],
-    ids=["history", "longest history", "lists", "gradients", "lists in a history"],
-)
-def test_padding_that_takes_too_much_stands_against_capture(
-    with_triton, monkeypatch, towers, dim, num_bytes
-):
-    said = []
-    monkeypatch.setattr(graphs, "_MAX_PADDED_BYTES", num_bytes)
-    assert planned(model_of(towers, dim=dim), said)
-    monkeypatch.setattr(graphs, "_MAX_PADDED_BYTES", num_bytes - 1)
-    assert not planned(model_of(towers, dim=dim), said)
-    assert f"would take {num_bytes:,} bytes" in said[0]["reason"]
-
-
-def test_on_a_cpu_there_is_nothing_to_say(monkeypatch):
-    said = []
-    assert not planned(model_of(), said, device="cpu")
-    assert said == []
-    with pytest.raises(ConfigError, match="cuda_graph = true, but training is on cpu"):
-        run(model_of(), train=TrainSettings(cuda_graph=True))
-
-
-def test_without_triton_steps_are_not_captured(monkeypatch):
-    monkeypatch.setattr("recclr.kernels.logsumexp._has_triton", lambda: False)
-    said = []
-    assert not planned(model_of(), said)
-    assert said[0]["reason"] == "Triton is not installed"
 
 
 # on a GPU

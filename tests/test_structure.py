@@ -37,7 +37,17 @@ FLOORS = {
         "known_positives",
     }
     | {"kernels", "windows", "batches", "objective", "optimizers", "ranking", "exchange"},
-    3: {"topk", "coarse", "selection", "checkpoint", "keeping", "watching", "graphs", "compiling"},
+    3: {
+        "topk",
+        "coarse",
+        "selection",
+        "checkpoint",
+        "keeping",
+        "watching",
+        "graphs",
+        "graph_plan",
+        "compiling",
+    },
     4: {"train", "evaluate", "baselines", "export", "recommend"},
     5: {
         "api",
