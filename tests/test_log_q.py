@@ -78,8 +78,11 @@ def seen(monkeypatch):
     """(positive logits, log Ẑ) of every row, as the objective hands them to the loss."""
     calls = []
 
-    def composed(queries, candidates, log_weights, positives, row_weights, mask, **options):
+    def composed(
+        queries, candidates, log_weights, positives, row_weights, mask, *, bfloat16, **options
+    ):
         # What ``total_contrastive_loss`` is tested to be, with its parts in the graph.
+        assert not bfloat16
         partition = masked_logsumexp(queries, candidates, log_weights, mask)
         calls.append((positives, partition))
         return (contrastive_loss(positives, partition, **options) * row_weights).sum()
