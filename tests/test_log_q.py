@@ -78,7 +78,10 @@ def seen(monkeypatch):
     """(positive logits, log Ẑ) of every row, as the objective hands them to the loss."""
     calls = []
 
-    def composed(queries, candidates, log_weights, positives, row_weights, mask, **options):
+    def composed(
+        queries, candidates, log_weights, positives, row_weights, mask, *, bfloat16, **options
+    ):
+        assert not bfloat16
         # What ``total_contrastive_loss`` is tested to be, with its parts in the graph.
         partition = masked_logsumexp(queries, candidates, log_weights, mask)
         calls.append((positives, partition))
