@@ -65,6 +65,9 @@ def main(
         int, typer.Option(help="grow generated logs to so many rows, items to a tenth")
     ] = 10_000_000,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    precision: Annotated[
+        str, typer.Option(help="of recclr's training: auto, float32 or bfloat16")
+    ] = "auto",
     seconds: Annotated[
         float, typer.Option(min=0.001, help="time per row and round, after warm-up")
     ] = 2.0,
@@ -83,13 +86,16 @@ def main(
         raise typer.BadParameter(
             "--peers: other trainers are measured on the CPU, as is recclr then"
         )
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise typer.BadParameter(f"--precision {precision}: choose auto, float32 or bfloat16")
     require_device(device)
+    gemm_size = 256 if chosen == Preset.smoke else 2_048
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise typer.BadParameter(f"--json {json_file}: there is no folder {json_file.parent}")
     pythons = [sys.executable, *map(str, peer_python or [])]
     report = run(
         chosen,
-        grid.Settings(device, seconds, gemm_size=256 if chosen == Preset.smoke else 2_048),
+        grid.Settings(device, seconds, gemm_size=gemm_size, precision=precision),
         sections=wanted | {"peers"} if with_peers else wanted - {"peers"},
         most_rows=most_rows,
         rounds=rounds,

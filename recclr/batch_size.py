@@ -9,20 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from recclr.config import Config
 from recclr.data.log import Prepared
-from recclr.distributed import ALONE
-from recclr.graph_plan import plan_graph
-from recclr.graphs import graph_of
 from recclr.load import fresh_model
 from recclr.memory import available_bytes, forget_peak, held_bytes, peak_bytes
 from recclr.objective import StepStats
-from recclr.optimizers import Optimizers
-from recclr.train import step_parts
+from recclr.stepping import Stepper
 
 _FIRST = 256
 _LAST = 1 << 20
@@ -106,34 +101,17 @@ def _trial(
 ) -> BatchTrial:
     settings = replace(config.train, batch_size=size)
     model = fresh_model(config, prepared).to(device).train()
-    captured = plan_graph(
-        model,
-        loss=config.loss,
-        negatives=config.negatives,
-        train=settings,
-        batch_size=size,
-        device=torch.device(device),
-        ranks=ALONE,
-        emit=_ignore,
-    )
-    source, objective = step_parts(
+    stepper = Stepper(
         model,
         prepared.train.to(device),
         loss=config.loss,
         negatives=config.negatives,
         train=settings,
         seed=config.seed,
-        fixed_shapes=captured,
     )
-    optimizers = Optimizers(model, settings, 1_000, fixed_shapes=captured)
-    graph = graph_of(model, objective, optimizers, emit=_ignore)
 
     def step(number: int) -> StepStats:
-        if graph is not None:
-            stats = graph(source.batch(number), number)
-        else:
-            stats = objective.backward(model, source.step(number))
-            optimizers.step(number)
+        stats, _ = stepper(number)
         _wait(device)
         return stats
 
@@ -142,7 +120,7 @@ def _trial(
         # A whole batch, where the last one of an epoch is smaller.
         whole, first = step(0), 0
         shares = whole.duplicate_share, whole.masked_share
-        while graph is not None and not graph.settled and first < _LAST_WARM_UP:
+        while not stepper.settled and first < _LAST_WARM_UP:
             first += 1
             step(first)
         began, number, num_rows = time.perf_counter(), first, 0
@@ -150,7 +128,7 @@ def _trial(
             number += 1
             num_rows += step(number).num_rows
     finally:
-        source.close()
+        stepper.close()
     return BatchTrial(
         size,
         num_rows / (time.perf_counter() - began),
@@ -158,10 +136,6 @@ def _trial(
         duplicate_share=shares[0],
         masked_share=shares[1],
     )
-
-
-def _ignore(event: dict[str, Any]) -> None:
-    """What is said of a training that is thrown away."""
 
 
 def _next_peak(trials: list[BatchTrial]) -> float:

@@ -16,21 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recclr.batches import BatchSource
 from recclr.compiling import compile_layers
 from recclr.data.log import EncodedLog
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, DivergedError, InterruptedTraining
-from recclr.exchange import StepExchange
 from recclr.files import fault_point
-from recclr.graph_plan import plan_graph
-from recclr.graphs import graph_of
 from recclr.keeping import Keeper, Progress
-from recclr.negatives import require_negatives
-from recclr.objective import Objective
-from recclr.optimizers import Optimizers
-from recclr.parts import IdPart, StatisticsPart
 from recclr.settings import LossSettings, NegativesSettings, TrainSettings
+from recclr.stepping import Stepper, ignore
 from recclr.towers import TwoTower
 from recclr.watching import Meter, OnEvent, require_finite
 
@@ -102,18 +95,8 @@ def fit(
     """
     began = time.perf_counter()
     model, log, device = model.to(device), log.to(device), torch.device(device)
-    emit = on_event or (lambda event: None)
-    captured = plan_graph(
-        model,
-        loss=loss,
-        negatives=negatives,
-        train=train,
-        batch_size=min(train.batch_size, len(log)),
-        device=device,
-        ranks=ranks,
-        emit=emit,
-    )
-    source, objective = step_parts(
+    emit = on_event or ignore
+    stepper = Stepper(
         model,
         log,
         loss=loss,
@@ -121,14 +104,10 @@ def fit(
         train=train,
         seed=seed,
         ranks=ranks,
-        fixed_shapes=captured,
+        emit=emit,
     )
-    per_epoch = source.steps_per_epoch
-    total = max(1, round(train.epochs * per_epoch))
-    end = total if num_steps is None else min(num_steps, total)
-    optimizers = Optimizers(model, train, total, fixed_shapes=captured)
-    graph = graph_of(model, objective, optimizers, emit=emit)
-    exchange = StepExchange(optimizers, ranks) if ranks.size > 1 else None
+    optimizers, per_epoch = stepper.optimizers, stepper.source.steps_per_epoch
+    end = stepper.num_steps if num_steps is None else min(num_steps, stepper.num_steps)
     keeper = Keeper(model, optimizers, checkpoints, ranks)
     progress = keeper.begun(resume=resume)
     meter = Meter(emit, per_epoch, end)
@@ -136,28 +115,15 @@ def fit(
     def require_finite_loss(loss: Tensor) -> None:
         require_finite(loss, model, progress.step + 1, weights=False)
 
-    # Reading the loss waits for a GPU; elsewhere each one is checked before it reaches a weight.
-    watched = device.type == "cpu" and exchange is None
-    check = require_finite_loss if watched else None
-
     evaluate_every = max(1, round(train.evaluate_every * per_epoch))
     checkpoint_every = max(1, round(train.checkpoint_every * per_epoch))
     patience = train.patience or math.inf
-    optimizers.forget()
-    model.train()
-    make_plain = compile_layers(model, train, bfloat16=objective.bfloat16, emit=emit)
+    stepper.look_again()
+    make_plain = compile_layers(model, train, bfloat16=stepper.objective.bfloat16, emit=emit)
     try:
         while progress.step < end and progress.bad_evaluations < patience:
             step = progress.step
-            if graph is not None:
-                stats = graph(source.batch(step), step)
-            else:
-                stats, gradients = objective.backward(model, source.step(step), check), None
-                if exchange is not None:
-                    asked = stop is not None and stop()
-                    stats, gradients, interrupted = exchange(stats, stopped=asked)
-                    require_finite(stats.loss, model, step + 1, weights=False)
-                optimizers.step(step, gradients)
+            stats, interrupted = stepper(step, check=require_finite_loss, stop=stop)
             progress.step = step + 1
             meter.add(stats, model, progress.step, train.table_lr * optimizers.rate(step))
             fault_point("train.step")
@@ -167,12 +133,7 @@ def fit(
                 ranks.unwatch()
                 require_finite(stats.loss, model, progress.step)
                 improved = _judge(evaluate(model), select, progress, meter)
-                optimizers.forget()
-                model.train()
-                if graph is not None:
-                    graph.look_again()
-            if exchange is None:
-                interrupted = stop is not None and stop()
+                stepper.look_again()
             if improved or last or interrupted or progress.step % checkpoint_every == 0:
                 require_finite(stats.loss, model, progress.step)
                 keeper.keep(progress, best=improved)
@@ -182,9 +143,8 @@ def fit(
                     "a checkpoint was written, and the same command with --resume goes on from it"
                 )
     finally:
-        source.close()
+        stepper.close()
         ranks.unwatch()
-        optimizers.forget()
         make_plain()
     if progress.best_value is not None:
         keeper.restore_best(progress.best_step)
@@ -197,69 +157,6 @@ def fit(
         seconds=time.perf_counter() - began,
         steps_per_epoch=per_epoch,
     )
-
-
-def step_parts(
-    model: TwoTower,
-    log: EncodedLog,
-    *,
-    loss: LossSettings,
-    negatives: NegativesSettings,
-    train: TrainSettings,
-    seed: int,
-    ranks: Ranks = ALONE,
-    fixed_shapes: bool = False,
-) -> tuple[BatchSource, Objective]:
-    """Where the batches of a training come from, and what a step makes of them.
-
-    Args:
-        model, log: on one device. fixed_shapes: see ``Objective``. The others as in ``fit``.
-
-    Raises:
-        ConfigError: the settings do not fit the log or the model. DataError: no rows.
-    """
-    if loss.kind != "full_softmax":
-        require_negatives(negatives, log, batch_size=train.batch_size)
-    source = BatchSource(log, train, seed=seed, time_cells=_time_cells(model, train))
-    bfloat16 = _use_bfloat16(train, log.device)
-    objective = Objective(
-        log,
-        loss,
-        negatives,
-        seed=seed,
-        bfloat16=bfloat16,
-        chunk_size=train.chunk_size,
-        ranks=ranks,
-        fixed_shapes=fixed_shapes,
-    )
-    return source, objective
-
-
-def needs_time_cells(model: torch.nn.Module) -> bool:
-    """Whether a part of the model shows items as they stood at a moment."""
-    return any(
-        isinstance(part, StatisticsPart)
-        or (isinstance(part, IdPart) and part.first_seen is not None)
-        for part in model.modules()
-    )
-
-
-def _time_cells(model: TwoTower, train: TrainSettings) -> bool:
-    if train.time_cells is None:
-        return needs_time_cells(model)
-    if not train.time_cells and needs_time_cells(model.item_tower):
-        raise ConfigError(
-            "train.time_cells = false, but the item tower has statistics or an 'as_of' id, which "
-            "are shown as of a moment that all items of a step share; leave the key out"
-        )
-    return train.time_cells
-
-
-def _use_bfloat16(train: TrainSettings, device: torch.device) -> bool:
-    """On a GPU unless told otherwise; many CPUs emulate it, at many times the cost."""
-    if train.precision == "auto":
-        return device.type == "cuda"
-    return train.precision == "bfloat16"
 
 
 def _judge(metrics: dict[str, float], select: str, progress: Progress, meter: Meter) -> bool:

@@ -71,7 +71,7 @@ def test_where_steps_are_replayed_only_those_are_timed(config, monkeypatch):
             calls[-1].append("clock")
         return next(ticks)
 
-    monkeypatch.setattr(module, "plan_graph", lambda *args, **options: True)
+    monkeypatch.setattr("recclr.stepping.plan_graph", lambda *args, **options: True)
     monkeypatch.setattr("recclr.graphs.CudaDevice", Device)
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=tick))
     trials = try_batch_sizes(config, prepared(700), device="cpu", seconds=0.0)

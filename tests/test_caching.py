@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from recclr.caching import embed_in_chunks
-from recclr.optimizers import Optimizers
 from recclr.order import generator
 from recclr.parts import Rows
 from recclr.settings import NegativesSettings, TrainSettings
-from recclr.train import fit, step_parts
+from recclr.stepping import Stepper
+from recclr.train import fit
 
 WORK = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("distributed") / "work.py")))
 
@@ -39,7 +39,7 @@ def gradients(towers, loss, step, **options):
     """Loss and all gradients of one step."""
     model = WORK.model_of(towers, WORK.LOSSES[loss]).train()
     settings = TrainSettings(batch_size=13, **options)
-    source, objective = step_parts(
+    stepper = Stepper(
         model,
         WORK.prepared().train,
         loss=WORK.LOSSES[loss],
@@ -47,12 +47,11 @@ def gradients(towers, loss, step, **options):
         train=settings,
         seed=4,
     )
-    optimizers = Optimizers(model, settings, 10)
-    stats = objective.backward(model, source.step(step))
+    stats = stepper.objective.backward(model, stepper.source.step(step))
     found = {"loss": stats.loss}
     found |= {
         name: torch.cat([rows[:, None], grad], 1)
-        for name, rows, grad in optimizers.tables.gradients()
+        for name, rows, grad in stepper.optimizers.tables.gradients()
     }
     found |= {n: p.grad for n, p in model.dense_parameters().items() if p.grad is not None}
     return found, stats
@@ -150,7 +149,7 @@ def test_accumulated_batches_are_the_mean_over_their_positives(weighted):
         if not weighted:
             log = type(log)(log.user_idx, log.item_idx, log.num_users, log.num_items)
         settings = TrainSettings(batch_size=13, accumulate=accumulate)
-        source, objective = step_parts(
+        stepper = Stepper(
             model,
             log,
             loss=WORK.LOSSES["infonce"],
@@ -158,7 +157,7 @@ def test_accumulated_batches_are_the_mean_over_their_positives(weighted):
             train=settings,
             seed=4,
         )
-        return model, source, objective, Optimizers(model, settings, 10)
+        return model, stepper.source, stepper.objective, stepper.optimizers
 
     model, source, objective, optimizers = parts(3)
     assert (source.batches_per_epoch, source.steps_per_epoch) == (5, 2)

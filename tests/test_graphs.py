@@ -35,8 +35,9 @@ from recclr.settings import (
     TrainSettings,
 )
 from recclr.statistics import DAY_S
+from recclr.stepping import needs_time_cells
 from recclr.towers import build_model
-from recclr.train import fit, needs_time_cells
+from recclr.train import fit
 
 pytestmark = pytest.mark.usefixtures("no_power_cut")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -538,7 +539,7 @@ def staged(monkeypatch):
         stages.append(Stage())
         return stages[-1]
 
-    monkeypatch.setattr("recclr.train.plan_graph", lambda *args, **options: True)
+    monkeypatch.setattr("recclr.stepping.plan_graph", lambda *args, **options: True)
     monkeypatch.setattr(graphs, "CudaDevice", make)
     return stages
 

@@ -47,6 +47,7 @@ FLOORS = {
         "graphs",
         "graph_plan",
         "compiling",
+        "stepping",
     },
     4: {"train", "evaluate", "baselines", "export", "recommend"},
     5: {

@@ -30,8 +30,9 @@ from recclr.settings import (
     TrainSettings,
 )
 from recclr.statistics import DAY_S
+from recclr.stepping import needs_time_cells
 from recclr.towers import TwoTower, build_model
-from recclr.train import fit, needs_time_cells
+from recclr.train import fit
 
 pytestmark = pytest.mark.usefixtures("no_power_cut")
 

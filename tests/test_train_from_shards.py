@@ -24,8 +24,9 @@ from recclr.settings import (
     TrainSettings,
 )
 from recclr.statistics import DAY_S
+from recclr.stepping import needs_time_cells
 from recclr.towers import build_model
-from recclr.train import fit, needs_time_cells
+from recclr.train import fit
 
 pytestmark = pytest.mark.usefixtures("no_power_cut")
 

@@ -60,11 +60,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Settings:
-    """How every row is measured: where, for how many seconds, at which size the machine's rate."""
+    """How every row is measured: where, for how many seconds, at which size the machine's rate.
+
+    ``precision`` is that of recclr's training, as ``train.precision`` has it.
+    """
 
     device: str
     seconds: float
     gemm_size: int = 2_048
+    precision: str = "auto"
 
     def task(self, log: LogSpec) -> dict[str, Any]:
         return asdict(self) | {"log": asdict(log)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,13 +10,12 @@ import torch
 from bench import data, machine, memory
 from bench.floors import training_work
 from bench.timing import repeated
-from recclr.batches import BatchSource
-from recclr.objective import Objective
-from recclr.optimizers import Optimizers
 from recclr.settings import LossSettings, ModelSettings, NegativesSettings, TrainSettings
+from recclr.stepping import Stepper
 from recclr.towers import TwoTower, build_model
 
-_TOTAL_STEPS = 10_000
+# A capture that has not come about by then never will.
+_LAST_WARM_UP = 16
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
@@ -64,20 +64,31 @@ def make_step(task: dict[str, Any], log: data.EncodedLog) -> tuple[TwoTower, Any
     in_batch = task["in_batch"]
     uniform = 0 if full or in_batch else task["negatives"]
     negatives = NegativesSettings(in_batch=in_batch or full, uniform=uniform)
-    train = TrainSettings(batch_size=task["batch_size"], table_optimizer=task["optimizer"])
+    train = TrainSettings(
+        batch_size=task["batch_size"],
+        table_optimizer=task["optimizer"],
+        precision=task.get("precision", "auto"),
+    )
     model = make_model(task, log, loss).to(device).train()
-    log = log.to(device)
-    # A GPU's towers run in bfloat16 unless told otherwise, as train.fit has it.
-    objective = Objective(log, loss, negatives, seed=0, bfloat16=device.startswith("cuda"))
-    batches = BatchSource(log, train, seed=0, time_cells=False)
-    optimizers = Optimizers(model, train, _TOTAL_STEPS)
+    parts = {"loss": loss, "negatives": negatives, "seed": 0}
+    stepper = Stepper(model, log.to(device), train=train, **parts)
+    # A captured step cannot be looked into, so the first one, which is counted, is not.
+    first = stepper
+    if stepper.graph is not None:
+        first = Stepper(model, stepper.source.log, train=replace(train, cuda_graph=False), **parts)
 
     def step(number: int, counts: dict[str, int] | None = None) -> None:
-        stats = objective.backward(model, batches.step(number))
-        if counts is not None:
-            counts |= {"batch_size": stats.num_rows, "num_candidates": int(stats.num_candidates)}
-            counts |= count_rows(model)
-        optimizers.step(number)
+        if counts is None:
+            stepper(number)
+            return
+        stats = first.objective.backward(model, first.source.step(number))
+        counts |= {"batch_size": stats.num_rows, "num_candidates": int(stats.num_candidates)}
+        counts |= count_rows(model)
+        first.optimizers.step(number)
+        for again in range(1, _LAST_WARM_UP):
+            if stepper.settled:
+                break
+            stepper(number + again)
 
     return model, step
 

@@ -25,9 +25,7 @@ from recclr.data.log import (
 from recclr.data.sharding import rows_for_training
 from recclr.distributed import ALONE
 from recclr.evaluate import EvaluationSet, evaluate
-from recclr.exchange import StepExchange
 from recclr.optim import Table, TableOptimizer
-from recclr.optimizers import Optimizers
 from recclr.settings import (
     FeatureSettings,
     HistorySettings,
@@ -42,9 +40,10 @@ from recclr.settings import (
 from recclr.sharded_tables import ShardedTable, table_maker
 from recclr.spectral import start_from_spectral
 from recclr.statistics import DAY_S
+from recclr.stepping import Stepper
 from recclr.topk import EmbeddingRanker
 from recclr.towers import build_model
-from recclr.train import fit, step_parts
+from recclr.train import fit
 
 NUM_USERS, NUM_ITEMS, NUM_ROWS, DIM = 11, 17, 53, 6
 
@@ -138,8 +137,7 @@ def gradients(
     model, found = model_of(towers, LOSSES[loss]), {}
     train = TrainSettings(batch_size=batch_size, chunk_size=chunk_size, accumulate=accumulate)
     model.train()
-    optimizers = Optimizers(model, train, 10)
-    source, objective = step_parts(
+    stepper = Stepper(
         model,
         prepared().train,
         loss=LOSSES[loss],
@@ -148,12 +146,13 @@ def gradients(
         seed=4,
         ranks=ranks,
     )
+    optimizers = stepper.optimizers
     for step in steps:
-        stats, stopped = objective.backward(model, source.step(step)), False
+        stats, stopped = stepper.objective.backward(model, stepper.source.step(step)), False
         tables = optimizers.tables.gradients()
         if ranks.size > 1:
             asked = ranks.rank == 1 and step == steps[-1]
-            stats, tables, stopped = StepExchange(optimizers, ranks)(stats, stopped=asked)
+            stats, tables, stopped = stepper.exchange(stats, stopped=asked)
             assert stopped == (step == steps[-1])
         found[f"{step}/loss"] = stats.loss.detach()
         found[f"{step}/masked"] = torch.tensor(stats.num_masked)
