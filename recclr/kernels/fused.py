@@ -98,7 +98,7 @@ class _TotalLoss(torch.autograd.Function):
         bfloat16: bool,
     ) -> Tensor:
         grad_queries = torch.zeros_like(queries)
-        grad_candidates = torch.zeros_like(candidates.T, memory_format=torch.contiguous_format)
+        grad_candidates = torch.zeros_like(candidates)
         grad_positives = torch.empty_like(positive_logits)
         losses = torch.empty_like(positive_logits)
         scratch = borrow(tiles.height * tiles.num_columns, queries.device)
@@ -131,7 +131,7 @@ class _TotalLoss(torch.autograd.Function):
                     out, share, queries, candidates, grad_queries, grad_candidates, rounded
                 )
         give_back(scratch)
-        ctx.save_for_backward(grad_queries, grad_candidates.T.contiguous(), grad_positives)
+        ctx.save_for_backward(grad_queries, grad_candidates, grad_positives)
         return (losses * row_weights).sum()
 
     @staticmethod

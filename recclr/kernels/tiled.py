@@ -106,7 +106,7 @@ class _MaskedLogSumExp(torch.autograd.Function):
         tiles: Tiles = ctx.tiles
         grad = grad_outputs[0].unsqueeze(1)
         grad_queries = torch.zeros_like(queries)
-        grad_candidates = torch.zeros_like(candidates.T, memory_format=torch.contiguous_format)
+        grad_candidates = torch.zeros_like(candidates)
         grad_weights = torch.zeros_like(log_weights) if ctx.needs_input_grad[2] else None
         # Kept probabilities serve one backward pass; a second one over a retained graph recomputes.
         kept, ctx.kept = ctx.kept, None
@@ -127,7 +127,7 @@ class _MaskedLogSumExp(torch.autograd.Function):
                 into = grad_weights[tile.columns]
                 torch.addmv(into, out.T, scale.squeeze(1), out=into)
         give_back(scratch)
-        return grad_queries, grad_candidates.T.contiguous(), grad_weights, None
+        return grad_queries, grad_candidates, grad_weights, None
 
 
 def joined(sums: Tensor, shifts: Tensor) -> Tensor:
@@ -252,20 +252,18 @@ class Tile:
         """Add what ``scale`` [R, 1] times the exponentials of the tile pull at both sides.
 
         Args:
-            grad_candidates: [D, C]. The exponentials as the second factor as they lie: as the
-                transposed first one, the product takes a third longer.
             rounded: bfloat16 buffer for the exponentials; with it both products have bfloat16
                 factors, float32 sums within the tile, and are rounded before they are added.
         """
         pulled = queries[self.rows] * scale
-        into = grad_candidates[:, self.columns]
+        into = grad_candidates[self.columns]
         if rounded is None:
             grad_queries[self.rows].addcmul_(out @ candidates[self.columns], scale)
-            torch.addmm(into, pulled.T, out, out=into)
+            torch.addmm(into, out.T, pulled, out=into)
             return
         out = rounded[: out.numel()].view(out.shape).copy_(out)
         grad_queries[self.rows].addcmul_(out @ candidates[self.columns].bfloat16(), scale)
-        into.add_(pulled.bfloat16().T @ out)
+        into.add_(out.T @ pulled.bfloat16())
 
     def hide(self, out: Tensor, value: float) -> None:
         """Write ``value`` at the masked pairs."""
