@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# An example that takes long on a busy machine is no failure.
+settings.register_profile("recclr", deadline=None)
+settings.load_profile("recclr")
 
 if not torch.cuda.is_available():
     # Read when a kernel is defined, those of Triton's own library included, and TorchRec, which
