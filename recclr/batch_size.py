@@ -23,8 +23,6 @@ _FIRST = 256
 _LAST = 1 << 20
 # What is left to others and to what a step was not seen to need.
 _SHARE = 0.8
-# Steps after which a capture as a CUDA graph is not waited for any more.
-_LAST_WARM_UP = 9
 
 
 @dataclass(frozen=True)
@@ -118,15 +116,14 @@ def _trial(
     _forget_peak(device)
     try:
         # A whole batch, where the last one of an epoch is smaller.
-        whole, first = step(0), 0
+        whole = step(0)
         shares = whole.duplicate_share, whole.masked_share
-        while not stepper.settled and first < _LAST_WARM_UP:
-            first += 1
-            step(first)
-        began, number, num_rows = time.perf_counter(), first, 0
+        first = number = stepper.warm_up(1)
+        _wait(device)
+        began, num_rows = time.perf_counter(), 0
         while number == first or time.perf_counter() - began < seconds:
-            number += 1
             num_rows += step(number).num_rows
+            number += 1
     finally:
         stepper.close()
     return BatchTrial(

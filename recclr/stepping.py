@@ -23,6 +23,9 @@ from recclr.settings import LossSettings, NegativesSettings, TrainSettings
 from recclr.towers import TwoTower
 from recclr.watching import OnEvent
 
+# Steps after which a capture as a CUDA graph is not waited for any more.
+_LAST_WARM_UP = 9
+
 
 def ignore(event: dict[str, Any]) -> None:
     """For trainings of which nobody wants to hear."""
@@ -117,10 +120,17 @@ class Stepper:
         self.optimizers.step(step, gradients)
         return stats, interrupted
 
-    @property
-    def settled(self) -> bool:
-        """Whether the steps to come run as this one did: nothing is left to compile or capture."""
-        return self.graph is None or self.graph.settled
+    def warm_up(self, step: int) -> int:
+        """Train from ``step`` on until nothing is left to capture, or no longer to be waited for.
+
+        Returns:
+            the first step that was not run; ``step`` itself where nothing is captured.
+        """
+        last = step + _LAST_WARM_UP
+        while self.graph is not None and not self.graph.settled and step < last:
+            self(step)
+            step += 1
+        return step
 
     def look_again(self) -> None:
         """Go on with a model that somebody else had in the meantime."""

@@ -14,9 +14,6 @@ from recclr.settings import LossSettings, ModelSettings, NegativesSettings, Trai
 from recclr.stepping import Stepper
 from recclr.towers import TwoTower, build_model
 
-# A capture that has not come about by then never will.
-_LAST_WARM_UP = 16
-
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
     """One row of the benchmark.
@@ -85,10 +82,7 @@ def make_step(task: dict[str, Any], log: data.EncodedLog) -> tuple[TwoTower, Any
         counts |= {"batch_size": stats.num_rows, "num_candidates": int(stats.num_candidates)}
         counts |= count_rows(model)
         first.optimizers.step(number)
-        for again in range(1, _LAST_WARM_UP):
-            if stepper.settled:
-                break
-            stepper(number + again)
+        stepper.warm_up(number + 1)
 
     return model, step
 
