@@ -8,7 +8,6 @@ moments, while each has its memory to itself.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 import sys
@@ -23,7 +22,7 @@ from bench import data, memory
 from bench.training import make_step
 from recclr.data.log import Csr, EncodedLog
 from recclr.data.shards import open_shards, write_shards
-from recclr.towers import TwoTower
+from recclr.keeping import digest_of
 
 PIECE = 1 << 22
 _DONTNEED = 4
@@ -48,7 +47,7 @@ def main(task_file: str) -> None:
             step(number)
             number += 1
         seconds, peak_mb = time.perf_counter() - began, memory.peak_mb()
-        found = {"seconds": seconds, "peak_mb": peak_mb, "weights": digest(model)}
+        found = {"seconds": seconds, "peak_mb": peak_mb, "weights": digest_of(model.weights())}
         print(json.dumps(found), flush=True)
 
 
@@ -91,15 +90,6 @@ def tensors_of(log: EncodedLog) -> list[torch.Tensor]:
         elif value is not None:
             found.append(value)
     return found
-
-
-def digest(model: TwoTower) -> str:
-    """SHA-256 of the weights: equal for equal training, to the bit."""
-    found = hashlib.sha256()
-    for name, value in sorted(model.weights().items()):
-        found.update(name.encode())
-        found.update(value.detach().reshape(-1).numpy().data)
-    return found.hexdigest()
 
 
 if __name__ == "__main__":
