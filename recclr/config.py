@@ -15,7 +15,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from recclr.baseline_settings import BaselineSettings
 from recclr.errors import ConfigError
 from recclr.settings import (
     DataSettings,
@@ -27,6 +26,7 @@ from recclr.settings import (
     TowerSettings,
     TrainSettings,
 )
+from recclr.settings.baselines import BaselineSettings
 
 _EXPECTED = "expected "
 

@@ -19,12 +19,13 @@ from recclr.batches import Batch
 from recclr.caching import Embed, embed_in_chunks
 from recclr.data.log import EncodedLog
 from recclr.distributed import ALONE, Ranks
-from recclr.kernels import Mask, total_contrastive_loss
+from recclr.kernels import Mask
 from recclr.known_positives import KnownPositives
 from recclr.losses import mean_weights
 from recclr.negatives import Candidates, CandidateSampler
 from recclr.order import generator, mix
 from recclr.parts import Rows
+from recclr.scoring import Scored, scored_loss
 from recclr.settings import LossSettings, NegativesSettings
 from recclr.towers import TwoTower
 
@@ -169,23 +170,25 @@ class Objective:
         queries = self._embed(model.embed_users, users, len(batch.user_idx))
         items = self._embed(model.embed_items, wanted, len(candidates.item_idx))
         # Loss in float32 whatever the towers compute in.
-        queries, items = queries.float() / model.temperature(), items.float()
+        queries, items = queries.float(), items.float()
         if shared:
             counts = self.ranks.counts(len(candidates.item_idx))
             items = self.ranks.gather_rows(items, counts, "item embeddings")
-        positives = items.index_select(0, positive_row)
-        rows = candidates.candidate_row
         mask, num_masked, num_candidates = self._masked(user_idx, item_idx, candidates)
-        loss = total_contrastive_loss(
+        rows = candidates.candidate_row
+        scored = Scored(
             queries,
+            items,
+            model.temperature(),
+            user_idx,
+            item_idx,
+            positive_row,
             items if rows is None else items.index_select(0, rows),
             candidates.log_weights,
-            (queries * positives).sum(1),
-            mean_weights(len(queries), weight, device=self.device, total=total),
             mask,
-            second_temperature=self.loss.second_temperature,
-            bfloat16=self.bfloat16,
+            mean_weights(len(queries), weight, device=self.device, total=total),
         )
+        loss = scored_loss(scored, self.loss, bfloat16=self.bfloat16)
         num_rows = len(batch.user_idx)
         return StepStats(
             loss,

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recclr.baseline_settings import BASELINE_NAMES
 from recclr.config import Config, apply_override, dump_toml, load_config, parse_config
 from recclr.errors import ConfigError
 from recclr.settings import METRIC_NAMES, ColumnSettings
+from recclr.settings.baselines import BASELINE_NAMES
 
 RECIPES = sorted((Path(__file__).parents[1] / "pipelines" / "recipes").glob("*.toml"))
 MINIMAL = {"data": {"events": "events.parquet"}}

@@ -7,8 +7,9 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from recclr import baseline_settings, settings
+from recclr import settings
 from recclr.metrics import DEFINITIONS
+from recclr.settings import baselines as baseline_settings
 
 # One field per line with its closed range; None where the range has no upper end worth testing.
 RANGES = [
@@ -115,11 +116,6 @@ def test_names_that_are_none_and_settings_that_cannot_change():
         settings.ModelSettings().embedding_dim = 3
     with pytest.raises(ValueError, match=r"unknown baselines \['svd'\]"):
         baseline_settings.BaselineSettings(names=("als", "svd"))
-
-
-def test_defaults_are_listed_one_level_deep():
-    found = settings.defaults_of(settings.NegativesSettings(uniform=3))
-    assert found == {"in_batch": True, "uniform": 3, "popularity": None}
 
 
 def test_the_standard_library_is_enough():

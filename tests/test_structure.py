@@ -16,7 +16,6 @@ FLOORS = {
         "errors",
         "strict",
         "settings",
-        "baseline_settings",
         "config",
         "files",
         "memory",
@@ -33,6 +32,7 @@ FLOORS = {
         "parts",
         "towers",
         "losses",
+        "scoring",
         "negatives",
         "known_positives",
     }

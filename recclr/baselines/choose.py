@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from recclr.baseline_settings import BaselineSettings
 from recclr.baselines.popularity import BackedRanker, PopularityRanker, popularity
 from recclr.data.log import Prepared
 from recclr.errors import ConfigError, MissingExtraError, require
 from recclr.ranking import Ranker
+from recclr.settings.baselines import BaselineSettings
 
 _FALLBACK = "fallback_half_life_d"
 _GRIDS: dict[str, dict[str, dict[str, list[Any]]]] = {

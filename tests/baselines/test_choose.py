@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import recclr.baselines.choose as choose_module
-from recclr.baseline_settings import BASELINE_NAMES, BaselineSettings
 from recclr.baselines import BaselineChoice, build_baselines, refit_baseline
 from recclr.data.log import CategoricalColumn
 from recclr.errors import ConfigError, MissingExtraError
 from recclr.evaluate import EvaluationSet, evaluate
+from recclr.settings.baselines import BASELINE_NAMES, BaselineSettings
 
 KIND = CategoricalColumn((1 + torch.arange(11) % 3).int(), 4)
 
@@ -201,7 +201,7 @@ for name in ("scipy", "scipy.sparse", "sklearn", "implicit", "threadpoolctl"):
 import torch
 from recclr.baselines import build_baselines
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
-from recclr.baseline_settings import BaselineSettings
+from recclr.settings.baselines import BaselineSettings
 idx = torch.arange(4, dtype=torch.int32)
 prepared = Prepared(EncodedLog(idx, idx, 4, 4), FeatureTable(4), FeatureTable(4))
 choices, skipped = build_baselines(

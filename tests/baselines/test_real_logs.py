@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from recclr.baseline_settings import BaselineSettings
 from recclr.baselines import build_baselines, refit_baseline
 from recclr.bootstrap import paired_differences
 from recclr.data.files import expand_path
@@ -13,6 +12,7 @@ from recclr.data.interactions import read
 from recclr.data.prepare import prepare
 from recclr.evaluate import EvaluationSet, evaluate
 from recclr.settings import FeatureSettings, SplitSettings, TowerSettings
+from recclr.settings.baselines import BaselineSettings
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from recclr.kernels import PairMask, fused, masked_logsumexp, tiled, total_contrastive_loss
@@ -174,3 +174,68 @@ def test_nothing_to_score_is_a_loss_without_partition():
     assert found == 0
     found.backward()
     assert torch.equal(positives.grad, torch.zeros(5))
+
+
+@given(
+    seed=st.integers(0, 300),
+    num_queries=st.integers(1, 37),
+    num_candidates=st.integers(1, 41),
+    share=st.sampled_from([0.3, 1.0]),
+    second_temperature=st.sampled_from([None, 1.2]),
+    fast=st.booleans(),
+)
+@settings(max_examples=80)
+def test_negatives_of_a_row_alone_count_as_shared_ones_that_all_others_mask(
+    seed, num_queries, num_candidates, share, second_temperature, fast
+):
+    # Sixteen rows always fit a tile.
+    assume(fast or num_queries > 16)
+    queries, candidates, weights, positives, row_weights, mask = problem(
+        seed, num_queries, num_candidates, 5, share=share
+    )
+    draws = torch.Generator().manual_seed(seed)
+    own = torch.randn(num_queries, 5, generator=draws)
+    none = torch.rand(num_queries, generator=draws) < 0.3
+    own_weights = torch.randn(num_queries, generator=draws).masked_fill(none, -torch.inf)
+    others = (~torch.eye(num_queries, dtype=torch.bool)).nonzero(as_tuple=True)
+    wide = PairMask(
+        torch.cat([mask.rows, others[0]]), torch.cat([mask.columns, others[1] + num_candidates])
+    )
+    order = wide.rows.argsort(stable=True)
+    wide = PairMask(wide.rows[order], wide.columns[order])
+    leaves = [x.clone().requires_grad_() for x in (queries, candidates, positives, own)]
+    expected = composed(
+        leaves[0],
+        torch.cat([leaves[1], leaves[3]]),
+        torch.cat([weights, own_weights]),
+        leaves[2],
+        row_weights,
+        wide,
+        second_temperature=second_temperature,
+    )
+    slow = torch.autograd.grad(expected, leaves)
+    with pytest.MonkeyPatch.context() as patch:
+        if fast:
+            patch.setitem(tiled._TILE_BYTES, "cpu", 1)
+            patch.setattr(tiled, "_ROWS", 1)
+            patch.setattr(fused, "_MIN_HEIGHT", 1)
+            patch.setitem(tiled._MAX_WIDTH, "cpu", 16)
+            patch.setattr(fused, "masked_logsumexp", None)
+        else:
+            patch.setattr(fused, "_TotalLoss", None)
+            patch.setattr(fused, "_MIN_HEIGHT", 1 << 30)
+            patch.setitem(tiled._TILE_BYTES, "cpu", 1)
+        found = total_contrastive_loss(
+            leaves[0],
+            leaves[1],
+            weights,
+            leaves[2],
+            row_weights,
+            mask,
+            own_partition=(leaves[0] * leaves[3]).sum(1) + own_weights,
+            second_temperature=second_temperature,
+        )
+        ours = torch.autograd.grad(found, leaves)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(ours, slow, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

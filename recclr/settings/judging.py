@@ -1,0 +1,38 @@
+"""How rankings are judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from recclr.strict import STRICT
+from recclr.strict import require_ranges as _check
+
+METRIC_NAMES = ("recall", "capped_recall", "hit_rate", "ndcg", "mrr", "map", "precision")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """How rankings are judged."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    ks: tuple[int, ...] = (5, 10, 20, 50)
+    select: str = "recall@20"
+    """Metric on validation that picks the checkpoint, and the settings of the baselines."""
+    keep_seen: bool = False
+    """Rank items the user already has as well (repeat purchases)."""
+    num_bootstrap: int = 1000
+    """Resamples of users behind each interval; 0 for none."""
+
+    def __post_init__(self) -> None:
+        _check(self, num_bootstrap=(0, 1_000_000))
+        if self.num_bootstrap == 1:
+            raise ValueError("num_bootstrap = 1 gives no interval: 0 for none, or 2 and more")
+        if not self.ks or any(not 1 <= k <= 100_000 for k in self.ks):
+            raise ValueError(f"ks must be cut-offs between 1 and 100000, found {list(self.ks)}")
+        name, _, cutoff = self.select.partition("@")
+        if cutoff not in map(str, self.ks):
+            raise ValueError(f"select = {self.select!r} must name one of ks = {list(self.ks)}")
+        if name not in METRIC_NAMES:
+            raise ValueError(f"select = {self.select!r}: choose one of {', '.join(METRIC_NAMES)}")
