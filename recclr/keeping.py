@@ -47,11 +47,7 @@ def load_weights(model: TwoTower, tensors: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: names or shapes differ, or a weight is not finite; nothing is loaded.
     """
-    weights = {
-        name.removeprefix("model/"): value
-        for name, value in tensors.items()
-        if name.startswith("model/")
-    }
+    weights = _named(tensors, "model/")
     own = model.weights() | model.shards()
     require_match(own, weights, "the checkpoint")
     with torch.no_grad():
@@ -65,6 +61,10 @@ class Keeper:
     Of several ranks the first writes, after all have shown that they have the same state. A sharded
     table is sent to it, and stands in the checkpoint as a whole one does, so the CPU memory of the
     first rank has to hold the checkpoint; a resumed one is mapped, and each rank copies its part.
+
+    Args:
+        state: what the objective carries from step to step, the same on all ranks; a resumed run
+            gets it back in place. Not part of the model.
     """
 
     def __init__(
@@ -73,8 +73,10 @@ class Keeper:
         optimizers: Optimizers,
         root: Path | None,
         ranks: Ranks = ALONE,
+        state: dict[str, Tensor] | None = None,
     ) -> None:
         self.model, self.optimizers, self.root, self.ranks = model, optimizers, root, ranks
+        self.state = {} if state is None else state
         self.best: dict[str, Tensor | RowShard] = {}
 
     def keep(self, progress: Progress, *, best: bool) -> None:
@@ -104,7 +106,8 @@ class Keeper:
         """What each rank has whole."""
         weights, state = self.model.weights(), self.optimizers.state_dict()
         tensors = {f"model/{name}": value.detach() for name, value in weights.items()}
-        return tensors | {f"optimizers/{name}": value for name, value in state.items()}
+        tensors |= {f"optimizers/{name}": value for name, value in state.items()}
+        return tensors | {f"objective/{name}": value for name, value in self.state.items()}
 
     def _shards(self) -> dict[str, RowShard]:
         weights, state = self.model.shards(), self.optimizers.shards()
@@ -148,10 +151,11 @@ class Keeper:
 
     def _loaded(self, found: Checkpoint) -> Progress:
         load_weights(self.model, found.tensors)
-        prefix = "optimizers/"
-        self.optimizers.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in found.tensors.items() if k.startswith(prefix)}
-        )
+        self.optimizers.load_state_dict(_named(found.tensors, "optimizers/"))
+        carried = _named(found.tensors, "objective/")
+        require_match(self.state, carried, "the checkpoint's state of the objective")
+        for name, value in carried.items():
+            self.state[name].copy_(value)
         try:
             return Progress(**found.state)
         except TypeError as error:
@@ -165,6 +169,10 @@ class Keeper:
         with torch.no_grad():
             for name, value in self.best.items():
                 held[name].copy_(value)
+
+
+def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def digest_of(tensors: dict[str, Tensor]) -> str:

@@ -108,7 +108,7 @@ def fit(
     )
     optimizers, per_epoch = stepper.optimizers, stepper.source.steps_per_epoch
     end = stepper.num_steps if num_steps is None else min(num_steps, stepper.num_steps)
-    keeper = Keeper(model, optimizers, checkpoints, ranks)
+    keeper = Keeper(model, optimizers, checkpoints, ranks, stepper.objective.state)
     progress = keeper.begun(resume=resume)
     meter = Meter(emit, per_epoch, end)
 
