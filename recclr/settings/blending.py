@@ -1,0 +1,40 @@
+"""Which vectors are laid beside those of the model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from recclr.strict import STRICT
+from recclr.strict import require_ranges as _check
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendSettings:
+    """Dot products add: vectors of several models laid side by side, each with a weight, are one
+    model that any store serves. Weights are chosen on validation."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    spectral: int = 0
+    """Dimensions of the spectral solution of the log beside the model; 0 for none."""
+    runs: tuple[str, ...] = ()
+    """Folders of finished runs on the same data and split, whose models stand beside this one."""
+    weights: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5)
+    """Weights that are tried for each of them, where the model has 1 and all have scores of equal
+    spread."""
+    compress: int | None = None
+    """Dimensions that the whole is brought back to; None keeps all of them."""
+
+    def __post_init__(self) -> None:
+        _check(self, spectral=(0, 8192), compress=(1, 8192))
+        if not self.weights or any(not (math.isfinite(w) and w >= 0) for w in self.weights):
+            raise ValueError(f"weights must be at least 0, found {list(self.weights)}")
+        if self.compress is not None and not self.parts:
+            raise ValueError("compress needs something beside the model: set spectral or runs")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of what is laid beside the model, in order."""
+        return (("spectral",) if self.spectral else ()) + self.runs
