@@ -18,7 +18,7 @@ from recclr.errors import ConfigError
 from recclr.evaluate import Evaluation, EvaluationSet, evaluate
 from recclr.fitting import fit_model
 from recclr.judge import judged_by
-from recclr.load import load_run, pick_device, ranker_of
+from recclr.load import load_ranker, pick_device, ranker_of
 from recclr.negatives import lost_negatives
 from recclr.recommend import recommend, similar
 from recclr.shipping import ExportReport, ship
@@ -98,8 +98,7 @@ class TwoTower:
         Raises:
             ConfigError: no run folder. CheckpointError: no model in it, or a damaged one.
         """
-        config, prepared, model = load_run(Path(run))
-        return cls(config, prepared, ranker_of(model, prepared.tensors.cutoff))
+        return cls(*load_ranker(Path(run)))
 
     def __repr__(self) -> str:
         dim = self.ranker.item_vectors.shape[1]

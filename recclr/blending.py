@@ -32,7 +32,8 @@ class Vectors(NamedTuple):
 @dataclass(frozen=True)
 class Choice:
     """What ``choose_weights`` found: a weight for each part after the first, and its value; of each
-    part the values of all weights that were tried."""
+    part the values of all weights that were tried.
+    """
 
     weights: tuple[float, ...]
     value: float

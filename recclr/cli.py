@@ -188,19 +188,19 @@ def evaluate(
     from recclr.joining import joined
     from recclr.judge import evaluate_run
     from recclr.keeping import digest_of
-    from recclr.load import load_run, ranker_of
+    from recclr.load import load_ranker
     from recclr.run_folder import fingerprints, require_same_inputs
 
     cutoffs = _ks(ks)
     with joined() as ranks, working("judging", quiet=not ranks.first) as progress:
-        config, prepared, model = load_run(run)
+        config, prepared, ranker = load_ranker(run)
         ranks.start("cpu", config.train.collective_timeout_s)
         if ranks.size > 1:
-            ranks.agree({"the model": digest_of(model.weights())})
+            held = {"users": ranker.user_vectors, "items": ranker.item_vectors}
+            ranks.agree({"the model": digest_of(held)})
         if events is None:
             # Other rows would be split elsewhere, and train rows judged as test.
             require_same_inputs(run, fingerprints(config))
-        ranker = ranker_of(model, prepared.tensors.cutoff)
         found = evaluate_run(
             config,
             prepared,
@@ -236,17 +236,17 @@ def recommend(
 ) -> None:
     """The best items of users, what they already have left out."""
     from recclr.ids_input import read_ids, require_ending, write_rows
-    from recclr.load import load_run, ranker_of
+    from recclr.load import load_ranker
     from recclr.recommend import recommend as rank
 
     require_ending(out)
     with working("ranking"):
-        config, prepared, model = load_run(run)
+        config, prepared, ranker = load_ranker(run)
         wanted = read_ids(users, users_from, prepared.users, config.data.columns.user)
         subset = read_ids(None, items_from, prepared.items, config.data.columns.item)
         found = rank(
             prepared,
-            ranker_of(model, prepared.tensors.cutoff),
+            ranker,
             wanted,
             k=k,
             items=subset,
@@ -273,14 +273,14 @@ def similar(
 ) -> None:
     """The items that are most like given items."""
     from recclr.ids_input import read_ids, require_ending, write_rows
-    from recclr.load import load_run, ranker_of
+    from recclr.load import load_ranker
     from recclr.recommend import similar as rank
 
     require_ending(out)
     with working("ranking"):
-        config, prepared, model = load_run(run)
+        config, prepared, ranker = load_ranker(run)
         wanted = read_ids(items, items_from, prepared.items, config.data.columns.item)
-        found = rank(prepared, ranker_of(model, prepared.tensors.cutoff), wanted, k=k)
+        found = rank(prepared, ranker, wanted, k=k)
     _say_if_short(k, len(prepared.items) - 1)
     write_rows(found, out, show=print_json if as_json else print_frame, as_json=as_json)
 
@@ -296,13 +296,12 @@ def export(
     from dataclasses import asdict
 
     from recclr.export import parse_target
-    from recclr.load import load_run, ranker_of
+    from recclr.load import load_ranker
     from recclr.shipping import ship
 
     parse_target(to)
     with working("exporting"):
-        config, prepared, model = load_run(run)
-        ranker = ranker_of(model, prepared.tensors.cutoff)
+        config, prepared, ranker = load_ranker(run)
         report = ship(prepared, ranker, to, run=None, config=config, name=name)
     if as_json:
         print_json(asdict(report))

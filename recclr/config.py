@@ -27,6 +27,7 @@ from recclr.settings import (
     TrainSettings,
 )
 from recclr.settings.baselines import BaselineSettings
+from recclr.settings.blending import BlendSettings
 
 _EXPECTED = "expected "
 
@@ -47,8 +48,14 @@ class Config(BaseModel):
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     baselines: BaselineSettings = BaselineSettings()
+    blend: BlendSettings = BlendSettings()
     export: tuple[str, ...] = ()
     """Stores written at the end of a run, "lancedb:store" for example; relative to the run."""
+
+    @property
+    def served_similarity(self) -> str:
+        """Of the vectors that a run serves: several models side by side have no unit length."""
+        return "dot" if self.blend.parts else self.model.similarity
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:

@@ -6,15 +6,17 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from recclr.checkpoint import find_checkpoint
 from recclr.config import Config
 from recclr.data.log import Prepared
 from recclr.data.prepared import PreparedLog
 from recclr.errors import CheckpointError, ConfigError
+from recclr.files import sha256_of
 from recclr.keeping import load_weights
 from recclr.optim import Table
-from recclr.run_folder import read_config
+from recclr.run_folder import BLEND, BLEND_VECTORS, read_config, read_json
 from recclr.sharded_tables import NewTable
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower, build_model
@@ -48,6 +50,41 @@ def load_model(
     model = fresh_model(config, prepared, new_table)
     load_weights(model, found.tensors)
     return model.eval()
+
+
+def load_ranker(run: Path) -> tuple[Config, PreparedLog, EmbeddingRanker]:
+    """Configuration, data, and what the run serves; its model, with what stands beside it.
+
+    Raises:
+        ConfigError: no run folder. CheckpointError: no model yet, or a damaged one.
+    """
+    config = read_config(run)
+    prepared = PreparedLog.load(run)
+    if config.blend.parts:
+        blended = load_blend(run)
+        if blended is None:
+            raise CheckpointError(f"{run} has no {BLEND}; has the run trained to its end?")
+        return config, prepared, blended
+    model = load_model(config, prepared.tensors, run / "checkpoints")
+    return config, prepared, ranker_of(model, prepared.tensors.cutoff)
+
+
+def load_blend(folder: Path, name: str = "model") -> EmbeddingRanker | None:
+    """What a stage serves, None where its folder holds no blend.
+
+    Raises:
+        CheckpointError: the file of vectors is missing or not the one that was written.
+    """
+    if not (folder / BLEND).exists():
+        return None
+    facts, path = read_json(folder / BLEND), folder / BLEND_VECTORS
+    if not path.exists() or sha256_of(path) != facts.get("sha256"):
+        raise CheckpointError(
+            f"{path} is missing or damaged: expected the vectors that {folder / BLEND} was written "
+            "with; remove both and run the same command with --resume"
+        )
+    held = load_file(path)
+    return EmbeddingRanker(name, held["users"], held["items"])
 
 
 def ranker_of(model: TwoTower, cutoff: int | None, name: str = "model") -> EmbeddingRanker:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recclr.baselines import BaselineChoice, build_baselines, refit_baseline
+from recclr.blend_stage import blend_final, blend_selected, require_runs, require_validation
 from recclr.checking import Data, read_data, refits
 from recclr.config import Config
 from recclr.data.log import Prepared
@@ -25,10 +26,11 @@ from recclr.files import write_bytes_atomic, write_json_atomic
 from recclr.fitting import fit_model
 from recclr.joining import restarts_are_safe
 from recclr.judge import collect_results, judged_by
-from recclr.load import load_model, pick_device, ranker_of
+from recclr.load import load_blend, load_model, pick_device, ranker_of
 from recclr.ranking import Ranker
 from recclr.run_context import Context, asked_to_end
 from recclr.run_folder import (
+    BLEND,
     DATA,
     METRICS,
     REPORT,
@@ -77,6 +79,7 @@ def train_run(
     """
     device = pick_device(ranks.own_device(device))
     _require_targets(config)
+    require_runs(config)
     existed = out.exists()
     emit = on_event if on_event is not None and ranks.first else lambda event: None
     ranks.start(device, config.train.collective_timeout_s)
@@ -92,6 +95,7 @@ def train_run(
             context = Context(config, out, device, emit, resume, stop, ranks)
             require_shared(out, ranks)
             data = _read(context)
+            require_validation(config, data.examples)
             _begin(context, data)
             selected = _select(context, data)
             final = _final_stage(context, data.split, selected)
@@ -163,6 +167,8 @@ def _select(context: Context, data: Data) -> Stage:
     _save(context, prepared, folder)
     model, steps = _fit(context, "selection", folder, prepared, examples, None)
     ranker = ranker_of(model, prepared.tensors.cutoff)
+    if context.config.blend.parts:
+        ranker = _blend_selected(context, prepared, ranker, folder, examples)
     stage = Stage(prepared, ranker, steps)
     judged: dict[str, Evaluation] = {}
     if context.ranks.first:
@@ -181,6 +187,28 @@ def _select(context: Context, data: Data) -> Stage:
     return stage
 
 
+def _blend_selected(
+    context: Context,
+    prepared: PreparedLog,
+    ranker: EmbeddingRanker,
+    folder: Path,
+    examples: EvaluationSet | None,
+) -> EmbeddingRanker:
+    """The model with others beside it, as an earlier call left it, or at weights found here."""
+    if context.ranks.from_first((folder / BLEND).exists(), "looking for what is done"):
+        found = load_blend(folder)
+        assert found is not None
+        return found
+    context.enter("blend")
+
+    def value(candidate: EmbeddingRanker) -> float:
+        assert examples is not None
+        found = _evaluated(context, candidate, examples, ("all",), ranks=context.ranks)
+        return found.metrics["all"][context.config.evaluate.select]
+
+    return blend_selected(context.config, prepared, ranker, folder, value, context.ranks)
+
+
 def _final_stage(context: Context, split: Split, selected: Stage) -> Stage:
     """The model to ship: refitted on train + validation, or the selected one."""
     if not refits(context.config, split):
@@ -192,6 +220,10 @@ def _final_stage(context: Context, split: Split, selected: Stage) -> Stage:
     _save(context, prepared, context.out)
     model, steps = _fit(context, "refit", context.out, prepared, None, selected.steps)
     ranker = ranker_of(model, prepared.tensors.cutoff)
+    if config.blend.parts:
+        context.enter("blend")
+        selection = context.out / _SELECTION
+        ranker = blend_final(config, prepared, ranker, context.out, selection, context.ranks)
     return Stage(prepared, ranker, steps, selected.choices, selected.skipped)
 
 
@@ -214,6 +246,8 @@ def _judge(context: Context, split: Split, selected: Stage, final: Stage) -> dic
     results["baselines"] = {c.name: asdict(c) for c in final.choices}
     results["skipped_baselines"] = final.skipped
     results["selected_steps"] = selected.steps
+    if config.blend.parts:
+        results["blend"] = read_json(context.out / BLEND)
     return results
 
 

@@ -37,6 +37,7 @@ from recclr.files import (
 
 METRICS, CONFIG, DATA, LOG = "metrics.json", "config.toml", "data.json", "log.jsonl"
 ENVIRONMENT, REPORT = "environment.json", "report.html"
+BLEND, BLEND_VECTORS = "blend.json", "blend.safetensors"
 _LOCK = ".lock"
 _LIBRARIES = ("recclr", "torch", "numpy", "polars", "pyarrow", "scikit-learn", "implicit")
 _FOOTER_BYTES = 1 << 16

@@ -78,7 +78,7 @@ def _bundle(
         user_ids=prepared.users.ids,
         user_vectors=ranker.user_vectors[:-1],
         unknown_user_vector=ranker.user_vectors[-1],
-        similarity=config.model.similarity,
+        similarity=config.served_similarity,
         name=name,
         facts=ModelFacts(
             created=datetime.now(UTC).isoformat(timespec="seconds"),

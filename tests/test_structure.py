@@ -32,6 +32,7 @@ FLOORS = {
         "parts",
         "towers",
         "losses",
+        "blending",
         "scoring",
         "negatives",
         "known_positives",
@@ -53,6 +54,7 @@ FLOORS = {
     5: {
         "api",
         "batch_size",
+        "blend_stage",
         "checking",
         "cli",
         "console",

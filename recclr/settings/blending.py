@@ -13,7 +13,8 @@ from recclr.strict import require_ranges as _check
 @dataclass(frozen=True, kw_only=True)
 class BlendSettings:
     """Dot products add: vectors of several models laid side by side, each with a weight, are one
-    model that any store serves. Weights are chosen on validation."""
+    model that any store serves. Weights are chosen on validation.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 

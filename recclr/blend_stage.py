@@ -1,0 +1,179 @@
+"""A run's model with others laid beside it: weights chosen on validation, and what is served.
+
+The served vectors are a file of the stage's folder, so that every later command ranks with exactly
+what was judged, and fits nothing again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn.functional import pad
+
+from recclr.blending import Vectors, choose_weights, compressed, laid_side_by_side, of_equal_spread
+from recclr.config import Config
+from recclr.data.prepared import PreparedLog
+from recclr.data.vocabulary import Vocabulary
+from recclr.distributed import Ranks
+from recclr.errors import ConfigError
+from recclr.evaluate import EvaluationSet
+from recclr.files import sha256_of, write_bytes_atomic, write_json_atomic
+from recclr.keeping import digest_of
+from recclr.load import load_blend, load_model, ranker_of
+from recclr.run_folder import BLEND, BLEND_VECTORS, METRICS, read_config, read_json
+from recclr.spectral import spectral_factors
+from recclr.topk import EmbeddingRanker
+
+Judge = Callable[[EmbeddingRanker], float]
+
+
+def require_runs(config: Config) -> None:
+    """Refuse to lay a run beside this one that has not ended, before hours of training.
+
+    Raises:
+        ConfigError: a folder of ``blend.runs`` holds no finished run.
+    """
+    for run in config.blend.runs:
+        if not (Path(run) / METRICS).exists():
+            raise ConfigError(
+                f"blend.runs: {run} holds no finished run; expected the folder of one, on the same "
+                "data and split"
+            )
+
+
+def require_validation(config: Config, examples: EvaluationSet | None) -> None:
+    """Refuse a blend that nothing can choose the weights of.
+
+    Raises:
+        ConfigError: there is no validation to judge them by.
+    """
+    if config.blend.parts and examples is None:
+        raise ConfigError(
+            "blend chooses its weights on validation, but the split holds none out; set "
+            "split.valid, or leave [blend] out"
+        )
+
+
+def blend_selected(
+    config: Config,
+    prepared: PreparedLog,
+    ranker: EmbeddingRanker,
+    folder: Path,
+    judge: Judge,
+    ranks: Ranks,
+) -> EmbeddingRanker:
+    """The model of selection with the parts beside it, at the weights that ``judge`` likes best.
+
+    Args:
+        folder: of the selection; gets the weights, with the value of each that was tried.
+        judge: metric of a ranker on validation. ranks: all of which call this; the first writes.
+    """
+    parts = _parts(config, prepared, ranker, of_selection=True)
+
+    def value(vectors: Vectors) -> float:
+        return judge(EmbeddingRanker(ranker.name, *_compressed(config, vectors)))
+
+    choice = choose_weights(parts, value, config.blend.weights)
+    facts = {
+        "parts": list(config.blend.parts),
+        "weights": list(choice.weights),
+        "value": choice.value,
+        "tried": [{str(w): v for w, v in each.items()} for each in choice.tried],
+    }
+    return _keep(config, parts, facts, folder, ranker.name, ranks)
+
+
+def blend_final(
+    config: Config,
+    prepared: PreparedLog,
+    ranker: EmbeddingRanker,
+    folder: Path,
+    selection: Path,
+    ranks: Ranks,
+) -> EmbeddingRanker:
+    """The refitted model with refitted parts beside it, at the weights of the selection.
+
+    Args:
+        folder: of the run. selection: folder that ``blend_selected`` wrote to. ranks: as there.
+    """
+    facts = read_json(selection / BLEND)
+    parts = _parts(config, prepared, ranker, of_selection=False)
+    return _keep(config, parts, facts, folder, ranker.name, ranks)
+
+
+def _keep(
+    config: Config,
+    parts: list[Vectors],
+    facts: dict[str, Any],
+    folder: Path,
+    name: str,
+    ranks: Ranks,
+) -> EmbeddingRanker:
+    """Write what is served; blend.json last, since it says that the vectors are whole."""
+    blended = laid_side_by_side(parts, [1.0, *facts["weights"]])
+    vectors = _compressed(config, blended)
+    held = {side: getattr(vectors, side).contiguous() for side in Vectors._fields}
+    if ranks.size > 1:
+        ranks.agree({"the blended vectors": digest_of(held)})
+    if ranks.first:
+        write_bytes_atomic(folder / BLEND_VECTORS, save(held))
+        digest = sha256_of(folder / BLEND_VECTORS)
+        dim = vectors.items.shape[1]
+        write_json_atomic(folder / BLEND, {**facts, "sha256": digest, "embedding_dim": dim})
+    ranks.meet("the blend")
+    return EmbeddingRanker(name, *vectors)
+
+
+def _compressed(config: Config, vectors: Vectors) -> Vectors:
+    dim = config.blend.compress
+    return vectors if dim is None else compressed(vectors, dim)
+
+
+def _parts(
+    config: Config, prepared: PreparedLog, ranker: EmbeddingRanker, *, of_selection: bool
+) -> list[Vectors]:
+    """The model, then what stands beside it, all of equal spread."""
+    found = [Vectors(ranker.user_vectors, ranker.item_vectors)]
+    if config.blend.spectral:
+        dim, log = config.blend.spectral, prepared.tensors.train
+        users, items = spectral_factors(log, dim=dim, seed=config.seed)
+        found.append(Vectors(pad(users, (0, 0, 0, 1)), items))
+    for run in config.blend.runs:
+        found.append(_of_run(Path(run), prepared, of_selection=of_selection))
+    return [of_equal_spread(part, seed=config.seed) for part in found]
+
+
+def _of_run(run: Path, prepared: PreparedLog, *, of_selection: bool) -> Vectors:
+    """Vectors of another run in the order of this one's ids; entities it lacks are zero, unknown
+    users are served by its unknown user.
+
+    Raises:
+        ConfigError: no run, or one that shares no item with this.
+    """
+    selected = run / "selection"
+    folder = selected if of_selection and selected.is_dir() else run
+    config, other = read_config(run), PreparedLog.load(folder)
+    ranker = load_blend(folder)
+    if ranker is None:
+        model = load_model(config, other.tensors, folder / "checkpoints")
+        ranker = ranker_of(model, other.tensors.cutoff)
+    users = _matched(ranker.user_vectors, prepared.users, other.users, run)
+    items = _matched(ranker.item_vectors, prepared.items, other.items, run)
+    return Vectors(torch.cat([users, ranker.user_vectors[-1:]]), items)
+
+
+def _matched(vectors: Tensor, own: Vocabulary, other: Vocabulary, run: Path) -> Tensor:
+    places = torch.from_numpy(other.encode(own.ids)).long()
+    known = places >= 0
+    if not known.any():
+        raise ConfigError(
+            f"blend.runs: {run} shares no id with this run; expected a run on the same data"
+        )
+    found = vectors.new_zeros((len(places), vectors.shape[1]))
+    found[known] = vectors[places[known]]
+    return found
