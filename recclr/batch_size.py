@@ -14,7 +14,7 @@ import torch
 
 from recclr.config import Config
 from recclr.data.log import Prepared
-from recclr.load import fresh_model
+from recclr.load import fresh_model, training_log
 from recclr.memory import available_bytes, forget_peak, held_bytes, peak_bytes
 from recclr.objective import StepStats
 from recclr.stepping import Stepper
@@ -101,7 +101,7 @@ def _trial(
     model = fresh_model(config, prepared).to(device).train()
     stepper = Stepper(
         model,
-        prepared.train.to(device),
+        training_log(config, prepared).to(device),
         loss=config.loss,
         negatives=config.negatives,
         train=settings,

@@ -243,6 +243,11 @@ def _cross_check(config: Config, source: str) -> None:
             problems.append(f"{names[0]}: needs timestamps, but data.columns.timestamp is not set")
     if config.item.history is not None:
         problems.append("item.history: only users have a history")
+    if config.model.mode == "item_item" and config.user != TowerSettings():
+        problems.append(
+            'user: model.mode = "item_item" has one tower, that of items, and serves users by '
+            "their last items; leave [user] out"
+        )
     if config.train.time_cells is False and needing["item"]:
         problems.append(
             f"train.time_cells: {needing['item'][0]} needs time cells; leave the key out"

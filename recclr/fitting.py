@@ -12,7 +12,7 @@ from recclr.config import Config
 from recclr.data.log import EncodedLog, Prepared
 from recclr.data.sharding import rows_for_training, wanted_groups
 from recclr.distributed import ALONE, Ranks
-from recclr.load import fresh_model, ranker_of
+from recclr.load import fresh_model, ranker_of, training_log
 from recclr.sharded_tables import table_maker
 from recclr.spectral import start_from_spectral
 from recclr.topk import EmbeddingRanker
@@ -45,9 +45,10 @@ def fit_model(
         num_steps, checkpoints, resume, device, on_event, stop, ranks: see ``train.fit``, which also
             says what is raised.
     """
-    log = prepared.train
+    log = training_log(config, prepared)
     rows: AbstractContextManager[EncodedLog] = nullcontext(log)
-    if workspace is not None:
+    # Pairs are made from rows in memory, and stay there.
+    if workspace is not None and log is prepared.train:
         rows = rows_for_training(
             log,
             workspace,
@@ -63,10 +64,10 @@ def fit_model(
         return judge(ranker_of(candidate, prepared.cutoff))
 
     with rows as log:
-        data, new_table = replace(prepared, train=log), table_maker(config.train, ranks, device)
-        model = fresh_model(config, data, new_table)
+        data = replace(prepared, train=log) if log.mapped_for is not None else prepared
+        model = fresh_model(config, data, table_maker(config.train, ranks, device))
         if config.model.init == "spectral":
-            start_from_spectral(model, log, init_std=config.model.init_std, seed=config.seed)
+            start_from_spectral(model, data.train, init_std=config.model.init_std, seed=config.seed)
         result = fit(
             model,
             log,

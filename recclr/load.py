@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from recclr.checkpoint import find_checkpoint
+from recclr.co_interactions import co_interactions
 from recclr.config import Config
-from recclr.data.log import Prepared
+from recclr.data.log import EncodedLog, Prepared
 from recclr.data.prepared import PreparedLog
 from recclr.errors import CheckpointError, ConfigError
 from recclr.files import sha256_of
@@ -18,6 +19,7 @@ from recclr.keeping import load_weights
 from recclr.optim import Table
 from recclr.run_folder import BLEND, BLEND_VECTORS, read_config, read_json
 from recclr.sharded_tables import NewTable
+from recclr.siamese import build_siamese
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower, build_model
 
@@ -99,6 +101,15 @@ def fresh_model(config: Config, prepared: Prepared, new_table: NewTable = Table)
     Args:
         new_table: see ``towers.build_model``.
     """
+    if config.model.mode == "item_item":
+        return build_siamese(
+            prepared,
+            item=config.item,
+            model=config.model,
+            loss=config.loss,
+            seed=config.seed,
+            new_table=new_table,
+        )
     return build_model(
         prepared,
         user=config.user,
@@ -108,6 +119,17 @@ def fresh_model(config: Config, prepared: Prepared, new_table: NewTable = Table)
         seed=config.seed,
         new_table=new_table,
     )
+
+
+def training_log(config: Config, prepared: Prepared) -> EncodedLog:
+    """The rows that steps are made of: those of train, or the pairs of items among them.
+
+    Raises:
+        DataError: there are no pairs.
+    """
+    if config.model.mode == "item_item":
+        return co_interactions(prepared.train, config.model.pairs)
+    return prepared.train
 
 
 def pick_device(device: str) -> str:

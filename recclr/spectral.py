@@ -70,8 +70,9 @@ def start_from_spectral(model: TwoTower, log: EncodedLog, *, init_std: float, se
     Raises:
         ConfigError: neither tower has an id.
     """
-    towers = (model.user_tower, model.item_tower)
-    parts = [_id_part(tower) for tower in towers]
+    parts = [_id_part(model.user_tower), _id_part(model.item_tower)]
+    if model.user_tower is model.item_tower:
+        parts[0] = None
     if parts == [None, None]:
         raise ConfigError('model.init = "spectral" needs user.id or item.id; both are switched off')
     dim = next(part for part in parts if part is not None).table.dim

@@ -180,6 +180,15 @@ class TwoTower(nn.Module):
             users float32 [num_users + 1, D], whose last row serves unknown users, and items
             float32 [num_items, D]; on the CPU if a table is sharded.
         """
+        users = self._every(self.user_tower, self.num_users + 1, cutoff)
+        return users, self.all_items(cutoff)
+
+    @torch.no_grad()
+    def all_items(self, cutoff: int | None) -> Tensor:
+        """The items of ``all_vectors`` alone."""
+        return self._every(self.item_tower, self.num_items, cutoff)
+
+    def _every(self, tower: nn.Module, count: int, cutoff: int | None) -> Tensor:
         was_training = self.training
         self.eval()
         device = self.log_temperature.device
@@ -187,12 +196,9 @@ class TwoTower(nn.Module):
         kept_on = "cpu" if self.shards() else device
         at = None if cutoff is None else torch.tensor(cutoff, device=device)
 
-        def embed(tower: nn.Module, count: int) -> Tensor:
-            chunks = torch.split(torch.arange(count, device=device), _CHUNK)
-            parts = (self._finish(tower(Rows(chunk, at))).float() for chunk in chunks)
-            return torch.cat([part.to(kept_on) for part in parts])
-
-        vectors = embed(self.user_tower, self.num_users + 1), embed(self.item_tower, self.num_items)
+        chunks = torch.split(torch.arange(count, device=device), _CHUNK)
+        parts = (self._finish(tower(Rows(chunk, at))).float() for chunk in chunks)
+        vectors = torch.cat([part.to(kept_on) for part in parts])
         self.train(was_training)
         return vectors
 
@@ -226,6 +232,20 @@ def build_model(
         similarity=model.similarity,
         loss=loss,
     )
+
+
+def build_tower(
+    side: str,
+    settings: TowerSettings,
+    prepared: Prepared,
+    *,
+    model: ModelSettings,
+    seed: int,
+    new_table: NewTable = Table,
+) -> Tower:
+    """One tower alone, ``item`` or ``user`` (without a history); as ``build_model`` otherwise."""
+    features = prepared.items if side == "item" else prepared.users
+    return _Builder(prepared, model, seed, new_table).tower(side, settings, features)
 
 
 class _Builder:

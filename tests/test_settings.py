@@ -10,6 +10,7 @@ import pytest
 from recclr import settings
 from recclr.metrics import DEFINITIONS
 from recclr.settings import baselines as baseline_settings
+from recclr.settings import blending
 
 # One field per line with its closed range; None where the range has no upper end worth testing.
 RANGES = [
@@ -18,6 +19,11 @@ RANGES = [
     (settings.HistorySettings, "half_life_d", 1e-6, 1e6),
     (settings.HistorySettings, "dropout", 0.0, 0.95),
     (settings.TowerSettings, "dropout", 0.0, 0.95),
+    (settings.PairSettings, "window", 1, 1000),
+    (settings.PairSettings, "within_d", 1e-6, 1e6),
+    (settings.PairSettings, "half_life", 1e-3, 1e6),
+    (settings.PairSettings, "query_length", 1, 100_000),
+    (blending.BlendSettings, "spectral", 0, 8192),
     (settings.ModelSettings, "embedding_dim", 1, 8192),
     (settings.ModelSettings, "init_std", 1e-6, 100.0),
     (settings.LossSettings, "temperature", 1e-4, 1e4),

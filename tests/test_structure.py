@@ -32,6 +32,8 @@ FLOORS = {
         "parts",
         "towers",
         "losses",
+        "co_interactions",
+        "siamese",
         "blending",
         "scoring",
         "negatives",

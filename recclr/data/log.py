@@ -225,7 +225,8 @@ class EncodedLog:
         """On a device; the columns of a mapped log stay where they are, its batches go there."""
         if self.mapped_for is not None:
             return replace(self, mapped_for=torch.device(device))
-        return self.with_columns(lambda column: column.to(device))
+        moved = self.with_columns(lambda column: column.to(device))
+        return replace(moved, groups=self.groups)
 
 
 @dataclass(frozen=True)

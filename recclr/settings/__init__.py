@@ -13,6 +13,7 @@ from recclr.settings.towers import (
     HistorySettings,
     IdSettings,
     ModelSettings,
+    PairSettings,
     TowerSettings,
 )
 from recclr.settings.training import SHARDED_OPTIMIZERS, TrainSettings
@@ -30,6 +31,7 @@ __all__ = [
     "LossSettings",
     "ModelSettings",
     "NegativesSettings",
+    "PairSettings",
     "PopularitySettings",
     "SplitSettings",
     "TowerSettings",

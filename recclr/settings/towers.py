@@ -105,11 +105,41 @@ class TowerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairSettings:
+    """Which items of a user make a pair, and how a user is served, under ``item_item``."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    window: int = 5
+    """Items at most so many places apart in a user's history are a pair."""
+    within_d: float | None = None
+    """And at most so many days apart; None for any."""
+    half_life: float = 2.0
+    """The weight of a pair halves with every so many places of distance."""
+    query_length: int = 20
+    """A user is the mean of at most so many last items."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            window=(1, 1000),
+            within_d=(1e-6, 1e6),
+            half_life=(1e-3, 1e6),
+            query_length=(1, 100_000),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """What both towers share."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
+    mode: Literal["user_item", "item_item"] = "user_item"
+    """``item_item``: one tower for both sides learns which items people have close together; users
+    are served by the mean of their last items."""
+    pairs: PairSettings = field(default_factory=PairSettings)
+    """For ``item_item``."""
     embedding_dim: int = 64
     similarity: Literal["cosine", "dot"] = "cosine"
     init_std: float = 1.0
