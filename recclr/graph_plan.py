@@ -15,9 +15,10 @@ from torch import nn
 from recclr.distributed import Ranks
 from recclr.errors import ConfigError
 from recclr.graphs import graph_event
+from recclr.history import HistoryPart
 from recclr.kernels.logsumexp import why_not_triton
 from recclr.optim import Table
-from recclr.parts import BagPart, CategoryPart, DensePart, HistoryPart, IdPart, StatisticsPart
+from recclr.parts import BagPart, CategoryPart, DensePart, IdPart, StatisticsPart
 from recclr.settings import LossSettings, NegativesSettings, TrainSettings
 from recclr.statistics import TimeIndex
 from recclr.towers import ResidualBlock, Tower, TwoTower

@@ -24,7 +24,7 @@ from recclr.known_positives import KnownPositives
 from recclr.losses import mean_weights
 from recclr.negatives import Candidates, CandidateSampler
 from recclr.order import generator, mix
-from recclr.parts import Rows
+from recclr.rows import Rows
 from recclr.scoring import Scored, scored_loss
 from recclr.settings import LossSettings, NegativesSettings
 from recclr.towers import TwoTower

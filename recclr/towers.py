@@ -19,18 +19,12 @@ from recclr.data.log import (
     RaggedColumn,
 )
 from recclr.errors import ConfigError
+from recclr.history import HistoryPart
 from recclr.kernels import unit_rows
 from recclr.optim import Table
 from recclr.order import generator as keyed_generator
-from recclr.parts import (
-    BagPart,
-    CategoryPart,
-    DensePart,
-    HistoryPart,
-    IdPart,
-    Rows,
-    StatisticsPart,
-)
+from recclr.parts import BagPart, CategoryPart, DensePart, IdPart, StatisticsPart
+from recclr.rows import Rows
 from recclr.settings import (
     FeatureSettings,
     HistorySettings,

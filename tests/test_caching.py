@@ -10,7 +10,7 @@ from torch import nn
 
 from recclr.caching import embed_in_chunks
 from recclr.order import generator
-from recclr.parts import Rows
+from recclr.rows import Rows
 from recclr.settings import NegativesSettings, TrainSettings
 from recclr.stepping import Stepper
 from recclr.train import fit

@@ -9,16 +9,10 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from recclr.data.log import CategoricalColumn, Csr, EncodedLog, RaggedColumn
+from recclr.history import HistoryPart
 from recclr.optim import Table, TableOptimizer
-from recclr.parts import (
-    BagPart,
-    CategoryPart,
-    DensePart,
-    HistoryPart,
-    IdPart,
-    Rows,
-    StatisticsPart,
-)
+from recclr.parts import BagPart, CategoryPart, DensePart, IdPart, StatisticsPart
+from recclr.rows import Rows
 from recclr.statistics import DAY_S, TimeIndex, statistics_at
 
 DIM = 3

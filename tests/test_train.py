@@ -18,7 +18,7 @@ from recclr.errors import (
     StoreError,
 )
 from recclr.keeping import load_weights
-from recclr.parts import Rows
+from recclr.rows import Rows
 from recclr.settings import (
     FeatureSettings,
     HistorySettings,
