@@ -1,6 +1,6 @@
 """The history of a user as a part of the tower: the items before a moment, pooled.
 
-Shape letters: B rows asked for, D embedding dimension.
+Shape letters: B rows asked for.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from recclr.data.log import Csr
 from recclr.distinct import padded_distinct
 from recclr.ragged import grid, longest, ranges
 from recclr.rows import Rows
+from recclr.sequences import Shuffle, cropped
 from recclr.statistics import DAY_S, TimeIndex
 
 
@@ -28,6 +29,7 @@ class HistoryPart(nn.Module):
     Args:
         items: item parts whose sum represents an item: its id, its features, or both.
         user_items: items per user, oldest first. index: their times, in the same order, or None.
+        crop, mask, reorder: what training leaves of a history; see ``sequences``.
     """
 
     offsets: Tensor
@@ -43,11 +45,16 @@ class HistoryPart(nn.Module):
         length: int,
         half_life_d: float | None,
         dropout: float,
+        crop: float = 1.0,
+        mask: float = 0.0,
+        reorder: float = 0.0,
     ) -> None:
         super().__init__()
         self.item_parts, self.index = nn.ModuleList(items), index
         self.length, self.half_life_d, self.dropout = length, half_life_d, dropout
-        self.items_drop = any(getattr(part, "dropout", 0.0) > 0 for part in items)
+        self.crop, self.mask, self.reorder = crop, mask, reorder
+        self.draws = crop < 1.0 or mask > 0.0 or reorder > 0.0
+        self.items_draw = any(getattr(part, "draws", False) for part in items)
         offsets = torch.cat([user_items.offsets, user_items.offsets[-1:]])
         self.longest = min(length, longest(offsets))
         self.register_buffer("offsets", offsets, persistent=False)
@@ -56,15 +63,23 @@ class HistoryPart(nn.Module):
 
     def forward(self, rows: Rows) -> Tensor:
         start, stop = self._span(rows)
+        seeds = rows.seeds() if self.draws and rows.generator is not None else None
+        if seeds is not None:
+            start, stop = cropped(start, stop, 1.0 - (1.0 - self.crop) * rows.share, seeds)
         if rows.fixed_shapes and self.longest:
-            return self._padded(start, stop, rows)
+            return self._padded(start, stop, rows, seeds)
         positions = ranges(start, stop)
         owner = positions.row_numbers()
         items = self.items[positions.values]
         weights = self._weights(positions.values, (stop - 1)[owner])
+        if seeds is not None:
+            weights = self._shuffle(rows).flat(weights, positions.offsets, owner, seeds)
         if rows.without is not None and self._timeless(rows):
             weights = weights * (items != rows.without[owner])
         return self._pooled(Csr(positions.offsets, items), weights, rows)
+
+    def _shuffle(self, rows: Rows) -> Shuffle:
+        return Shuffle(self.mask * rows.share, self.reorder * rows.share)
 
     def _timeless(self, rows: Rows) -> bool:
         return self.index is None or rows.at is None
@@ -79,12 +94,14 @@ class HistoryPart(nn.Module):
             stop = torch.where(known, rank, stop)
         return torch.maximum(start, stop - self.length), stop
 
-    def _padded(self, start: Tensor, stop: Tensor, rows: Rows) -> Tensor:
+    def _padded(self, start: Tensor, stop: Tensor, rows: Rows, seeds: Tensor | None) -> Tensor:
         """The same with a place for every item that a history could have: B · longest vectors."""
         assert rows.without is not None, "padded rows are those of a training step"
         places, alive = grid(start, stop, self.longest, len(self.items))
         items = self.items[places].long()
         weights = self._weights(places, (stop - 1).clamp(min=0)[:, None])
+        if seeds is not None:
+            weights = self._shuffle(rows).padded(weights, stop - start, seeds)
         weights = torch.where(alive, weights, 0.0)
         if self._timeless(rows):
             weights = weights * (items != rows.without[:, None])
@@ -94,11 +111,11 @@ class HistoryPart(nn.Module):
         some = torch.cat([alive.reshape(-1), torch.ones_like(alive[0, :1])])
         spare = others.index_select(0, some.int().argmax().view(1))
         flat = torch.where(alive, items, spare).reshape(-1)
-        wanted = Rows(flat, generator=rows.generator, fixed_shapes=True)
-        if self.items_drop and rows.generator is not None:
+        wanted = self._items(flat, rows)
+        if self.items_draw and rows.generator is not None:
+            # One draw for an item, wherever it stands.
             found = padded_distinct(flat, len(flat))
-            first = found.order[found.starts()[found.inverse()]]
-            wanted = replace(wanted, whole=wanted, places=first)
+            wanted = replace(wanted, whole=Rows(found.values), places=found.inverse())
         vectors = torch.stack([part(wanted) for part in self.item_parts]).sum(0)
         pooled = (vectors.view(*places.shape, -1) * weights[:, :, None]).sum(1)
         return self._shown(pooled, weights.square().sum(1), rows.dropped(self.dropout))
@@ -126,13 +143,27 @@ class HistoryPart(nn.Module):
 
     def _wanted(self, distinct: Tensor, rows: Rows) -> Rows:
         """The items of all histories; if they draw, as a part of those of the whole step."""
-        if rows.whole is None or rows.generator is None or not self.items_drop:
-            return Rows(distinct, generator=rows.generator)
-        every = torch.unique(self.items[ranges(*self._span(rows.whole)).values].long())
+        wanted = self._items(distinct, rows)
+        if rows.generator is None or not self.items_draw:
+            return wanted
+        # Of a cropped history all items, since a part does not know the stretches of others.
+        whole = rows if rows.whole is None else rows.whole
+        if rows.whole is None and self.crop == 1.0:
+            return wanted
+        every = torch.unique(self.items[ranges(*self._span(whole)).values].long())
         if not len(every):
-            return Rows(distinct, generator=rows.generator)
-        places = torch.searchsorted(every, distinct)
-        return Rows(distinct, None, None, rows.generator, Rows(every), places)
+            return wanted
+        return replace(wanted, whole=Rows(every), places=torch.searchsorted(every, distinct))
+
+    def _items(self, idx: Tensor, rows: Rows) -> Rows:
+        """As the item parts are asked for them on behalf of ``rows``."""
+        return Rows(
+            idx,
+            generator=rows.generator,
+            fixed_shapes=rows.fixed_shapes,
+            view=rows.view,
+            share=rows.share,
+        )
 
     def _weights(self, places: Tensor, newest: Tensor) -> Tensor:
         """Of the items at ``places``, by the place of the newest of each one's history."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from recclr.data.log import CategoricalColumn, Csr, RaggedColumn
 from recclr.optim import Table
+from recclr.order import keyed_uniform
 from recclr.ragged import grid, longest
 from recclr.rows import Rows
 from recclr.statistics import TimeIndex, statistics_at, statistics_width
@@ -29,6 +30,7 @@ class IdPart(nn.Module):
 
     Args:
         known: bool [num_rows]: entities with a train interaction.
+        hideable: whether the tower hides ids together with other parts (``augment``).
         first_seen: int64 [num_rows] seconds: with it, an id counts only after that moment.
     """
 
@@ -36,17 +38,25 @@ class IdPart(nn.Module):
     first_seen: Tensor | None
 
     def __init__(
-        self, table: Table, known: Tensor, *, dropout: float, first_seen: Tensor | None = None
+        self,
+        table: Table,
+        known: Tensor,
+        *,
+        dropout: float,
+        first_seen: Tensor | None = None,
+        hideable: bool = False,
     ) -> None:
         super().__init__()
         self.table = table
         self.dropout = dropout
+        self.draws = dropout > 0.0
+        trains_unknown = dropout > 0.0 or hideable or first_seen is not None
         beyond = torch.zeros(1, dtype=torch.bool)
         self.register_buffer("known", torch.cat([known, beyond]), persistent=False)
         self.register_buffer("first_seen", first_seen, persistent=False)
         # Without any unknown row to serve the lookup is the bare table (the fast path).
-        self.always = bool(known.all()) and dropout == 0.0 and first_seen is None
-        self.trains_unknown = dropout > 0.0 or first_seen is not None
+        self.always = bool(known.all()) and not trains_unknown
+        self.trains_unknown = trains_unknown
 
     def forward(self, rows: Rows) -> Tensor:
         num_rows = len(self.known) - 1
@@ -72,36 +82,54 @@ class CategoryPart(nn.Module):
 
     idx: Tensor
 
-    def __init__(self, table: Table, column: CategoricalColumn, *, dropout: float) -> None:
+    def __init__(
+        self, table: Table, column: CategoricalColumn, *, dropout: float, swap: float = 0.0
+    ) -> None:
         super().__init__()
         self.table = table
-        self.dropout = dropout
+        self.dropout, self.swap = dropout, swap
+        self.draws = dropout > 0.0 or swap > 0.0
         idx = torch.cat([column.idx.long(), torch.zeros(1, dtype=torch.int64)])
         self.register_buffer("idx", idx, persistent=False)
 
     def forward(self, rows: Rows) -> Tensor:
+        rows = rows.swapped(self.swap)
         idx = self.idx[rows.idx.clamp(max=len(self.idx) - 1)]
         hidden = rows.dropped(self.dropout)
         return _vectors(self.table, idx if hidden is None else idx.masked_fill(hidden, 0))
 
 
 class BagPart(nn.Module):
-    """Mean over any number of categories; the last table row stands for none."""
+    """Mean over any number of categories; the last table row stands for none.
+
+    Args:
+        subsample: probability that training keeps a category; the one that drew best always stays.
+    """
 
     offsets: Tensor
     values: Tensor
 
-    def __init__(self, table: Table, column: RaggedColumn, *, dropout: float) -> None:
+    def __init__(
+        self,
+        table: Table,
+        column: RaggedColumn,
+        *,
+        dropout: float,
+        swap: float = 0.0,
+        subsample: float = 1.0,
+    ) -> None:
         super().__init__()
         self.table = table
-        self.dropout = dropout
+        self.dropout, self.swap, self.subsample = dropout, swap, subsample
+        self.draws = dropout > 0.0 or swap > 0.0 or subsample < 1.0
         offsets = torch.cat([column.csr.offsets, column.csr.offsets[-1:]])
         self.longest = longest(offsets)
         self.register_buffer("offsets", offsets, persistent=False)
         self.register_buffer("values", column.csr.values, persistent=False)
 
     def forward(self, rows: Rows) -> Tensor:
-        pooled, lengths = (self._padded if rows.fixed_shapes else self._ragged)(rows.idx)
+        rows = rows.swapped(self.swap)
+        pooled, lengths = (self._padded if rows.fixed_shapes else self._ragged)(rows)
         pooled = pooled / lengths.clamp(min=1)[:, None]
         hidden = rows.dropped(self.dropout)
         absent = lengths == 0 if hidden is None else (lengths == 0) | hidden
@@ -109,39 +137,77 @@ class BagPart(nn.Module):
         last = torch.full((1,), self.table.num_rows - 1, device=lengths.device)
         return torch.where(absent[:, None], _vectors(self.table, last), pooled)
 
-    def _ragged(self, idx: Tensor) -> tuple[Tensor, Tensor]:
+    def _ragged(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Sum of the vectors of each bag, and how many there are."""
         csr = Csr(self.offsets, self.values)
-        bags = csr.take(idx.clamp(max=csr.num_rows - 1))
+        bags = csr.take(rows.idx.clamp(max=csr.num_rows - 1))
+        if self._subsamples(rows):
+            bags = self._subsampled(bags, rows)
         return self.table.bag(bags.values.long(), bags.offsets[:-1]), bags.lengths()
 
-    def _padded(self, idx: Tensor) -> tuple[Tensor, Tensor]:
-        idx = idx.clamp(max=len(self.offsets) - 2)
+    def _subsamples(self, rows: Rows) -> bool:
+        return rows.generator is not None and self.subsample < 1.0
+
+    def _keep(self, rows: Rows) -> float:
+        return 1.0 - (1.0 - self.subsample) * rows.share
+
+    def _subsampled(self, bags: Csr, rows: Rows) -> Csr:
+        owner = bags.row_numbers()
+        positions = torch.arange(len(owner), device=owner.device) - bags.offsets[owner]
+        drawn = keyed_uniform(rows.seeds()[owner], positions)
+        least = torch.ones(bags.num_rows, device=owner.device)
+        least.scatter_reduce_(0, owner, drawn, "amin")
+        kept = (drawn < self._keep(rows)) | (drawn <= least[owner])
+        ends = torch.zeros(len(owner) + 1, dtype=torch.int64, device=owner.device)
+        torch.cumsum(kept, 0, out=ends[1:])
+        return Csr(ends[bags.offsets], bags.values[kept])
+
+    def _padded(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        idx = rows.idx.clamp(max=len(self.offsets) - 2)
         start, stop = self.offsets[idx], self.offsets[idx + 1]
         if not self.longest:
             return self.table.weight.new_zeros((len(idx), self.table.dim)), stop - start
         places, alive = grid(start, stop, self.longest, len(self.values))
+        if self._subsamples(rows):
+            positions = torch.arange(self.longest, device=idx.device)
+            drawn = keyed_uniform(rows.seeds()[:, None], positions)
+            drawn = torch.where(alive, drawn, 1.0)
+            least = drawn.amin(1, keepdim=True)
+            alive = alive & ((drawn < self._keep(rows)) | (drawn <= least))
         # Beyond its end a bag asks for the row that is looked up below in any case.
         values = torch.where(alive, self.values[places].long(), self.table.num_rows - 1)
-        return self.table.padded_bag(values, alive), stop - start
+        return self.table.padded_bag(values, alive), alive.sum(1)
 
 
 class DensePart(nn.Module):
-    """A fixed vector per entity through a small network, or one linear layer if it is wide."""
+    """A fixed vector per entity through a small network, or one linear layer if it is wide.
+
+    Args:
+        values: [num_rows, W]; the last coordinate says what is missing (1) where there is jitter.
+        jitter: standard deviation of the noise on the other coordinates of what is not missing.
+    """
 
     values: Tensor
 
-    def __init__(self, values: Tensor, dim: int, *, dropout: float) -> None:
+    def __init__(
+        self, values: Tensor, dim: int, *, dropout: float, swap: float = 0.0, jitter: float = 0.0
+    ) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.swap, self.jitter = dropout, swap, jitter
+        self.draws = dropout > 0.0 or swap > 0.0 or jitter > 0.0
         self.register_buffer("values", values, persistent=False)
         self.network = _projection(values.shape[1], dim)
         self.missing = nn.Parameter(torch.zeros(dim))
 
     def forward(self, rows: Rows) -> Tensor:
         num_rows = len(self.values)
+        rows = rows.swapped(self.swap)
         unknown = rows.idx >= num_rows
         values = self.values[rows.idx.clamp(max=num_rows - 1)].to(self.missing.dtype)
+        if rows.generator is not None and self.jitter > 0.0:
+            flag = values[:, -1:]
+            noise = rows.normal(values.shape[1] - 1) * (self.jitter * rows.share) * (1 - flag)
+            values = torch.cat([values[:, :-1] + noise, flag], 1)
         hidden = rows.dropped(self.dropout)
         absent = unknown if hidden is None else unknown | hidden
         return torch.where(absent[:, None], self.missing, self.network(values))
@@ -151,14 +217,23 @@ class StatisticsPart(nn.Module):
     """Counts, age and time since last seen, as they stood at ``Rows.at``."""
 
     def __init__(
-        self, index: TimeIndex, dim: int, *, windows_d: tuple[float, ...], age: bool, dropout: float
+        self,
+        index: TimeIndex,
+        dim: int,
+        *,
+        windows_d: tuple[float, ...],
+        age: bool,
+        dropout: float,
+        swap: float = 0.0,
     ) -> None:
         super().__init__()
-        self.index, self.windows_d, self.age, self.dropout = index, windows_d, age, dropout
+        self.index, self.windows_d, self.age = index, windows_d, age
+        self.dropout, self.swap = dropout, swap
         self.network = _projection(statistics_width(windows_d, age), dim)
         self.missing = nn.Parameter(torch.zeros(dim))
 
     def forward(self, rows: Rows) -> Tensor:
+        rows = rows.swapped(self.swap)
         assert rows.at is not None, "statistics are only built for logs with time"
         values = statistics_at(
             self.index, rows.idx, rows.at, windows_d=self.windows_d, age=self.age
