@@ -146,5 +146,5 @@ def correlated_halves(information: Tensor, units: Sequence[Sequence[int]], size:
         ]
     )
     between.fill_diagonal_(torch.inf)
-    closest = between.argsort(1, descending=True, stable=True)[:, :size]
+    closest = between.sort(dim=1, descending=True, stable=True).indices[:, :size]
     return torch.zeros(len(units), len(units), dtype=torch.bool).scatter_(1, closest, True)

@@ -111,7 +111,7 @@ class HistoryPart(nn.Module):
         some = torch.cat([alive.reshape(-1), torch.ones_like(alive[0, :1])])
         spare = others.index_select(0, some.int().argmax().view(1))
         flat = torch.where(alive, items, spare).reshape(-1)
-        wanted = self._items(flat, rows)
+        wanted = replace(self._items(flat, rows), fixed_shapes=True)
         if self.items_draw and rows.generator is not None:
             # One draw for an item, wherever it stands.
             found = padded_distinct(flat, len(flat))
@@ -157,13 +157,7 @@ class HistoryPart(nn.Module):
 
     def _items(self, idx: Tensor, rows: Rows) -> Rows:
         """As the item parts are asked for them on behalf of ``rows``."""
-        return Rows(
-            idx,
-            generator=rows.generator,
-            fixed_shapes=rows.fixed_shapes,
-            view=rows.view,
-            share=rows.share,
-        )
+        return Rows(idx, generator=rows.generator, view=rows.view, share=rows.share)
 
     def _weights(self, places: Tensor, newest: Tensor) -> Tensor:
         """Of the items at ``places``, by the place of the newest of each one's history."""

@@ -287,20 +287,21 @@ class _Builder:
                 parts["history"] = self.history_part(settings.history)
             if side == "item":
                 self.item_parts = parts
-            columns = [features.columns.get(name.removeprefix("features.")) for name in parts]
+            known = {f"features.{name}": column for name, column in features.columns.items()}
+            columns = [known.get(name) for name in parts]
             return Tower(
                 parts,
                 self.dim,
                 mlp=settings.mlp,
                 dropout=settings.dropout,
-                augment=augmentation(settings.augment, tuple(parts), columns),
+                augment=augmentation(settings.augment, [*parts], columns),
             )
 
     def id_part(self, side: str, settings: TowerSettings, num_rows: int) -> IdPart:
         counts = self.log.user_counts() if side == "user" else self.log.item_counts()
         first_seen = self.index(side).first_seen if settings.id.as_of else None
         table = self.table(num_rows + 1)
-        # In a tower without parts of other kinds the id is the first of its names.
+        # The id is the first part.
         hideable = any(0 in unit for unit in settings.augment.units(settings.part_names()))
         return IdPart(
             table,

@@ -59,7 +59,8 @@ def gradients(towers, loss, step, **options):
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 7, 100])
 @pytest.mark.parametrize(
-    ("towers", "loss"), [("ids", "infonce"), ("rich", "bsl"), ("timed", "full_softmax")]
+    ("towers", "loss"),
+    [("ids", "infonce"), ("rich", "bsl"), ("timed", "full_softmax"), ("augmented", "infonce")],
 )
 def test_chunks_give_the_loss_and_every_gradient_of_the_whole(towers, loss, chunk_size):
     whole, told = gradients(towers, loss, 1)

@@ -49,8 +49,8 @@ class FeatureSettings:
         _check(self, subsample=(0.05, 1.0), jitter=(0.0, 10.0), swap=(0.0, 0.95))
         if self.subsample < 1.0 and self.kind not in ("multi_hot", "text"):
             raise ValueError(
-                f"subsample is for lists of categories (multi_hot, text), found kind = {self.kind!r}; "
-                "leave it out"
+                "subsample is for lists of categories (multi_hot, text), found kind = "
+                f"{self.kind!r}; leave it out"
             )
         if self.jitter > 0.0 and self.kind != "numeric":
             raise ValueError(
