@@ -306,12 +306,12 @@ def test_views_show_of_a_tower_what_the_masks_say():
 
 
 def test_the_unknown_id_that_masks_train_is_what_strangers_get():
-    for hides, settings in (
+    for hides, augment in (
         (True, AugmentSettings(groups=(("id",),), dropout=0.1)),
         (True, AugmentSettings(mode="complementary")),
         (False, AugmentSettings(groups=(("kind",),), dropout=0.1)),
     ):
-        part = tower_of("item", augment=settings, id=IdSettings()).parts[0]
+        part = tower_of("item", augment=augment, id=IdSettings()).parts[0]
         stranger = part(Rows(torch.tensor([WORK.NUM_ITEMS])))[0]
         assert torch.equal(stranger, part.table.weight[0]) is hides
 

@@ -1,7 +1,7 @@
 """Steps of fixed shapes, and their capture: what a GPU will do, as far as a CPU can show it."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
