@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recclr.parts import Rows
+from recclr.rows import Rows
 
 Embed = Callable[[Rows], Tensor]
 

@@ -12,12 +12,14 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from recclr.augment import Augmentation
 from recclr.distributed import Ranks
 from recclr.errors import ConfigError
 from recclr.graphs import graph_event
+from recclr.history import HistoryPart
 from recclr.kernels.logsumexp import why_not_triton
 from recclr.optim import Table
-from recclr.parts import BagPart, CategoryPart, DensePart, HistoryPart, IdPart, StatisticsPart
+from recclr.parts import BagPart, CategoryPart, DensePart, IdPart, StatisticsPart
 from recclr.settings import LossSettings, NegativesSettings, TrainSettings
 from recclr.statistics import TimeIndex
 from recclr.towers import ResidualBlock, Tower, TwoTower
@@ -27,7 +29,7 @@ _MAX_MASK_BYTES = 256 << 20
 _MAX_PADDED_BYTES = 1 << 30
 # Modules whose shapes follow from those of their input, and that never read a value.
 _FIXED = (TwoTower, Tower, ResidualBlock, Table, TimeIndex, IdPart, CategoryPart, DensePart)
-_FIXED_TYPES = {*_FIXED, BagPart, HistoryPart, StatisticsPart}
+_FIXED_TYPES = {*_FIXED, BagPart, HistoryPart, StatisticsPart, Augmentation}
 _FIXED_TYPES |= {nn.Linear, nn.LayerNorm, nn.GELU, nn.Sequential, nn.ModuleList}
 
 
@@ -83,6 +85,8 @@ def _why_not(
     for name, module in model.named_modules():
         if type(module) not in _FIXED_TYPES:
             return f"{name} is a {type(module).__name__}, of which nothing is known"
+        if isinstance(module, Augmentation) and module.ramps:
+            return f"{name} changes its rates from step to step (start and end differ)"
     reason = why_not_triton(_dim_of(model))
     if reason is not None:
         return reason

@@ -24,7 +24,7 @@ from recclr.known_positives import KnownPositives
 from recclr.losses import mean_weights
 from recclr.negatives import Candidates, CandidateSampler
 from recclr.order import generator, mix
-from recclr.parts import Rows
+from recclr.rows import Rows
 from recclr.scoring import Scored, scored_loss
 from recclr.settings import LossSettings, NegativesSettings
 from recclr.towers import TwoTower
@@ -97,6 +97,8 @@ class Objective:
             log, negatives, log_q_strength=loss.log_q_strength, fixed_shapes=fixed_shapes
         )
         self.known_positives = KnownPositives(log, only_own=not loss.mask_known_positives)
+        # Of the whole training, for rates that change while it goes on; None: they stand still.
+        self.num_batches: int | None = None
         # What steps leave for later ones: kept in checkpoints, by tensors that stay the same ones.
         self.state: dict[str, Tensor] = {}
         self.draws: dict[int, torch.Generator] = {}
@@ -114,6 +116,12 @@ class Objective:
 
     def _draws(self, step: int, key: int) -> torch.Generator:
         return self.draws[key] if self.draws else generator(self.device, self.seed, step, key)
+
+    def progress(self, number: int) -> float:
+        """Share of the training that is done at a batch, from 0 at the first to 1 at the last."""
+        if self.num_batches is None:
+            return 0.0
+        return min(1.0, number / max(1, self.num_batches - 1))
 
     def backward(
         self,
@@ -153,8 +161,23 @@ class Objective:
         """
         candidates = self._candidates(batch, number)
         draws, fixed = self._draws(number, _DROPOUT), self.fixed_shapes
-        users = Rows(batch.user_idx, batch.user_at, batch.item_idx, draws, fixed_shapes=fixed)
-        wanted = Rows(candidates.item_idx, batch.item_at, None, draws, fixed_shapes=fixed)
+        progress = self.progress(number)
+        users = Rows(
+            batch.user_idx,
+            batch.user_at,
+            batch.item_idx,
+            draws,
+            fixed_shapes=fixed,
+            progress=progress,
+        )
+        wanted = Rows(
+            candidates.item_idx,
+            batch.item_at,
+            None,
+            draws,
+            fixed_shapes=fixed,
+            progress=progress,
+        )
         if candidates.places is not None:
             # A spare place is what it repeats in all, in what dropout hides as well: the same rows
             # of tables are touched as without it.

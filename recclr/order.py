@@ -34,6 +34,31 @@ def generator(device: torch.device | str, *keys: int) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(mix(*keys))
 
 
+def scrambled(values: Tensor) -> Tensor:
+    """Int64 to int64, one to one: SplitMix64's finaliser (Steele et al. 2014), of all 64 bits."""
+    state = (values ^ _right(values, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    state = (state ^ _right(state, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return state ^ _right(state, 31)
+
+
+def keyed_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """Draws that follow from (seed, position), whatever their number and shape.
+
+    Args:
+        seeds: int64. positions: int64 of a shape that broadcasts with theirs.
+
+    Returns:
+        float32 in [0, 1), multiples of 2^-24: the SplitMix64 stream of each seed.
+    """
+    state = scrambled(seeds + (positions + 1) * (0x9E3779B97F4A7C15 - (1 << 64)))
+    return _right(state, 40).float() * 2.0**-24
+
+
+def _right(values: Tensor, count: int) -> Tensor:
+    """Shifted by ``count`` bits, with zeros for what comes in: int64 has a sign to PyTorch."""
+    return (values >> count) & ((1 << (64 - count)) - 1)
+
+
 def permuted(positions: Tensor, size: int, *keys: int) -> Tensor:
     """Where a keyed permutation of ``range(size)`` sends ``positions``.
 

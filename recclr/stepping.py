@@ -84,6 +84,7 @@ class Stepper:
             fixed_shapes=captured,
         )
         self.num_steps = max(1, round(train.epochs * self.source.steps_per_epoch))
+        self.objective.num_batches = round(train.epochs * self.source.batches_per_epoch)
         self.optimizers = Optimizers(model, train, self.num_steps, fixed_shapes=captured)
         self.graph = graph_of(model, self.objective, self.optimizers, emit=emit)
         self.exchange = StepExchange(self.optimizers, ranks) if ranks.size > 1 else None

@@ -7,10 +7,12 @@ cosine similarity. Any ``nn.Module`` that maps ``Rows`` to float32 [M, D] may ta
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from recclr.augment import Augmentation, augmentation
 from recclr.data.log import (
     CategoricalColumn,
     DenseColumn,
@@ -19,18 +21,12 @@ from recclr.data.log import (
     RaggedColumn,
 )
 from recclr.errors import ConfigError
+from recclr.history import HistoryPart
 from recclr.kernels import unit_rows
 from recclr.optim import Table
 from recclr.order import generator as keyed_generator
-from recclr.parts import (
-    BagPart,
-    CategoryPart,
-    DensePart,
-    HistoryPart,
-    IdPart,
-    Rows,
-    StatisticsPart,
-)
+from recclr.parts import BagPart, CategoryPart, DensePart, IdPart, StatisticsPart
+from recclr.rows import Rows
 from recclr.settings import (
     FeatureSettings,
     HistorySettings,
@@ -65,10 +61,17 @@ class Tower(nn.Module):
 
     Args:
         parts: by feature name; each maps ``Rows`` to [M, D].
+        augment: what training hides and blurs, or None.
     """
 
     def __init__(
-        self, parts: dict[str, nn.Module], dim: int, *, mlp: tuple[int, ...], dropout: float
+        self,
+        parts: dict[str, nn.Module],
+        dim: int,
+        *,
+        mlp: tuple[int, ...],
+        dropout: float,
+        augment: Augmentation | None = None,
     ) -> None:
         super().__init__()
         if not parts:
@@ -77,22 +80,29 @@ class Tower(nn.Module):
         self.names = tuple(parts)
         self.parts = nn.ModuleList(parts.values())
         self.blocks = nn.ModuleList(ResidualBlock(dim, hidden) for hidden in mlp)
-        self.dropout = dropout
+        self.dropout, self.augment = dropout, augment
         # Where every part is small this is what all entities share, popularity's direction.
         self.bias = None if tuple(parts) == ("id",) else nn.Parameter(torch.zeros(dim))
 
     def forward(self, rows: Rows) -> Tensor:
         """float32 [M, D], not normalised."""
-        x: Tensor = self.parts[0](rows)
-        for part in list(self.parts)[1:]:
-            x = x + part(rows)
+        hidden: dict[str, Tensor] = {}
+        if self.augment is not None and rows.generator is not None:
+            rows = self.augment.scaled(rows)
+            hidden = self.augment.hidden(rows)
+        x: Tensor | None = None
+        for name, part in zip(self.names, self.parts, strict=True):
+            vectors = part(replace(rows, hidden=hidden[name]) if name in hidden else rows)
+            x = vectors if x is None else x + vectors
+        assert x is not None
         if self.bias is not None:
             x = x + self.bias
         for block in self.blocks:
             x = block(x)
         if rows.generator is not None and self.dropout > 0:
-            x = x * (rows.uniform(x.shape[1]) >= self.dropout) / (1 - self.dropout)
-        return x
+            dropout = self.dropout * rows.share
+            x = x * (rows.uniform(x.shape[1]) >= dropout) / (1 - dropout)
+        return x if self.augment is None else self.augment.blurred(x, rows)
 
 
 class TwoTower(nn.Module):
@@ -297,13 +307,29 @@ class _Builder:
                 parts["history"] = self.history_part(settings.history)
             if side == "item":
                 self.item_parts = parts
-            return Tower(parts, self.dim, mlp=settings.mlp, dropout=settings.dropout)
+            known = {f"features.{name}": column for name, column in features.columns.items()}
+            columns = [known.get(name) for name in parts]
+            return Tower(
+                parts,
+                self.dim,
+                mlp=settings.mlp,
+                dropout=settings.dropout,
+                augment=augmentation(settings.augment, [*parts], columns),
+            )
 
     def id_part(self, side: str, settings: TowerSettings, num_rows: int) -> IdPart:
         counts = self.log.user_counts() if side == "user" else self.log.item_counts()
         first_seen = self.index(side).first_seen if settings.id.as_of else None
         table = self.table(num_rows + 1)
-        return IdPart(table, counts > 0, dropout=settings.id.dropout, first_seen=first_seen)
+        # The id is the first part.
+        hideable = any(0 in unit for unit in settings.augment.units(settings.part_names()))
+        return IdPart(
+            table,
+            counts > 0,
+            dropout=settings.id.dropout,
+            first_seen=first_seen,
+            hideable=hideable,
+        )
 
     def history_part(self, history: HistorySettings) -> HistoryPart:
         """Pools the item tower's own parts, so that both towers learn one meaning of an item."""
@@ -319,6 +345,11 @@ class _Builder:
                 "enable item.id or add item.features"
             )
         index = self.index("user") if self.log.timestamp is not None else None
+        if history.reorder > 0 and index is None:
+            raise ConfigError(
+                "user.history.reorder: needs timestamps, and the log has none: all items of a "
+                "history weigh the same in any order; leave it out"
+            )
         return HistoryPart(
             parts,
             self.log.user_items(),
@@ -327,6 +358,9 @@ class _Builder:
             length=history.length,
             half_life_d=history.half_life_d,
             dropout=history.dropout,
+            crop=history.crop,
+            mask=history.mask,
+            reorder=history.reorder,
         )
 
     def feature_part(
@@ -339,14 +373,27 @@ class _Builder:
                 windows_d=feature.windows_d,
                 age=feature.age,
                 dropout=feature.dropout,
+                swap=feature.swap,
             )
         column = features.columns[name]
         if isinstance(column, DenseColumn):
-            return DensePart(column.values, self.dim, dropout=feature.dropout)
+            return DensePart(
+                column.values,
+                self.dim,
+                dropout=feature.dropout,
+                swap=feature.swap,
+                jitter=feature.jitter,
+            )
         # One more row than categories: the last one stands for an empty list. A single category
         # never asks for it, but may share the table with a list.
         table = self.table(column.cardinality + 1, feature.shared)
         if isinstance(column, RaggedColumn):
-            return BagPart(table, column, dropout=feature.dropout)
+            return BagPart(
+                table,
+                column,
+                dropout=feature.dropout,
+                swap=feature.swap,
+                subsample=feature.subsample,
+            )
         assert isinstance(column, CategoricalColumn)
-        return CategoryPart(table, column, dropout=feature.dropout)
+        return CategoryPart(table, column, dropout=feature.dropout, swap=feature.swap)

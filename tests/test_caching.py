@@ -10,7 +10,7 @@ from torch import nn
 
 from recclr.caching import embed_in_chunks
 from recclr.order import generator
-from recclr.parts import Rows
+from recclr.rows import Rows
 from recclr.settings import NegativesSettings, TrainSettings
 from recclr.stepping import Stepper
 from recclr.train import fit
@@ -59,7 +59,8 @@ def gradients(towers, loss, step, **options):
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 7, 100])
 @pytest.mark.parametrize(
-    ("towers", "loss"), [("ids", "infonce"), ("rich", "bsl"), ("timed", "full_softmax")]
+    ("towers", "loss"),
+    [("ids", "infonce"), ("rich", "bsl"), ("timed", "full_softmax"), ("augmented", "infonce")],
 )
 def test_chunks_give_the_loss_and_every_gradient_of_the_whole(towers, loss, chunk_size):
     whole, told = gradients(towers, loss, 1)

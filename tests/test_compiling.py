@@ -10,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from recclr.compiling import _dense_layers, compile_layers
 from recclr.data.log import DenseColumn, EncodedLog, FeatureTable, Prepared
 from recclr.objective import Objective
-from recclr.parts import Rows
+from recclr.rows import Rows
 from recclr.settings import (
     FeatureSettings,
     LossSettings,

@@ -10,6 +10,7 @@ from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError
 from recclr.graph_plan import plan_graph
 from recclr.settings import (
+    AugmentSettings,
     FeatureSettings,
     HistorySettings,
     IdSettings,
@@ -62,6 +63,12 @@ RICH = (
 WORDS = TowerSettings(features={"words": FeatureSettings(kind="multi_hot")})
 LISTS, HISTORY = (IDS[0], WORDS), (TowerSettings(history=HistorySettings(length=3)), IDS[1])
 BOTH = (TowerSettings(history=HistorySettings(length=3, use="both")), WORDS)
+
+# Rates that stand still at half of what they are, and that rise to it.
+STEADY, RAMPED = (
+    (TowerSettings(augment=AugmentSettings(noise=0.1, start=0.5, end=end)), IDS[1])
+    for end in (0.5, 1.0)
+)
 
 
 def model_of(towers=IDS, *, dim=DIM):
@@ -128,13 +135,15 @@ def with_triton(monkeypatch):
         (model_of, {"chunk_size": 5}, "train.chunk_size and"),
         (model_of, {"accumulate": 2}, "train.accumulate run"),
         (lambda: model_of(dim=300), {}, "256 dimensions"),
+        (lambda: model_of(RAMPED), {}, "user_tower.augment changes its rates from step to step"),
     ],
-    ids=["own tower", "ranks", "chunks", "accumulated", "wide"],
+    ids=["own tower", "ranks", "chunks", "accumulated", "wide", "ramped"],
 )
 def test_what_stands_against_capture_is_said_or_refused(with_triton, model, options, words):
     said = []
     assert planned(model_of(), said)
     assert planned(model_of(RICH), said)
+    assert planned(model_of(STEADY), said)
     assert said == []
     assert not planned(model(), said, **options)
     (event,) = said

@@ -1,7 +1,7 @@
 """Steps of fixed shapes, and their capture: what a GPU will do, as far as a CPU can show it."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from recclr.graphs import CudaDevice, StepGraph
 from recclr.objective import Objective
 from recclr.optimizers import Optimizers
 from recclr.settings import (
+    AugmentSettings,
     FeatureSettings,
     HistorySettings,
     IdSettings,
@@ -104,8 +105,31 @@ DROPPED = (
         features={"words": FeatureSettings(kind="multi_hot", dropout=0.2)},
     ),
 )
+# Of items the first draw alone, which both forms of a step draw alike.
+SWAPPED = (
+    TowerSettings(
+        history=HistorySettings(length=3, half_life_d=4.0, crop=0.6, mask=0.2, reorder=0.9),
+        augment=AugmentSettings(mode="complementary", dropout=0.4, dimension_mask=0.3, noise=0.2),
+    ),
+    TowerSettings(features={"kind": FeatureSettings(kind="categorical", swap=0.4)}),
+)
+# Whatever draws.
+AUGMENTED = (
+    TowerSettings(
+        history=replace(SWAPPED[0].history, use="both"),
+        augment=AugmentSettings(mode="correlated", dropout=0.4, dimension_mask=0.3, noise=0.2),
+    ),
+    TowerSettings(
+        features={
+            "kind": FeatureSettings(kind="categorical", swap=0.4),
+            "image": FeatureSettings(kind="numeric", swap=0.2, jitter=0.3),
+            "words": FeatureSettings(kind="multi_hot", swap=0.2, subsample=0.5),
+        },
+        augment=AugmentSettings(groups=(("kind", "words"), ("id",)), dropout=(0.2, 0.3)),
+    ),
+)
 RAGGED = {"lists": LISTS, "history": HISTORY, "both": BOTH}
-ALL = {"ids": IDS, "features": FEATURES, "time cells": TIMED, **RAGGED}
+ALL = {"ids": IDS, "features": FEATURES, "time cells": TIMED, "swapped": SWAPPED, **RAGGED}
 
 SOURCES = {
     "in_batch": NegativesSettings(uniform=0),
@@ -341,6 +365,7 @@ def watched_steps(towers, negatives, loss, train, steps, *, fixed=True):
         (TIMED, {}, {"batch_size": 4, "table_optimizer": "rowwise_adam"}),
         (BOTH, {}, {}),
         (DROPPED, {}, {}),
+        (AUGMENTED, {}, {}),
     ],
     ids=[
         "in_batch",
@@ -352,6 +377,7 @@ def watched_steps(towers, negatives, loss, train, steps, *, fixed=True):
         "time cells",
         "ragged",
         "dropped",
+        "augmented",
     ],
 )
 def test_a_fixed_step_waits_for_nothing_and_has_one_shape(towers, loss, options):
@@ -426,7 +452,11 @@ def graph_of(model, stage, said, **options):
     return source, graph
 
 
-@pytest.mark.parametrize("towers", [FEATURES, TIMED, BOTH], ids=["features", "time cells", "both"])
+@pytest.mark.parametrize(
+    "towers",
+    [FEATURES, TIMED, BOTH, AUGMENTED],
+    ids=["features", "time cells", "both", "augmented"],
+)
 def test_replayed_steps_are_the_eager_ones(towers):
     model, stage, said, losses = model_of(towers).train(), Stage(), [], []
     # Cells of four rows, so that some lie away from both ends of the log.

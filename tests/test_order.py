@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest
 
-from recclr.order import generator, mix, permuted
+from recclr.order import generator, keyed_uniform, mix, permuted, scrambled
 
 
 @given(size=st.integers(1, 700), keys=st.lists(st.integers(0, 1 << 40), max_size=3))
@@ -95,3 +96,35 @@ def test_every_two_rows_share_a_batch_as_often_as_in_a_uniform_draw():
     assert scores.abs().max() < 5
     # Over 4950 pairs the mean square of standard scores is 1 ± 0.02.
     assert float(scores.square().mean()) == pytest.approx(1, abs=0.1)
+
+
+def split_mix(seed, position):
+    """The draw at a position of the stream, in Python's integers."""
+    mask = (1 << 64) - 1
+    state = (seed + (position + 1) * 0x9E3779B97F4A7C15) & mask
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB & mask
+    return ((state ^ (state >> 31)) >> 40) / 2**24
+
+
+@given(seed=st.integers(-(1 << 63), (1 << 63) - 1), position=st.integers(-(1 << 40), (1 << 40)))
+@settings(max_examples=150)
+def test_keyed_draws_are_the_stream_of_their_seed(seed, position):
+    found = keyed_uniform(torch.tensor([seed]), torch.tensor([[position], [position + 1]]))
+    assert found.dtype == torch.float32
+    assert found[:, 0].tolist() == [split_mix(seed, position), split_mix(seed, position + 1)]
+
+
+def test_keyed_draws_are_uniform_and_apart():
+    seeds = torch.arange(300)
+    found = keyed_uniform(seeds[:, None], torch.arange(400))
+    assert kstest(found.flatten().numpy(), "uniform").pvalue > 1e-6
+    for one, other in ((found[1:], found[:-1]), (found[:, 1:], found[:, :-1])):
+        assert (
+            abs(float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1])) < 0.02
+        )
+
+
+def test_scrambled_numbers_stay_apart():
+    values = torch.cat([torch.arange(5000), -torch.arange(1, 5000), torch.tensor([1 << 62])])
+    assert len(scrambled(values).unique()) == len(values)

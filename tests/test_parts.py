@@ -6,19 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom
+from scipy.stats import binom, kstest
+from torch import nn
 
 from recclr.data.log import CategoricalColumn, Csr, EncodedLog, RaggedColumn
+from recclr.history import HistoryPart
 from recclr.optim import Table, TableOptimizer
-from recclr.parts import (
-    BagPart,
-    CategoryPart,
-    DensePart,
-    HistoryPart,
-    IdPart,
-    Rows,
-    StatisticsPart,
-)
+from recclr.order import keyed_uniform
+from recclr.parts import BagPart, CategoryPart, DensePart, IdPart, StatisticsPart
+from recclr.rows import Rows
+from recclr.sequences import Shuffle, cropped
 from recclr.statistics import DAY_S, TimeIndex, statistics_at
 
 DIM = 3
@@ -223,6 +220,134 @@ def test_statistics_pass_the_network_as_they_stood_at_the_moment_of_each_row():
     assert is_likely(int(dropped.sum()), 2000, 0.3)
 
 
+# what training changes of a feature
+
+
+def kept_of(bag, seed, keep):
+    """Which categories of a bag stay, one by one."""
+    drawn = [float(keyed_uniform(torch.tensor([seed]), torch.tensor([p]))) for p in range(len(bag))]
+    kept = [value for value, chance in zip(bag, drawn, strict=True) if chance < keep]
+    return kept or [bag[drawn.index(min(drawn))]] if bag else []
+
+
+@given(
+    lists=bags,
+    asked=st.lists(st.integers(0, 8), min_size=1, max_size=9),
+    keep=st.floats(0.05, 0.99),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60)
+def test_a_subsampled_bag_equals_a_loop_ragged_and_padded(lists, asked, keep, seed):
+    values = torch.tensor([v for bag in lists for v in bag], dtype=torch.int32)
+    offsets = torch.tensor([0, *(len(bag) for bag in lists)]).cumsum(0)
+    column = RaggedColumn(Csr(offsets, values), 5)
+    part = BagPart(table_of(6), column, dropout=0.0, subsample=keep)
+    seeds = Rows(torch.tensor(asked), generator=draws(seed)).seeds()
+    expected = []
+    for entity, own in zip(asked, seeds.tolist(), strict=True):
+        bag = kept_of(lists[entity] if entity < len(lists) else [], own, keep)
+        expected.append(part.table.weight[bag].mean(0) if bag else part.table.weight[5])
+    for fixed_shapes in (False, True):
+        rows = Rows(torch.tensor(asked), generator=draws(seed), fixed_shapes=fixed_shapes)
+        torch.testing.assert_close(part(rows), torch.stack(expected))
+    plain = BagPart(part.table, column, dropout=0.0)
+    rows = Rows(torch.tensor(asked))
+    assert torch.equal(part(rows), plain(rows))
+
+
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_subsampling_teaches_the_categories_it_keeps_at_their_rate(fixed_shapes):
+    column = RaggedColumn(Csr(torch.tensor([0, 2]), torch.tensor([1, 4]).int()), 5)
+    part = BagPart(table_of(6), column, dropout=0.0, subsample=0.3)
+    idx = torch.zeros(3000, dtype=torch.int64)
+    shown = part(Rows(idx, generator=draws(), fixed_shapes=fixed_shapes))
+    one, other = part.table.weight[1], part.table.weight[4]
+    alone = [torch.isclose(shown, each).all(1) for each in (one, other)]
+    both = torch.isclose(shown, (one + other) / 2).all(1)
+    assert (alone[0] | alone[1] | both).all()
+    assert is_likely(int(both.sum()), 3000, 0.09)
+    # Both drew badly at 0.49, and then each stays as often.
+    assert is_likely(int(alone[0].sum()), 3000, 0.91 / 2)
+    shown.sum().backward()
+    grads, _ = table_gradient(part.table)
+    expected = alone[0].sum() + both.sum() / 2
+    torch.testing.assert_close(grads[1], expected.expand(DIM))
+    assert (grads[[0, 2, 3]] == 0).all()
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_jitter_is_normal_of_its_deviation_and_spares_what_is_missing(missing):
+    values = torch.tensor([[0.0, 1.0]] if missing else [[1.5, 0.0]])
+    part = DensePart(values, DIM, dropout=0.0, jitter=0.25)
+    part.network = nn.Identity()
+    part.missing = nn.Parameter(torch.zeros(2))
+    rows = Rows(torch.zeros(2000, dtype=torch.int64))
+    assert torch.equal(part(rows), values.expand(2000, 2))
+    shown = part(replace(rows, generator=draws(), share=0.8))
+    assert torch.equal(shown[:, 1], values[0, 1].expand(2000))
+    noise = (shown[:, 0] - values[0, 0]).detach()
+    if missing:
+        assert (noise == 0).all()
+    else:
+        assert kstest(noise.numpy() / 0.2, "norm").pvalue > 1e-6
+
+
+def swapping(kind, **options):
+    """A part that gives each of 5 entities a vector of its own."""
+    torch.manual_seed(0)
+    if kind == "category":
+        column = CategoricalColumn(torch.arange(5).int(), 6)
+        return CategoryPart(table_of(7), column, dropout=0.0, **options)
+    if kind == "bag":
+        column = RaggedColumn(Csr(torch.arange(6), torch.arange(5).int()), 5)
+        return BagPart(table_of(6), column, dropout=0.0, **options)
+    if kind == "dense":
+        return DensePart(torch.arange(5.0)[:, None], DIM, dropout=0.0, **options)
+    index = TimeIndex(torch.arange(5), torch.arange(1, 6) * DAY_S, 5)
+    return StatisticsPart(index, DIM, windows_d=(50.0,), age=True, dropout=0.0, **options)
+
+
+@pytest.mark.parametrize("kind", ["category", "bag", "dense", "statistics"])
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_swapped_features_are_those_of_the_batch_as_often_as_it_has_them(kind, fixed_shapes):
+    part = swapping(kind, swap=0.4)
+    # Entity 3 is in no row, 1 in half of them.
+    idx = torch.tensor([0, 1, 2, 1, 4, 1]).repeat(600)
+    # Each at a moment of its own, which a swapped row has to take along.
+    at = (9 + 3 * idx) * DAY_S if kind == "statistics" else None
+    rows = Rows(idx, at)
+    own = part(rows)
+    assert torch.equal(own, swapping(kind)(rows))
+    vectors = {entity: own[idx == entity][0] for entity in (0, 1, 2, 4)}
+    shown = part(replace(rows, generator=draws(2), fixed_shapes=fixed_shapes))
+    entity = torch.full_like(idx, -1)
+    for number, vector in vectors.items():
+        entity[torch.isclose(shown, vector, atol=1e-5).all(1)] = number
+    assert (entity >= 0).all()
+    for number, count in ((0, 600), (1, 1800), (2, 600), (4, 600)):
+        others = idx != number
+        # Of the rows of other entities: swapped, and for a row of this one.
+        hits = int((entity[others] == number).sum())
+        assert is_likely(hits, int(others.sum()), 0.4 * count / len(idx))
+
+
+def test_padded_rows_swap_with_those_that_exist_only():
+    """Four candidates; places beyond repeat the last one."""
+    part = swapping("category", swap=0.9)
+    idx = torch.tensor([0, 1, 2, 3] + [3] * 2000)
+    padded = Rows(idx, generator=draws(), fixed_shapes=True)
+    padded = replace(padded, whole=padded, places=idx)
+    seen, count = torch.zeros(4), 800
+    for seed in range(count):
+        shown = replace(padded, generator=draws(seed)).swapped(0.9).idx
+        assert (shown[4:] == shown[3]).all()
+        seen += shown[:4].bincount(minlength=4)
+    # Of four rows each: its own, if not swapped or for itself.
+    for number in range(4):
+        assert is_likely(int(seen[number]), 4 * count, 0.25)
+    assert part(padded).shape == (len(idx), DIM)
+
+
 # histories
 
 HALF_LIFE_D = 2.0
@@ -248,7 +373,7 @@ def log_of(rows, *, timed):
     )
 
 
-def history_of(rows, *, timed, length=50, half_life_d=None, dropout=0.0):
+def history_of(rows, *, timed, length=50, half_life_d=None, dropout=0.0, **options):
     log = log_of(rows, timed=timed)
     items = IdPart(table_of(NUM_ITEMS + 1, seed=3), every(NUM_ITEMS), dropout=0.0)
     part = HistoryPart(
@@ -259,6 +384,7 @@ def history_of(rows, *, timed, length=50, half_life_d=None, dropout=0.0):
         length=length,
         half_life_d=half_life_d,
         dropout=dropout,
+        **options,
     )
     with torch.no_grad():
         part.missing.copy_(torch.tensor([7.0, 8.0, 9.0]))
@@ -322,6 +448,60 @@ def test_padded_histories_equal_ragged_ones(rows, asked, length, half_life_d, ti
         if not expected.any():
             expected[targets[0] + 1] = 1
         assert torch.equal(touched, expected)
+
+
+@given(
+    rows=events,
+    asked=st.lists(
+        st.tuples(st.integers(0, NUM_USERS + 2), st.integers(-1, 14), st.integers(0, 5)),
+        min_size=1,
+        max_size=6,
+    ),
+    crop=st.sampled_from([0.3, 0.7, 1.0]),
+    mask=st.sampled_from([0.0, 0.4]),
+    reorder=st.sampled_from([0.0, 0.8]),
+    timed=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=80)
+def test_augmented_histories_equal_a_loop_ragged_and_padded(
+    rows, asked, crop, mask, reorder, timed, seed
+):
+    options = {"crop": crop, "mask": mask, "reorder": reorder}
+    half_life_d = HALF_LIFE_D if timed else None
+    part = history_of(rows, timed=timed, length=5, half_life_d=half_life_d, **options)
+    users, steps, targets = (torch.tensor(column) for column in zip(*asked, strict=True))
+    at = 1_000_000 + steps * (DAY_S // 2) if timed else None
+    wanted = Rows(users, at, targets, draws(seed), share=0.5)
+    augmented = crop < 1 or mask > 0 or reorder > 0
+    seeds = wanted.seeds() if augmented else torch.zeros(len(asked), dtype=torch.int64)
+    # Rates are halved by the share: what is left of a crop is the mean of its share and all.
+    shuffle = Shuffle(0.5 * mask, 0.5 * reorder)
+    expected = []
+    for place, user in enumerate(users.tolist()):
+        moment = 1 << 60 if at is None else int(at[place])
+        past = [(t, item) for t, u, item in rows if u == user and t < moment][-5:]
+        bounds = torch.tensor([0]), torch.tensor([len(past)])
+        start, stop = cropped(*bounds, 0.5 + 0.5 * crop, seeds[place : place + 1])
+        past = past[int(start) : int(stop)]
+        weights = torch.ones(1, len(past))
+        if timed and past:
+            ages_d = [(past[-1][0] - t) / DAY_S for t, _ in past]
+            weights = torch.tensor([[0.5 ** (age_d / HALF_LIFE_D) for age_d in ages_d]])
+        if augmented:
+            weights = shuffle.padded(weights, stop - start, seeds[place : place + 1])
+        items = torch.tensor([item for _, item in past], dtype=torch.int64)
+        if not timed:
+            weights = weights * (items != targets[place])
+        vectors = part.item_parts[0].table.weight[items + 1]
+        squares = weights.square().sum()
+        found = (weights @ vectors)[0] / squares.sqrt() if squares > 0 else part.missing
+        expected.append(found.detach())
+    for fixed_shapes in (False, True):
+        found = part(replace(wanted, generator=draws(seed), fixed_shapes=fixed_shapes))
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
+    quiet = history_of(rows, timed=timed, length=5, half_life_d=half_life_d)
+    assert torch.equal(part(Rows(users, at)), quiet(Rows(users, at)))
 
 
 def test_in_a_padded_history_dropout_hides_an_item_wherever_it_stands():

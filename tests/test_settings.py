@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
+from functools import partial
 
 import pytest
 
@@ -18,6 +19,13 @@ RANGES = [
     (settings.HistorySettings, "length", 1, 100_000),
     (settings.HistorySettings, "half_life_d", 1e-6, 1e6),
     (settings.HistorySettings, "dropout", 0.0, 0.95),
+    (settings.HistorySettings, "crop", 0.05, 1.0),
+    (settings.HistorySettings, "mask", 0.0, 0.95),
+    (settings.AugmentSettings, "share", 0.01, 0.99),
+    (settings.AugmentSettings, "dimension_mask", 0.0, 0.95),
+    (settings.AugmentSettings, "noise", 0.0, 100.0),
+    (settings.AugmentSettings, "start", 0.0, 1.0),
+    (settings.AugmentSettings, "end", 0.0, 1.0),
     (settings.TowerSettings, "dropout", 0.0, 0.95),
     (settings.PairSettings, "window", 1, 1000),
     (settings.PairSettings, "within_d", 1e-6, 1e6),
@@ -62,6 +70,19 @@ def test_a_range_is_closed_and_says_itself(kind, name, low, high):
         with pytest.raises(ValueError, match=f"{name} must be between") as caught:
             kind(**{name: value})
         assert f"{low} and {high}, found {value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("made", "name", "low", "high"),
+    [
+        (partial(settings.FeatureSettings, kind="multi_hot"), "subsample", 0.05, 1.0),
+        (partial(settings.FeatureSettings, kind="numeric"), "jitter", 0.0, 10.0),
+        (partial(settings.FeatureSettings, kind="vector"), "swap", 0.0, 0.95),
+        (partial(settings.HistorySettings, half_life_d=3.0), "reorder", 0.0, 1.0),
+    ],
+)
+def test_what_needs_another_setting_has_a_range_as_well(made, name, low, high):
+    test_a_range_is_closed_and_says_itself(made, name, low, high)
 
 
 def test_every_number_of_the_training_has_a_range():

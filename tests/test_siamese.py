@@ -9,7 +9,7 @@ from recclr.co_interactions import co_interactions
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
 from recclr.load import load_run, ranker_of
 from recclr.objective import Objective
-from recclr.parts import Rows
+from recclr.rows import Rows
 from recclr.settings import (
     LossSettings,
     ModelSettings,

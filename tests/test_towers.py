@@ -18,7 +18,7 @@ from recclr.data.log import (
 )
 from recclr.errors import ConfigError
 from recclr.keeping import load_weights
-from recclr.parts import Rows
+from recclr.rows import Rows
 from recclr.settings import (
     FeatureSettings,
     HistorySettings,

@@ -18,8 +18,9 @@ from recclr.errors import (
     StoreError,
 )
 from recclr.keeping import load_weights
-from recclr.parts import Rows
+from recclr.rows import Rows
 from recclr.settings import (
+    AugmentSettings,
     FeatureSettings,
     HistorySettings,
     IdSettings,
@@ -75,6 +76,19 @@ RICH = (
         },
         mlp=(5,),
         dropout=0.2,
+    ),
+)
+# What else draws, at rates that change while the training goes on.
+AUGMENTED = (
+    TowerSettings(
+        history=HistorySettings(
+            length=3, half_life_d=4.0, crop=0.7, mask=0.2, reorder=0.8, use="both"
+        ),
+        augment=AugmentSettings(mode="complementary", dropout=0.5, noise=0.2, end=0.1),
+    ),
+    TowerSettings(
+        features={"kind": FeatureSettings(kind="categorical", swap=0.3)},
+        augment=AugmentSettings(dimension_mask=0.3, start=0.2),
     ),
 )
 RECENT = {"recent": FeatureSettings(kind="statistics", windows_d=(9.0,))}
@@ -290,6 +304,7 @@ def assert_identical(one, other):
 CASES = {
     "ids, adam": (IDS, "adam"),
     "all parts, adam": (RICH, "adam"),
+    "augmented, adam": (AUGMENTED, "adam"),
     "all parts, rowwise": (RICH, "rowwise_adam"),
     "time cells, adagrad": (TIMED, "rowwise_adagrad"),
     "time cells, sgd": (TIMED, "sgd"),
@@ -301,6 +316,7 @@ CASES = {
     [
         "ids, adam",
         "all parts, adam",
+        "augmented, adam",
         "time cells, adagrad",
         pytest.param("all parts, rowwise", marks=pytest.mark.slow),
         pytest.param("time cells, sgd", marks=pytest.mark.slow),

@@ -4,6 +4,7 @@ Standard library only, so that the trainer also starts in a bare PyTorch contain
 checked here once, for the TOML file, ``--set`` and Python callers alike.
 """
 
+from recclr.settings.augment import AugmentSettings
 from recclr.settings.data import ColumnSettings, DataSettings, SplitSettings
 from recclr.settings.judging import METRIC_NAMES, EvaluateSettings
 from recclr.settings.objective import LossSettings, NegativesSettings, PopularitySettings
@@ -21,6 +22,7 @@ from recclr.settings.training import SHARDED_OPTIMIZERS, TrainSettings
 __all__ = [
     "METRIC_NAMES",
     "SHARDED_OPTIMIZERS",
+    "AugmentSettings",
     "ColumnSettings",
     "DataSettings",
     "EvaluateSettings",

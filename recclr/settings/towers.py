@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from recclr.settings.augment import AugmentSettings
 from recclr.strict import STRICT
 from recclr.strict import require_ranges as _check
 
@@ -35,9 +36,26 @@ class FeatureSettings:
     """``statistics``: add age and time since last seen."""
     shared: str | None = None
     """Name of an embedding table that several features, also of the other tower, use together."""
+    subsample: float = 1.0
+    """``multi_hot``, ``text``: training keeps each category of a row with this probability, and
+    always at least one."""
+    jitter: float = 0.0
+    """``numeric``: standard deviation of the noise that training adds to the scaled value."""
+    swap: float = 0.0
+    """Probability that training shows the feature of another row of the step, drawn at random."""
 
     def __post_init__(self) -> None:
         _check(self, dropout=(0.0, 0.95), buckets=(2, 1 << 26), min_count=(1, 1 << 31))
+        _check(self, subsample=(0.05, 1.0), jitter=(0.0, 10.0), swap=(0.0, 0.95))
+        if self.subsample < 1.0 and self.kind not in ("multi_hot", "text"):
+            raise ValueError(
+                "subsample is for lists of categories (multi_hot, text), found kind = "
+                f"{self.kind!r}; leave it out"
+            )
+        if self.jitter > 0.0 and self.kind != "numeric":
+            raise ValueError(
+                f"jitter is for scaled numbers, found kind = {self.kind!r}; leave it out"
+            )
         if self.kind == "text" and self.buckets is None:
             raise ValueError("a text feature needs 'buckets', for example buckets = 20000")
         if any(not (math.isfinite(w) and w > 0) for w in self.windows_d):
@@ -79,9 +97,22 @@ class HistorySettings:
     use: Literal["ids", "features", "both"] = "ids"
     """What represents an item of the history: the item tower's id table, its features (all but
     statistics), or their sum. Features make a history of rare or new items speak."""
+    crop: float = 1.0
+    """Training keeps this share of a history, rounded up: a stretch that begins anywhere."""
+    mask: float = 0.0
+    """Probability that training leaves out an item of a history."""
+    reorder: float = 0.0
+    """Share of a history, rounded down, in which training shuffles who is how recent: a stretch
+    that begins anywhere, as crop, mask and reorder of Xie et al. 2022 (CL4SRec)."""
 
     def __post_init__(self) -> None:
         _check(self, length=(1, 100_000), half_life_d=(1e-6, 1e6), dropout=(0.0, 0.95))
+        _check(self, crop=(0.05, 1.0), mask=(0.0, 0.95), reorder=(0.0, 1.0))
+        if self.reorder > 0.0 and self.half_life_d is None:
+            raise ValueError(
+                f"reorder = {self.reorder:g} has no effect without half_life_d: all items of the "
+                "history weigh the same in any order; set history.half_life_d, or leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +128,22 @@ class TowerSettings:
     """Hidden widths of the residual MLP blocks; empty for none."""
     dropout: float = 0.0
     """Dropout on the coordinates of the summed embedding, before normalisation."""
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    """What training hides together, blurs, and how all rates change while it goes on."""
 
     def __post_init__(self) -> None:
         _check(self, dropout=(0.0, 0.95))
+        self.augment.units(self.part_names())
         if any(not 1 <= width <= 65_536 for width in self.mlp):
             raise ValueError(f"mlp widths must be between 1 and 65536, found {list(self.mlp)}")
+
+    def part_names(self) -> tuple[str, ...]:
+        """What the tower adds up, in order: "id", "features.<name>", "history"."""
+        return (
+            *(("id",) if self.id.enabled else ()),
+            *(f"features.{name}" for name in self.features),
+            *(("history",) if self.history is not None else ()),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

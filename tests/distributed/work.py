@@ -27,6 +27,7 @@ from recclr.distributed import ALONE
 from recclr.evaluate import EvaluationSet, evaluate
 from recclr.optim import Table, TableOptimizer
 from recclr.settings import (
+    AugmentSettings,
     FeatureSettings,
     HistorySettings,
     IdSettings,
@@ -76,10 +77,34 @@ RICH = (
         dropout=0.2,
     ),
 )
+# Everything else that draws, at rates that change from step to step.
+AUGMENTED = (
+    TowerSettings(
+        id=IdSettings(dropout=0.1),
+        features={"tags": FeatureSettings(kind="multi_hot", subsample=0.5, swap=0.3)},
+        history=HistorySettings(
+            length=5, half_life_d=4.0, crop=0.6, mask=0.2, reorder=0.7, use="both"
+        ),
+        augment=AugmentSettings(
+            mode="complementary", dropout=0.4, dimension_mask=0.3, noise=0.2, start=0.5
+        ),
+    ),
+    TowerSettings(
+        features={
+            "kind": FeatureSettings(kind="categorical", swap=0.3),
+            "size": FeatureSettings(kind="numeric", jitter=0.3, swap=0.2),
+        },
+        augment=AugmentSettings(
+            groups=(("kind", "size"), ("id",)), dropout=(0.3, 0.2), dimension_mask=0.2, end=0.2
+        ),
+        dropout=0.1,
+    ),
+)
 RECENT = {"recent": FeatureSettings(kind="statistics", windows_d=(9.0,))}
 TOWERS = {
     "ids": IDS,
     "rich": RICH,
+    "augmented": AUGMENTED,
     # Histories of items that never drop: a rank without any item has none to ask for.
     "history": (TowerSettings(history=HistorySettings(length=3)), TowerSettings()),
     "timed": (RICH[0], TowerSettings(id=IdSettings(as_of=True), features=RECENT)),
@@ -99,6 +124,10 @@ def prepared():
     items = {
         "kind": CategoricalColumn(torch.randint(4, (NUM_ITEMS,), generator=generator).int(), 4),
         "image": DenseColumn(torch.randn(NUM_ITEMS, 7, generator=generator)),
+        # A number, and the flag of one that is missing.
+        "size": DenseColumn(
+            torch.stack([torch.linspace(-1, 1, NUM_ITEMS), torch.zeros(NUM_ITEMS)], 1)
+        ),
     }
     lengths = torch.tensor([0, 2, 0, 3, 1, 0, 0, 1, 2, 1, 0])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
