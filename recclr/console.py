@@ -73,6 +73,9 @@ class RunProgress:
         shown = "" if value is None else f"{self.select} {value:.4f}"
         self.console.print(f"  epoch {event['epoch']:.1f}  {shown}")
 
+    def _warning(self, event: dict[str, Any]) -> None:
+        self.console.print(f"  warning: {escape(event['text'])}; {escape(event['advice'])}")
+
     def _note(self, event: dict[str, Any]) -> None:
         self.console.print(f"  note: {escape(event['text'])}")
 

@@ -26,6 +26,8 @@ from recclr.fitting import fit_model
 from recclr.joining import restarts_are_safe
 from recclr.judge import collect_results, judged_by
 from recclr.load import load_model, pick_device, ranker_of
+from recclr.monitoring import final_monitors, monitor_of
+from recclr.monitors import Monitor
 from recclr.ranking import Ranker
 from recclr.run_context import Context, asked_to_end
 from recclr.run_folder import (
@@ -46,7 +48,7 @@ from recclr.run_folder import (
 from recclr.sharded_tables import table_maker
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
-from recclr.watching import OnEvent
+from recclr.watching import OnEvent, temperature_figures
 
 _SELECTION = "selection"
 
@@ -95,7 +97,7 @@ def train_run(
             _begin(context, data)
             selected = _select(context, data)
             final = _final_stage(context, data.split, selected)
-            results = _judge(context, data.split, selected, final)
+            results = _judge(context, data, selected, final)
             if ranks.first:
                 _export(context, final)
                 # Last of all: its presence is what makes a run a finished one.
@@ -111,11 +113,12 @@ def train_run(
 
 @dataclass
 class Stage:
-    """A fitted stage: data, ranker, and what selection found."""
+    """A fitted stage: data, ranker, its temperature, and what selection found."""
 
     prepared: PreparedLog
     ranker: EmbeddingRanker
     steps: int
+    temperature: dict[str, float]
     choices: list[BaselineChoice] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     valid: list[Evaluation] = field(default_factory=list)
@@ -163,7 +166,7 @@ def _select(context: Context, data: Data) -> Stage:
     _save(context, prepared, folder)
     model, steps = _fit(context, "selection", folder, prepared, examples, None)
     ranker = ranker_of(model, prepared.tensors.cutoff)
-    stage = Stage(prepared, ranker, steps)
+    stage = Stage(prepared, ranker, steps, temperature_figures(model))
     judged: dict[str, Evaluation] = {}
     if context.ranks.first:
         stage.choices, stage.skipped, judged = _choose_baselines(
@@ -192,16 +195,18 @@ def _final_stage(context: Context, split: Split, selected: Stage) -> Stage:
     _save(context, prepared, context.out)
     model, steps = _fit(context, "refit", context.out, prepared, None, selected.steps)
     ranker = ranker_of(model, prepared.tensors.cutoff)
-    return Stage(prepared, ranker, steps, selected.choices, selected.skipped)
+    temperature = temperature_figures(model)
+    return Stage(prepared, ranker, steps, temperature, selected.choices, selected.skipped)
 
 
-def _judge(context: Context, split: Split, selected: Stage, final: Stage) -> dict[str, Any]:
+def _judge(context: Context, data: Data, selected: Stage, final: Stage) -> dict[str, Any]:
     """Validation and test tables; test is looked at here, once, and nowhere else."""
-    config = context.config
+    config, split = context.config, data.split
     tables = {"valid": selected.valid}
+    refitted = final is not selected
+    prepared, examples = final.prepared.tensors, None if refitted else data.examples
     if split.test is not None:
         context.enter("test")
-        refitted = final is not selected
         prepared, examples = judged_by(
             final.prepared, split.test, config, also=None if refitted else split.valid
         )
@@ -214,7 +219,19 @@ def _judge(context: Context, split: Split, selected: Stage, final: Stage) -> dic
     results["baselines"] = {c.name: asdict(c) for c in final.choices}
     results["skipped_baselines"] = final.skipped
     results["selected_steps"] = selected.steps
+    results["monitors"] = _looked_at(context, monitor_of(prepared, examples, config), final)
     return results
+
+
+def _looked_at(context: Context, monitor: Monitor, final: Stage) -> dict[str, Any]:
+    """Figures of the final model's vectors, and what is wrong with them."""
+    vectors = final.ranker.user_vectors, final.ranker.item_vectors
+    found = final_monitors(monitor(*vectors) | final.temperature)
+    where = {"stage": "final", "step": final.steps}
+    context.log({"kind": "monitor", **where, "figures": found["figures"]})
+    for cause in found["causes"]:
+        context.log({"kind": "warning", **where, **cause})
+    return found
 
 
 def _baselines(
@@ -273,6 +290,7 @@ def _fit(
         None if examples is None else judge,
         device=context.device,
         on_event=lambda event: context.log({"stage": stage, **event}),
+        monitor=None if examples is None else monitor_of(prepared.tensors, examples, config),
         num_steps=num_steps,
         checkpoints=folder / "checkpoints",
         workspace=context.out,

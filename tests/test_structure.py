@@ -43,6 +43,8 @@ FLOORS = {
         "selection",
         "checkpoint",
         "keeping",
+        "monitors",
+        "causes",
         "watching",
         "graphs",
         "graph_plan",
@@ -61,6 +63,7 @@ FLOORS = {
         "ids_input",
         "judge",
         "load",
+        "monitoring",
         "report",
     }
     | {"run", "run_context", "run_folder", "shipping", "__main__", "__init__"},
