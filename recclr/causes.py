@@ -19,8 +19,9 @@ _SAME_NORMS = 0.1
 _ONE_DIRECTION = 0.98
 # Effective rank as a share of what it could be, and the least dimension that is looked at.
 _LOW_RANK, _FEW_DIMENSIONS = 0.15, 8
-# Slots that the most recommended items take, and rows that as many most taken items have at most.
-_CONCENTRATED, _SPREAD_DEMAND = 0.9, 0.6
+# Slots that the most recommended items take, what two users' lists share, and rows that as many
+# most taken items have at most: where few items are new or wanted, lists are rightly alike.
+_CONCENTRATED, _ALIKE, _SPREAD_DEMAND = 0.9, 0.75, 0.6
 # A learned temperature within this factor of a bound stands at it, for so many evaluations.
 _AT_BOUND, _EVALUATIONS = 1.001, 3
 
@@ -129,16 +130,16 @@ def _low_rank(side: str, figures: Figures) -> Cause | None:
 
 
 def _concentrated(figures: Figures) -> Cause | None:
-    if not _known(figures, "top_percent_share"):
+    if not _known(figures, "top_percent_share", "overlap"):
         return None
     share, demand = figures["top_percent_share"], figures["demand_share"]
-    if share < _CONCENTRATED or demand > _SPREAD_DEMAND:
+    if share < _CONCENTRATED or figures["overlap"] < _ALIKE or demand > _SPREAD_DEMAND:
         return None
     return Cause(
         "popularity_only",
         f"the {figures['top_items']:,.0f} most recommended items take {share:.0%} of all slots, "
-        f"while as many most taken items have {demand:.0%} of the rows: everybody gets nearly the "
-        "same list",
+        f"while as many most taken items have {demand:.0%} of the rows, and two users' lists "
+        f"share {figures['overlap']:.0%}: everybody gets nearly the same",
         "train longer or with a lower temperature, give users a history or features, or, where "
         "loss.log_q_strength is 1, lower it, which holds popular items back",
     )
