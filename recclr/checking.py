@@ -15,6 +15,7 @@ from recclr.data.split import Split
 from recclr.errors import ConfigError
 from recclr.evaluate import EvaluationSet
 from recclr.judge import judged_by
+from recclr.little_data import advise
 from recclr.load import pick_device
 from recclr.negatives import lost_negatives
 
@@ -100,8 +101,9 @@ def check_data(
         batch_sizes: also try steps of rising batch size on ``device``, on a model thrown away.
 
     Returns:
-        JSON values: log, steps, quarantined, notes, split, encoded counts; where asked for,
-        batch_sizes (one object per size) and fastest_batch_size.
+        JSON values: log, steps, quarantined, notes, split, encoded counts, whether data
+        are little (``amount``, see ``little_data.Advice``); where asked for, batch_sizes (one
+        object per size) and fastest_batch_size.
 
     Raises:
         ConfigError: neither or both of ``events`` and ``config``; no such device; no batch fits.
@@ -112,6 +114,8 @@ def check_data(
     found = data.to_json()
     del found["inputs"]
     found["encoded"] = data.prepared.counts
+    train = data.prepared.tensors.train
+    found["amount"] = advise(data.log, train, data.examples, settings).to_json()
     if batch_sizes:
         found |= _batch_sizes(settings, data, device)
     return found

@@ -16,6 +16,7 @@ import typer
 from recclr import __version__
 from recclr.console import (
     RunProgress,
+    print_amount,
     print_batch_sizes,
     print_frame,
     print_json,
@@ -137,6 +138,7 @@ def check(
         say(f"bad rows: {count:,} {reason}")
     for note in found["notes"]:
         say(f"note: {note}")
+    print_amount(found["amount"])
 
 
 @app.command()

@@ -199,6 +199,15 @@ def print_batch_sizes(trials: Sequence[Mapping[str, Any]], fastest: int) -> None
     )
 
 
+def print_amount(found: Mapping[str, Any]) -> None:
+    """Whether data are little, by which criteria; the proposed settings on stdout, to be pasted."""
+    say(f"note: {found['sentence']}" if found["verdict"] == "plenty" else found["sentence"])
+    for reason in found["reasons"]:
+        say(f"  {reason}")
+    if found["toml"]:
+        sys.stdout.write(found["toml"] + "\n")
+
+
 def print_frame(frame: pl.DataFrame) -> None:
     """The first rows of a result on stdout."""
     head = frame.head(_PREVIEW_ROWS)

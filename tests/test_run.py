@@ -254,7 +254,7 @@ def test_every_ranker_is_announced_and_counted_to_its_last_user(small_config, tm
 
 @pytest.fixture(scope="module")
 def sick_run(recclr, small_data, tmp_path_factory):
-    """A user tower that knows nothing of its users, and a temperature that wants below its bound.
+    """A user tower that knows nothing of its users, and a temperature that wants beyond its bound.
 
     The one feature is of categories that are all too rare, so that everybody has the unknown one.
     """
@@ -263,7 +263,7 @@ def sick_run(recclr, small_data, tmp_path_factory):
         f"""
         data = {{ events = "{small_data}/events.parquet", users = "{small_data}/users.parquet" }}
         model.embedding_dim = 8
-        loss = {{ initial_temperature = 0.5, min_temperature = 0.5 }}
+        loss = {{ initial_temperature = 0.5, max_temperature = 0.5 }}
         negatives.uniform = 32
         train = {{ batch_size = 64, epochs = 4, dense_lr = 0.01 }}
         evaluate = {{ ks = [10], select = "recall@10", num_bootstrap = 0 }}
@@ -282,7 +282,7 @@ def test_causes_are_named_in_log_terminal_metrics_and_report(sick_run):
     out, done = sick_run
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     warned = [(e["stage"], e["cause"]) for e in events if e["kind"] == "warning"]
-    names = ["constant_user_tower", "temperature_at_lower_bound"]
+    names = ["constant_user_tower", "temperature_at_upper_bound"]
     assert warned == [(stage, name) for stage in ("selection", "final") for name in names]
     looked = [e for e in events if e["kind"] == "monitor" and e["stage"] == "selection"]
     assert [e["epoch"] for e in looked] == [1.0, 2.0, 3.0, 4.0]

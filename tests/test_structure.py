@@ -62,6 +62,7 @@ FLOORS = {
         "fitting",
         "ids_input",
         "judge",
+        "little_data",
         "load",
         "monitoring",
         "report",
