@@ -63,17 +63,17 @@ def read_data(config: Config, inputs: Mapping[str, Any]) -> Data:
     split = log.split(config.split)
     # Without a refit the test users seen in validation must be known by their index.
     extra = [] if refits(config, split) or split.valid is None else [split.valid]
+    # Items that a sample of train leaves out stay candidates.
+    extra += [] if split.left_out is None else [split.left_out]
     prepared = prepare(
         split.train, split.valid, user=config.user, item=config.item, extra_ids=extra
     )
     examples = None
     if split.valid is not None:
-        examples = EvaluationSet.from_prepared(
-            prepared.tensors, keep_seen=config.evaluate.keep_seen
-        )
+        _, examples = judged_by(prepared, split.valid, config, also=split.had_before("valid"))
     if split.test is not None:
         # Hours of training are a high price for a test that turns out to be empty.
-        judged_by(prepared, split.test, config, also=split.valid)
+        judged_by(prepared, split.test, config, also=split.had_before("test"))
     notes = [*log.notes, *_long_rankings(config, len(prepared.items))]
     if (lost := lost_negatives(config.negatives, config.train)) is not None:
         notes.append(lost)

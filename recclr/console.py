@@ -59,6 +59,9 @@ class RunProgress:
     def _data(self, event: dict[str, Any]) -> None:
         self.console.print(f"  {escape(event['log'])}; split by {event['split']}")
 
+    def _share(self, event: dict[str, Any]) -> None:
+        self._stage({"name": f"share {event['share']:g} of the train rows"})
+
     def _step(self, event: dict[str, Any]) -> None:
         text = (
             f"loss {event['loss']:.4f}  temperature {event['temperature']:.3f}  "
@@ -177,6 +180,18 @@ def print_results(metrics: Mapping[str, Any], k: str) -> None:
         title = f"{split}: {counts['users']:,} users, {counts['candidates']:,} candidates"
         print_table(["ranker", *shown], rows, title)
         return
+
+
+def print_curve(curve: Mapping[str, Any]) -> None:
+    """A learning curve: a row per ranker, a column per share of the train rows."""
+    from recclr.report.curve import names
+
+    rows = []
+    for name in names(curve):
+        found = [point["rankers"].get(name) for point in curve["shares"]]
+        rows.append([name, *("n/a" if f is None else _cell(f["value"], None) for f in found)])
+    heads = [f"{point['rows_share']:.1%}" for point in curve["shares"]]
+    print_table(["ranker", *heads], rows, f"{curve['select']} on validation by share of train rows")
 
 
 def print_batch_sizes(trials: Sequence[Mapping[str, Any]], fastest: int) -> None:

@@ -60,6 +60,7 @@ def train_run(
     resume: bool = False,
     device: str = "auto",
     on_event: OnEvent | None = None,
+    judge_test: bool = True,
     ranks: Ranks = ALONE,
 ) -> Path:
     """Run a configuration into a folder, and return the folder.
@@ -71,6 +72,7 @@ def train_run(
         device: ``auto`` is the first GPU where there is one.
         on_event: gets every event of log.jsonl, {"kind": "stage", "name": …}, and what else
             ``console.RunProgress`` shows.
+        judge_test: look at test in the end; without it, validation is the last word.
         ranks: the processes that share the run, all of which call this with the same arguments.
             Training and the model's evaluations are shared; the first one does the rest.
 
@@ -91,7 +93,7 @@ def train_run(
         return out
     try:
         with locked(out) if ranks.first else nullcontext(), asked_to_end() as stop:
-            context = Context(config, out, device, emit, resume, stop, ranks)
+            context = Context(config, out, device, emit, resume, stop, ranks, judge_test)
             require_shared(out, ranks)
             data = _read(context)
             _begin(context, data)
@@ -191,7 +193,8 @@ def _final_stage(context: Context, split: Split, selected: Stage) -> Stage:
     assert split.valid is not None
     config = context.config
     train = split.train.concat(split.valid)
-    prepared = prepare(train, split.test, user=config.user, item=config.item, extra_ids=())
+    extra = () if split.left_out is None else (split.left_out,)
+    prepared = prepare(train, split.test, user=config.user, item=config.item, extra_ids=extra)
     _save(context, prepared, context.out)
     model, steps = _fit(context, "refit", context.out, prepared, None, selected.steps)
     ranker = ranker_of(model, prepared.tensors.cutoff)
@@ -205,10 +208,10 @@ def _judge(context: Context, data: Data, selected: Stage, final: Stage) -> dict[
     tables = {"valid": selected.valid}
     refitted = final is not selected
     prepared, examples = final.prepared.tensors, None if refitted else data.examples
-    if split.test is not None:
+    if split.test is not None and context.judge_test:
         context.enter("test")
         prepared, examples = judged_by(
-            final.prepared, split.test, config, also=None if refitted else split.valid
+            final.prepared, split.test, config, also=split.had_before("test", refitted=refitted)
         )
         tables["test"] = [_evaluated(context, final.ranker, examples, ranks=context.ranks)]
         for ranker in _baselines(context, final.choices, prepared):

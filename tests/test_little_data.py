@@ -45,7 +45,7 @@ def keys(advice):
 
 
 def test_plenty_asks_for_nothing(tmp_path):
-    tables = written(tmp_path, num_users=900, num_items=300, num_events=110_000, num_days=60)
+    tables = written(tmp_path, num_users=3_000, num_items=600, num_events=130_000, num_days=60)
     # A log in which everybody takes much, as a shop of few articles has it.
     events = pl.read_parquet(tables["events"])
     assert len(events) > 70_000
@@ -74,8 +74,9 @@ def test_the_facts_are_those_of_slow_counts(little):
 
 def test_little_is_said_by_each_criterion_with_settings_that_a_run_takes(little):
     values = {"data": little}
-    advice, _, config = advice_of(values)
+    advice, data, config = advice_of(values)
     assert advice.verdict == "little"
+    rows = len(data.prepared.tensors.train)
     assert any("train rows, fewer than 50,000" in reason for reason in advice.reasons)
     found = keys(advice)
     assert found["item.features.category"] == {"kind": "categorical", "dropout": 0.1}
@@ -85,7 +86,7 @@ def test_little_is_said_by_each_criterion_with_settings_that_a_run_takes(little)
     assert found["model.init"] == "spectral"
     assert found["item.dropout"] > config.item.dropout
     assert 16 <= found.get("model.embedding_dim", 64) <= 64
-    assert found["train.batch_size"] == 64
+    assert rows / 128 < found["train.batch_size"] <= rows / 64
     assert all(line.reason for line in advice.profile)
     text = advice.toml()
     for line in advice.profile:

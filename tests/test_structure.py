@@ -58,6 +58,7 @@ FLOORS = {
         "checking",
         "cli",
         "console",
+        "curves",
         "demo",
         "fitting",
         "ids_input",
