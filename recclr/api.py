@@ -19,6 +19,7 @@ from recclr.evaluate import Evaluation, EvaluationSet, evaluate
 from recclr.fitting import fit_model
 from recclr.judge import judged_by
 from recclr.load import load_ranker, pick_device, ranker_of
+from recclr.monitoring import monitor_of
 from recclr.negatives import lost_negatives
 from recclr.recommend import recommend, similar
 from recclr.shipping import ExportReport, ship
@@ -193,6 +194,7 @@ def _trained(
         None if examples is None else judge,
         device=device,
         on_event=shown,
+        monitor=None if examples is None else monitor_of(prepared.tensors, examples, settings),
         num_steps=num_steps,
     )
     return model, result.best_step

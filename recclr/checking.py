@@ -15,6 +15,7 @@ from recclr.data.split import Split
 from recclr.errors import ConfigError
 from recclr.evaluate import EvaluationSet
 from recclr.judge import judged_by
+from recclr.little_data import advise
 from recclr.load import pick_device
 from recclr.negatives import lost_negatives
 
@@ -62,17 +63,17 @@ def read_data(config: Config, inputs: Mapping[str, Any]) -> Data:
     split = log.split(config.split)
     # Without a refit the test users seen in validation must be known by their index.
     extra = [] if refits(config, split) or split.valid is None else [split.valid]
+    # Items that a sample of train leaves out stay candidates.
+    extra += [] if split.left_out is None else [split.left_out]
     prepared = prepare(
         split.train, split.valid, user=config.user, item=config.item, extra_ids=extra
     )
     examples = None
     if split.valid is not None:
-        examples = EvaluationSet.from_prepared(
-            prepared.tensors, keep_seen=config.evaluate.keep_seen
-        )
+        _, examples = judged_by(prepared, split.valid, config, also=split.had_before("valid"))
     if split.test is not None:
         # Hours of training are a high price for a test that turns out to be empty.
-        judged_by(prepared, split.test, config, also=split.valid)
+        judged_by(prepared, split.test, config, also=split.had_before("test"))
     notes = [*log.notes, *_long_rankings(config, len(prepared.items))]
     if (lost := lost_negatives(config.negatives, config.train)) is not None:
         notes.append(lost)
@@ -100,8 +101,9 @@ def check_data(
         batch_sizes: also try steps of rising batch size on ``device``, on a model thrown away.
 
     Returns:
-        JSON values: log, steps, quarantined, notes, split, encoded counts; where asked for,
-        batch_sizes (one object per size) and fastest_batch_size.
+        JSON values: log, steps, quarantined, notes, split, encoded counts, whether data
+        are little (``amount``, see ``little_data.Advice``); where asked for, batch_sizes (one
+        object per size) and fastest_batch_size.
 
     Raises:
         ConfigError: neither or both of ``events`` and ``config``; no such device; no batch fits.
@@ -112,6 +114,8 @@ def check_data(
     found = data.to_json()
     del found["inputs"]
     found["encoded"] = data.prepared.counts
+    train = data.prepared.tensors.train
+    found["amount"] = advise(data.log, train, data.examples, settings).to_json()
     if batch_sizes:
         found |= _batch_sizes(settings, data, device)
     return found

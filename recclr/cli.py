@@ -16,7 +16,9 @@ import typer
 from recclr import __version__
 from recclr.console import (
     RunProgress,
+    print_amount,
     print_batch_sizes,
+    print_curve,
     print_frame,
     print_json,
     print_results,
@@ -46,7 +48,7 @@ OutFile = Annotated[
 
 
 # What every process would do again, and write to the same place.
-_ALONE = ("check", "recommend", "similar", "export", "report", "demo")
+_ALONE = ("check", "curve", "recommend", "similar", "export", "report", "demo")
 
 
 def main() -> None:
@@ -137,6 +139,7 @@ def check(
         say(f"bad rows: {count:,} {reason}")
     for note in found["notes"]:
         say(f"note: {note}")
+    print_amount(found["amount"])
 
 
 @app.command()
@@ -169,6 +172,32 @@ def train(
     else:
         print_results(metrics, settings.evaluate.select.partition("@")[2])
         say(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def curve(
+    config: Annotated[Path, typer.Option(help="TOML file that describes the run.")],
+    out: Annotated[Path, typer.Option(help="Folder; new or empty, or with --resume begun.")],
+    shares: Annotated[str, typer.Option(help="Shares of the train rows.")] = "0.01,0.05,0.2,1",
+    overrides: Set = [],  # noqa: B006
+    resume: Annotated[bool, typer.Option(help="Go on with a curve, or add shares to it.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train and judge on growing samples of the rows: what more data would bring."""
+    from recclr.config import load_config
+    from recclr.curves import learning_curve
+
+    settings, parts = load_config(config, overrides), _numbers(shares)
+    with RunProgress(settings.evaluate.select) as progress:
+        found = learning_curve(
+            settings, out, parts, resume=resume, device=device, on_event=progress
+        )
+    if as_json:
+        print_json(found)
+    else:
+        print_curve(found)
+        say(f"page: {out / 'curve.html'}")
 
 
 @app.command()
@@ -332,6 +361,13 @@ def demo(
     print_results(result.metrics, "20")
     print_frame(result.answer)
     say(f"report: {result.report}\nstore:  {result.store}")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--shares {text!r}: expected shares such as 0.05,0.2,1") from None
 
 
 def _ks(text: str | None) -> tuple[int, ...] | None:

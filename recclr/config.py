@@ -144,7 +144,7 @@ def _dump_section(section: Mapping[str, Any], path: tuple[str, ...], lines: list
     values = {k: v for k, v in section.items() if not isinstance(v, Mapping) and v is not None}
     if path and (values or not section):
         lines += ["", "[" + ".".join(_toml_key(key) for key in path) + "]"]
-    lines += [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in values.items()]
+    lines += [f"{_toml_key(key)} = {toml_value(value)}" for key, value in values.items()]
     for key, value in section.items():
         if isinstance(value, Mapping):
             _dump_section(value, (*path, key), lines)
@@ -152,12 +152,17 @@ def _dump_section(section: Mapping[str, Any], path: tuple[str, ...], lines: list
 
 def _toml_key(key: str) -> str:
     bare = key and all(c.isascii() and (c.isalnum() or c in "-_") for c in key)
-    return key if bare else _toml_value(key)
+    return key if bare else toml_value(key)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A plain value, list or mapping (inline) as TOML."""
+    if isinstance(value, Mapping):
+        return (
+            "{ " + ", ".join(f"{_toml_key(k)} = {toml_value(v)}" for k, v in value.items()) + " }"
+        )
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml_value(part) for part in value) + "]"
+        return "[" + ", ".join(toml_value(part) for part in value) + "]"
     if isinstance(value, str):
         # JSON's escapes are TOML's, but for DEL, which TOML wants escaped as well.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")

@@ -59,6 +59,9 @@ class RunProgress:
     def _data(self, event: dict[str, Any]) -> None:
         self.console.print(f"  {escape(event['log'])}; split by {event['split']}")
 
+    def _share(self, event: dict[str, Any]) -> None:
+        self._stage({"name": f"share {event['share']:g} of the train rows"})
+
     def _step(self, event: dict[str, Any]) -> None:
         text = (
             f"loss {event['loss']:.4f}  temperature {event['temperature']:.3f}  "
@@ -72,6 +75,9 @@ class RunProgress:
         value = event["metrics"].get(self.select)
         shown = "" if value is None else f"{self.select} {value:.4f}"
         self.console.print(f"  epoch {event['epoch']:.1f}  {shown}")
+
+    def _warning(self, event: dict[str, Any]) -> None:
+        self.console.print(f"  warning: {escape(event['text'])}; {escape(event['advice'])}")
 
     def _note(self, event: dict[str, Any]) -> None:
         self.console.print(f"  note: {escape(event['text'])}")
@@ -176,6 +182,18 @@ def print_results(metrics: Mapping[str, Any], k: str) -> None:
         return
 
 
+def print_curve(curve: Mapping[str, Any]) -> None:
+    """A learning curve: a row per ranker, a column per share of the train rows."""
+    from recclr.report.curve import names
+
+    rows = []
+    for name in names(curve):
+        found = [point["rankers"].get(name) for point in curve["shares"]]
+        rows.append([name, *("n/a" if f is None else _cell(f["value"], None) for f in found)])
+    heads = [f"{point['rows_share']:.1%}" for point in curve["shares"]]
+    print_table(["ranker", *heads], rows, f"{curve['select']} on validation by share of train rows")
+
+
 def print_batch_sizes(trials: Sequence[Mapping[str, Any]], fastest: int) -> None:
     """Speed and memory of each batch size that fits."""
     rows = [
@@ -194,6 +212,15 @@ def print_batch_sizes(trials: Sequence[Mapping[str, Any]], fastest: int) -> None
         f"{fastest:,} rows are as fast as it gets; {trials[-1]['batch_size']:,} is the largest "
         'tried that fits. train.lr_scaling = "sqrt" takes the rates along.'
     )
+
+
+def print_amount(found: Mapping[str, Any]) -> None:
+    """Whether data are little, by which criteria; the proposed settings on stdout, to be pasted."""
+    say(f"note: {found['sentence']}" if found["verdict"] == "plenty" else found["sentence"])
+    for reason in found["reasons"]:
+        say(f"  {reason}")
+    if found["toml"]:
+        sys.stdout.write(found["toml"] + "\n")
 
 
 def print_frame(frame: pl.DataFrame) -> None:

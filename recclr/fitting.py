@@ -13,13 +13,36 @@ from recclr.data.log import EncodedLog, Prepared
 from recclr.data.sharding import rows_for_training, wanted_groups
 from recclr.distributed import ALONE, Ranks
 from recclr.load import fresh_model, ranker_of, training_log
+from recclr.monitors import Monitor
 from recclr.sharded_tables import table_maker
 from recclr.spectral import start_from_spectral
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
 from recclr.train import FitResult, fit
+from recclr.watching import temperature_figures
 
 Judge = Callable[[EmbeddingRanker], dict[str, float]]
+
+
+class _Served:
+    """A model as it would be served, made once for both that look at it."""
+
+    def __init__(self, judge: Judge, monitor: Monitor | None, cutoff: int | None) -> None:
+        self.judge, self.of_vectors, self.cutoff = judge, monitor, cutoff
+        self.ranker: EmbeddingRanker | None = None
+
+    def evaluate(self, model: TwoTower) -> dict[str, float]:
+        ranker = ranker_of(model, self.cutoff)
+        self.ranker = None if self.of_vectors is None else ranker
+        return self.judge(ranker)
+
+    def monitor(self, model: TwoTower) -> dict[str, float]:
+        """Of the model that was evaluated last, whose vectors are then let go."""
+        assert self.ranker is not None
+        assert self.of_vectors is not None
+        ranker, self.ranker = self.ranker, None
+        found = self.of_vectors(ranker.user_vectors, ranker.item_vectors)
+        return found | temperature_figures(model)
 
 
 def fit_model(
@@ -29,6 +52,7 @@ def fit_model(
     *,
     device: str,
     on_event: Callable[[dict[str, Any]], None],
+    monitor: Monitor | None = None,
     num_steps: int | None = None,
     checkpoints: Path | None = None,
     workspace: Path | None = None,
@@ -40,6 +64,7 @@ def fit_model(
 
     Args:
         judge: metrics on validation of the model as it would be served; None without validation.
+        monitor: looks at the same vectors after ``judge``; None: nobody does.
         workspace: where the rows may be kept in files while the training lasts, as
             ``data.resident`` says; None: they stay in memory.
         num_steps, checkpoints, resume, device, on_event, stop, ranks: see ``train.fit``, which also
@@ -59,10 +84,7 @@ def fit_model(
             say=lambda text: on_event({"kind": "note", "text": text}),
         )
 
-    def evaluate(candidate: TwoTower) -> dict[str, float]:
-        assert judge is not None
-        return judge(ranker_of(candidate, prepared.cutoff))
-
+    served = None if judge is None else _Served(judge, monitor, prepared.cutoff)
     with rows as log:
         data = replace(prepared, train=log) if log.mapped_for is not None else prepared
         model = fresh_model(config, data, table_maker(config.train, ranks, device))
@@ -75,7 +97,8 @@ def fit_model(
             negatives=config.negatives,
             train=config.train,
             seed=config.seed,
-            evaluate=None if judge is None else evaluate,
+            evaluate=None if served is None else served.evaluate,
+            monitor=served.monitor if served is not None and monitor is not None else None,
             select=config.evaluate.select,
             checkpoints=checkpoints,
             resume=resume,

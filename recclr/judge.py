@@ -120,7 +120,7 @@ def evaluate_run(
     log = read_log(config.data)
     parts = log.split(config.split)
     refitted = config.train.refit and parts.valid is not None
-    also = None if refitted or split == "valid" else parts.valid
+    also = parts.had_before(split, refitted=refitted)
     held_out = parts.test if split == "test" else parts.valid
     if events is not None:
         held_out = read_held_out(log, events)

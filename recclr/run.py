@@ -27,6 +27,8 @@ from recclr.fitting import fit_model
 from recclr.joining import restarts_are_safe
 from recclr.judge import collect_results, judged_by
 from recclr.load import load_blend, load_model, pick_device, ranker_of
+from recclr.monitoring import final_monitors, monitor_of
+from recclr.monitors import Monitor
 from recclr.ranking import Ranker
 from recclr.run_context import Context, asked_to_end
 from recclr.run_folder import (
@@ -48,7 +50,7 @@ from recclr.run_folder import (
 from recclr.sharded_tables import table_maker
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
-from recclr.watching import OnEvent
+from recclr.watching import OnEvent, temperature_figures
 
 _SELECTION = "selection"
 
@@ -60,6 +62,7 @@ def train_run(
     resume: bool = False,
     device: str = "auto",
     on_event: OnEvent | None = None,
+    judge_test: bool = True,
     ranks: Ranks = ALONE,
 ) -> Path:
     """Run a configuration into a folder, and return the folder.
@@ -71,6 +74,7 @@ def train_run(
         device: ``auto`` is the first GPU where there is one.
         on_event: gets every event of log.jsonl, {"kind": "stage", "name": …}, and what else
             ``console.RunProgress`` shows.
+        judge_test: look at test in the end; without it, validation is the last word.
         ranks: the processes that share the run, all of which call this with the same arguments.
             Training and the model's evaluations are shared; the first one does the rest.
 
@@ -92,14 +96,14 @@ def train_run(
         return out
     try:
         with locked(out) if ranks.first else nullcontext(), asked_to_end() as stop:
-            context = Context(config, out, device, emit, resume, stop, ranks)
+            context = Context(config, out, device, emit, resume, stop, ranks, judge_test)
             require_shared(out, ranks)
             data = _read(context)
             require_validation(config, data.examples)
             _begin(context, data)
             selected = _select(context, data)
             final = _final_stage(context, data.split, selected)
-            results = _judge(context, data.split, selected, final)
+            results = _judge(context, data, selected, final)
             if ranks.first:
                 _export(context, final)
                 # Last of all: its presence is what makes a run a finished one.
@@ -115,11 +119,12 @@ def train_run(
 
 @dataclass
 class Stage:
-    """A fitted stage: data, ranker, and what selection found."""
+    """A fitted stage: data, ranker, its temperature, and what selection found."""
 
     prepared: PreparedLog
     ranker: EmbeddingRanker
     steps: int
+    temperature: dict[str, float]
     choices: list[BaselineChoice] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     valid: list[Evaluation] = field(default_factory=list)
@@ -169,7 +174,7 @@ def _select(context: Context, data: Data) -> Stage:
     ranker = ranker_of(model, prepared.tensors.cutoff)
     if context.config.blend.parts:
         ranker = _blend_selected(context, prepared, ranker, folder, examples)
-    stage = Stage(prepared, ranker, steps)
+    stage = Stage(prepared, ranker, steps, temperature_figures(model))
     judged: dict[str, Evaluation] = {}
     if context.ranks.first:
         stage.choices, stage.skipped, judged = _choose_baselines(
@@ -216,7 +221,8 @@ def _final_stage(context: Context, split: Split, selected: Stage) -> Stage:
     assert split.valid is not None
     config = context.config
     train = split.train.concat(split.valid)
-    prepared = prepare(train, split.test, user=config.user, item=config.item, extra_ids=())
+    extra = () if split.left_out is None else (split.left_out,)
+    prepared = prepare(train, split.test, user=config.user, item=config.item, extra_ids=extra)
     _save(context, prepared, context.out)
     model, steps = _fit(context, "refit", context.out, prepared, None, selected.steps)
     ranker = ranker_of(model, prepared.tensors.cutoff)
@@ -224,18 +230,20 @@ def _final_stage(context: Context, split: Split, selected: Stage) -> Stage:
         context.enter("blend")
         selection = context.out / _SELECTION
         ranker = blend_final(config, prepared, ranker, context.out, selection, context.ranks)
-    return Stage(prepared, ranker, steps, selected.choices, selected.skipped)
+    temperature = temperature_figures(model)
+    return Stage(prepared, ranker, steps, temperature, selected.choices, selected.skipped)
 
 
-def _judge(context: Context, split: Split, selected: Stage, final: Stage) -> dict[str, Any]:
+def _judge(context: Context, data: Data, selected: Stage, final: Stage) -> dict[str, Any]:
     """Validation and test tables; test is looked at here, once, and nowhere else."""
-    config = context.config
+    config, split = context.config, data.split
     tables = {"valid": selected.valid}
-    if split.test is not None:
+    refitted = final is not selected
+    prepared, examples = final.prepared.tensors, None if refitted else data.examples
+    if split.test is not None and context.judge_test:
         context.enter("test")
-        refitted = final is not selected
         prepared, examples = judged_by(
-            final.prepared, split.test, config, also=None if refitted else split.valid
+            final.prepared, split.test, config, also=split.had_before("test", refitted=refitted)
         )
         tables["test"] = [_evaluated(context, final.ranker, examples, ranks=context.ranks)]
         for ranker in _baselines(context, final.choices, prepared):
@@ -248,7 +256,19 @@ def _judge(context: Context, split: Split, selected: Stage, final: Stage) -> dic
     results["selected_steps"] = selected.steps
     if config.blend.parts:
         results["blend"] = read_json(context.out / BLEND)
+    results["monitors"] = _looked_at(context, monitor_of(prepared, examples, config), final)
     return results
+
+
+def _looked_at(context: Context, monitor: Monitor, final: Stage) -> dict[str, Any]:
+    """Figures of the final model's vectors, and what is wrong with them."""
+    vectors = final.ranker.user_vectors, final.ranker.item_vectors
+    found = final_monitors(monitor(*vectors) | final.temperature)
+    where = {"stage": "final", "step": final.steps}
+    context.log({"kind": "monitor", **where, "figures": found["figures"]})
+    for cause in found["causes"]:
+        context.log({"kind": "warning", **where, **cause})
+    return found
 
 
 def _baselines(
@@ -307,6 +327,7 @@ def _fit(
         None if examples is None else judge,
         device=context.device,
         on_event=lambda event: context.log({"stage": stage, **event}),
+        monitor=None if examples is None else monitor_of(prepared.tensors, examples, config),
         num_steps=num_steps,
         checkpoints=folder / "checkpoints",
         workspace=context.out,

@@ -28,6 +28,7 @@ class Context:
         out: the run folder. device: where the model lives. on_event: progress, one dict each.
         stop: whether a signal asked to end. ranks: the processes of the run; the first of them
             writes and shows, and does alone what is not shared.
+        judge_test: look at test in the end.
     """
 
     config: Config
@@ -37,6 +38,7 @@ class Context:
     resume: bool = False
     stop: Callable[[], bool] = field(default=lambda: False)
     ranks: Ranks = ALONE
+    judge_test: bool = True
 
     def log(self, event: dict[str, Any]) -> None:
         """One line of log.jsonl, and the progress display."""

@@ -75,7 +75,7 @@ def open_run(out: Path, config: Config, *, resume: bool) -> bool:
     if stored.exists():
         if not resume:
             raise ConfigError(f"{out} holds an unfinished run; add --resume to go on with it")
-        _refuse_changes(stored, config)
+        require_same_config(stored, config)
     elif out.exists() and not all(_passing(path.name) for path in out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no run; choose an empty or new folder")
     if finished:
@@ -96,7 +96,7 @@ def begin_run(out: Path, config: Config, data: dict[str, Any], device: str) -> N
     """
     stored = out / CONFIG
     if stored.exists():
-        _refuse_changes(stored, config)
+        require_same_config(stored, config)
     else:
         # First of all: it is what makes a folder that of a run.
         write_bytes_atomic(stored, dump_toml(config).encode("utf-8"))
@@ -319,8 +319,12 @@ def _git_revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def _refuse_changes(stored: Path, config: Config) -> None:
-    """A resumed run must be the run that was begun."""
+def require_same_config(stored: Path, config: Config) -> None:
+    """Refuse to go on in a folder with another configuration than the one it was begun with.
+
+    Raises:
+        ConfigError: names the keys that differ, and both values.
+    """
     before = _flat(dump_toml(load_config(stored)))
     now = _flat(dump_toml(config))
     changed = [

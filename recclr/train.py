@@ -25,7 +25,7 @@ from recclr.keeping import Keeper, Progress
 from recclr.settings import LossSettings, NegativesSettings, TrainSettings
 from recclr.stepping import Stepper, ignore
 from recclr.towers import TwoTower
-from recclr.watching import Meter, OnEvent, require_finite
+from recclr.watching import Meter, OnEvent, require_finite, tell_figures
 
 Evaluate = Callable[[TwoTower], dict[str, float]]
 
@@ -37,7 +37,8 @@ class FitResult:
     Attributes:
         steps: run in all. best_step: step of the best evaluation, or ``steps`` without any.
         best_value: its metric; None without evaluation.
-        evaluations: {"step", "epoch", "metrics"} each. seconds: of this call, evaluation included.
+        evaluations: {"step", "epoch", "metrics"} each, and with ``monitor`` its "monitors" and the
+            names of the "causes" they point to. seconds: of this call, evaluation included.
         steps_per_epoch: for translating between steps and epochs.
     """
 
@@ -58,6 +59,7 @@ def fit(
     train: TrainSettings,
     seed: int = 0,
     evaluate: Evaluate | None = None,
+    monitor: Evaluate | None = None,
     select: str = "recall@20",
     checkpoints: Path | None = None,
     resume: bool = False,
@@ -75,6 +77,8 @@ def fit(
             (``data.shards``), which changes no bit of the result.
         evaluate: metrics of the model on validation; called every ``train.evaluate_every`` epochs
             and at the end. The best by ``select`` is kept, ``train.patience`` counts the others.
+        monitor: figures of the model (see ``monitors``), asked for after each evaluation; they
+            change nothing of the training.
         checkpoints: folder for ``step-N``, LAST, BEST. None: nothing is written, and the best
             weights are kept in memory.
         resume: go on from LAST if there is one.
@@ -133,6 +137,8 @@ def fit(
                 ranks.unwatch()
                 require_finite(stats.loss, model, progress.step)
                 improved = _judge(evaluate(model), select, progress, meter)
+                if monitor is not None:
+                    tell_figures(monitor(model), progress.evaluations, emit)
                 stepper.look_again()
             if improved or last or interrupted or progress.step % checkpoint_every == 0:
                 require_finite(stats.loss, model, progress.step)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recclr.causes import causes
 from recclr.errors import DivergedError
 from recclr.objective import StepStats
 from recclr.towers import TwoTower
@@ -49,6 +50,37 @@ class Meter:
             }
         )
         self.since, self.rows = time.perf_counter(), 0
+
+
+def tell_figures(
+    figures: dict[str, float], evaluations: list[dict[str, Any]], emit: OnEvent
+) -> None:
+    """Add figures, and the causes they name, to the last evaluation, and tell of both.
+
+    A cause is told when no earlier evaluation named it: since evaluations are in checkpoints, once
+    in a training, however often it is resumed.
+
+    Args:
+        figures: of ``monitors.Monitor``. evaluations: of the training so far, at least one.
+    """
+    *before, last = evaluations
+    found = causes([e["monitors"] for e in before if "monitors" in e] + [figures])
+    told = {name for e in before for name in e.get("causes", ())}
+    last |= {"monitors": figures, "causes": [cause.name for cause in found]}
+    where = {"step": last["step"], "epoch": last["epoch"]}
+    emit({"kind": "monitor", **where, "figures": figures})
+    for cause in found:
+        if cause.name not in told:
+            emit({"kind": "warning", **where, **cause.to_json()})
+
+
+def temperature_figures(model: TwoTower) -> dict[str, float]:
+    """``temperature``; of a learned one also its bounds, ``temperature_low`` and ``_high``."""
+    found = {"temperature": float(model.temperature().detach())}
+    if model.log_temperature.requires_grad:
+        low, high = model.bounds
+        found |= {"temperature_low": math.exp(low), "temperature_high": math.exp(high)}
+    return found
 
 
 def require_finite(loss: Tensor, model: TwoTower, step: int, *, weights: bool = True) -> None:

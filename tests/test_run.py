@@ -250,3 +250,61 @@ def test_every_ranker_is_announced_and_counted_to_its_last_user(small_config, tm
     assert judged == [
         (name, done, total) for name in ("model", "popularity") for done in (0, total)
     ]
+
+
+@pytest.fixture(scope="module")
+def sick_run(recclr, small_data, tmp_path_factory):
+    """A user tower that knows nothing of its users, and a temperature that wants beyond its bound.
+
+    The one feature is of categories that are all too rare, so that everybody has the unknown one.
+    """
+    folder = tmp_path_factory.mktemp("sick")
+    (folder / "sick.toml").write_text(
+        f"""
+        data = {{ events = "{small_data}/events.parquet", users = "{small_data}/users.parquet" }}
+        model.embedding_dim = 8
+        loss = {{ initial_temperature = 0.5, max_temperature = 0.5 }}
+        negatives.uniform = 32
+        train = {{ batch_size = 64, epochs = 4, dense_lr = 0.01 }}
+        evaluate = {{ ks = [10], select = "recall@10", num_bootstrap = 0 }}
+        baselines.names = []
+        [user]
+        id.enabled = false
+        features.country = {{ kind = "categorical", min_count = 1000 }}
+        """
+    )
+    done = recclr("train", "--config", folder / "sick.toml", "--out", folder / "run")
+    assert done.code == 0, done.err
+    return folder / "run", done
+
+
+def test_causes_are_named_in_log_terminal_metrics_and_report(sick_run):
+    out, done = sick_run
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    warned = [(e["stage"], e["cause"]) for e in events if e["kind"] == "warning"]
+    names = ["constant_user_tower", "temperature_at_upper_bound"]
+    assert warned == [(stage, name) for stage in ("selection", "final") for name in names]
+    looked = [e for e in events if e["kind"] == "monitor" and e["stage"] == "selection"]
+    assert [e["epoch"] for e in looked] == [1.0, 2.0, 3.0, 4.0]
+    monitors = json.loads((out / "metrics.json").read_text())["monitors"]
+    assert [cause["cause"] for cause in monitors["causes"]] == names
+    assert monitors["figures"]["user_variance"] < 1e-6
+    assert monitors["figures"]["temperature"] == pytest.approx(0.5)
+    page = (out / "report.html").read_text()
+    for cause in monitors["causes"]:
+        assert f"warning: {cause['text']}; {cause['advice']}" in done.err
+        assert f"The final model: {cause['text']}." in page
+    assert "Effective rank by epoch" in page
+
+
+def test_a_sound_model_has_figures_and_no_causes(small_run):
+    monitors = json.loads((small_run / "metrics.json").read_text())["monitors"]
+    assert monitors["causes"] == []
+    assert monitors["figures"]["item_rank"] <= monitors["figures"]["item_rank_limit"] == 8
+    assert "alignment" in monitors["figures"]
+    assert "effective rank" in monitors["definitions"]
+    events = [json.loads(line) for line in (small_run / "log.jsonl").read_text().splitlines()]
+    assert "warning" not in {event["kind"] for event in events}
+    stored = json.loads((small_run / "selection" / "selection.json").read_text())["evaluations"]
+    logged = [e for e in events if e["kind"] == "monitor" and e["stage"] == "selection"]
+    assert [e["monitors"] for e in stored] == [e["figures"] for e in logged]

@@ -54,6 +54,7 @@ RANGES = [
     (settings.TrainSettings, "checkpoint_every", 0.001, 1e6),
     (settings.TrainSettings, "staleness_d", 0.0, 1e5),
     (settings.TrainSettings, "collective_timeout_s", 1.0, 1e6),
+    (settings.SplitSettings, "train_share", 1e-6, 1.0),
     (settings.EvaluateSettings, "num_bootstrap", 0, 1_000_000),
     (baseline_settings.BaselineSettings, "ease_max_items", 1, 200_000),
 ]

@@ -16,6 +16,7 @@ import polars as pl
 
 from recclr.data.ids import hash_ids, mix
 from recclr.data.interactions import Log, align_logs, read_held_out
+from recclr.data.sampling import sample_of_users
 from recclr.errors import ConfigError, DataError
 from recclr.settings import SplitSettings
 
@@ -32,12 +33,13 @@ class Split:
     Attributes:
         train: the rows to learn from.
         valid, test: held-out rows; None where none were asked for.
+        left_out: train rows that are not in the sample of ``split.train_share``; None for all.
         by: ``time``, ``given``, ``leave_last`` or ``random``.
         cutoffs: ``valid`` / ``test`` -> the first second (UTC) of that part; of splits by time.
-        counts: per part ``rows``, ``users``, ``items``, and for held-out parts, against train
-            alone (``test`` also against train + validation, under ``test_after_refit``):
-            ``unknown_users``, ``unknown_items`` and the ``rows_of_…`` them, and
-            ``rows_also_before``, whose (user, item) is in the earlier rows already. With time
+        counts: per part, ``left_out`` included, ``rows``, ``users``, ``items``, and for held-out
+            parts, against train alone (``test`` also against train + validation, under
+            ``test_after_refit``): ``unknown_users``, ``unknown_items`` and the ``rows_of_…`` them,
+            and ``rows_also_before``, whose (user, item) is in the earlier rows already. With time
             also ``rows_before_train_end``, no later than the last earlier row.
     """
 
@@ -47,6 +49,17 @@ class Split:
     by: str
     cutoffs: dict[str, int] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    left_out: Log | None = None
+
+    def had_before(self, part: str, *, refitted: bool = False) -> Log | None:
+        """Rows that users have by ``valid`` or ``test`` and that nothing is fitted on, or None.
+
+        Args:
+            refitted: the model of ``test`` was trained on validation as well.
+        """
+        later = self.valid if part == "test" and not refitted else None
+        logs = [log for log in (self.left_out, later) if log is not None]
+        return None if not logs else logs[0] if len(logs) == 1 else logs[0].concat(logs[1])
 
 
 def split_log(log: Log, settings: SplitSettings, *, seed: int | None = None) -> Split:
@@ -76,6 +89,8 @@ def split_log(log: Log, settings: SplitSettings, *, seed: int | None = None) -> 
     }
     split = ways[by](log, settings)
     _refuse_empty(split, settings)
+    if settings.train_share < 1:
+        split = _sampled(split, settings)
     return replace(split, counts=_counts(split))
 
 
@@ -280,8 +295,17 @@ def _refuse_empty(split: Split, settings: SplitSettings) -> None:
         )
 
 
+def _sampled(split: Split, settings: SplitSettings) -> Split:
+    events = split.train.events
+    kept = sample_of_users(events, settings.train_share, seed=settings.seed)
+    train, left_out = (split.train.with_events(events.filter(mask)) for mask in (kept, ~kept))
+    return replace(split, train=train, left_out=left_out if len(left_out) else None)
+
+
 def _counts(split: Split) -> dict[str, dict[str, int]]:
     counts = {"train": _sizes(split.train)}
+    if split.left_out is not None:
+        counts["left_out"] = _sizes(split.left_out)
     known = split.train.events
     if split.valid is not None:
         counts["valid"] = _sizes(split.valid) | _against(split.valid.events, known)

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 
 _WIDTH, _HEIGHT = 760, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 14, 42
-_COLOURS = ("var(--model)", "var(--second)", "var(--other)")
+_COLOURS = tuple(f"var(--{name})" for name in ("model", "second", "other", *"cdefghi"))
 _ROW = 24
 _MAX_POINTS = 400
-_LEGEND = 20
+_LEGEND, _IN_A_ROW = 20, 4
 # float32 ends here: what lies beyond is no figure of a run, and would overflow the scale.
 _LARGEST = 3.4e38
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart: points (x, y) with rising x, and the x of the one to mark, if any."""
+    """A line of a chart: points (x, y) with rising x, and the x of the one to mark, if any.
+
+    ``intervals`` are (low, high) by x, for points that have one.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
     mark: float | None = None
+    intervals: Mapping[float, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,17 +41,25 @@ class Bar:
     strong: bool = False
 
 
-def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str) -> str:
-    """Lines over one pair of axes; "" where no line has a finite point."""
+def line_chart(
+    lines: Sequence[Line], *, title: str, x_label: str, y_label: str, log_x: bool = False
+) -> str:
+    """Lines over one pair of axes; "" where no line has a finite point.
+
+    Args:
+        log_x: equal ratios of x are equally wide; every x is above 0.
+    """
     lines = [_finite(line) for line in lines]
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
-    x_axis, y_axis = _Axis(min(xs), max(xs)), _Axis(*_padded(min(ys), max(ys)))
-    # The legend has a row of its own above the plot, where no line can run through it.
-    top = _TOP + (_LEGEND if len(lines) > 1 else 0)
+    ys += [end for line in lines for pair in line.intervals.values() for end in pair]
+    x_axis = (_LogAxis if log_x else _Axis)(min(xs), max(xs))
+    y_axis = _Axis(*_padded(min(ys), max(ys)))
+    # The legend has rows of its own above the plot, where no line can run through it.
+    top = _TOP + (_LEGEND * -(-len(lines) // _IN_A_ROW) if len(lines) > 1 else 0)
     inner_x, inner_y = _WIDTH - _LEFT - _RIGHT, _HEIGHT - top - _BOTTOM
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -71,8 +83,16 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str)
             if x == line.mark or len(line.points) == 1:
                 cx, cy = place(x, y)
                 parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4.5" fill="{colour}"/>')
+        for x, (low, high) in line.intervals.items():
+            (at, lower), (_, upper) = place(x, low), place(x, high)
+            parts.append(
+                f'<path d="M {at - 4:.1f} {lower:.1f} h 8 M {at:.1f} {lower:.1f} V {upper:.1f} '
+                f'M {at - 4:.1f} {upper:.1f} h 8" stroke="{colour}" fill="none"/>'
+            )
         if len(lines) > 1:
-            parts.append(_text(_LEFT + 150 * number, _TOP + 4, line.name, "start", colour))
+            row, column = divmod(number, _IN_A_ROW)
+            left, y = _LEFT + 165 * column, _TOP + 4 + _LEGEND * row
+            parts.append(_text(left, y, line.name, "start", colour))
     parts.append(_text(_LEFT + inner_x / 2, _HEIGHT - 6, x_label))
     parts.append(
         f'<text x="14" y="{top + inner_y / 2:.0f}" text-anchor="middle" fill="currentColor" '
@@ -139,12 +159,35 @@ class _Axis:
         return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
 
+class _LogAxis(_Axis):
+    """A logarithmic scale with ticks at 1, 2 and 5 of every power of ten."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__(low, high)
+        if high <= low:
+            self.low, self.high = low / 2, low * 2
+
+    def at(self, value: float) -> float:
+        return math.log(value / self.low) / math.log(self.high / self.low)
+
+    def ticks(self) -> list[float]:
+        first, last = (math.floor(math.log10(end)) for end in (self.low, self.high))
+        found = [
+            float(f"{m * 10.0**power:.12g}") for power in range(first, last + 1) for m in (1, 2, 5)
+        ]
+        # The ends of the data lie on ticks but for rounding.
+        inside = (self.low * (1 - 1e-9), self.high * (1 + 1e-9))
+        return [tick for tick in found if inside[0] <= tick <= inside[1]]
+
+
 def _finite(line: Line) -> Line:
     """Without points that are not finite, and no denser than can be seen."""
     points = [p for p in line.points if _drawable(*p)]
     stride, last = max(1, math.ceil(len(points) / _MAX_POINTS)), len(points) - 1
     kept = [p for n, p in enumerate(points) if n % stride == 0 or n == last or p[0] == line.mark]
-    return Line(line.name, kept, line.mark)
+    xs = {x for x, _ in kept}
+    spread = {x: ends for x, ends in line.intervals.items() if x in xs and _drawable(*ends)}
+    return Line(line.name, kept, line.mark, spread)
 
 
 def _drawable(*values: float) -> bool:

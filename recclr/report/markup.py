@@ -10,11 +10,13 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --paper: #ffffff;
   --line: #d8dde5; --model: #1f6feb; --second: #b35900; --other: #9aa7b8; --good: #1a7f37;
   --bad: #b42318;
-  --shade: 31, 111, 235; }
+  --c: #7a3ea8; --d: #1a7f37; --e: #b42318; --f: #0b7285; --g: #8a6d00; --h: #a6336f;
+  --i: #4a5a6e; --shade: 31, 111, 235; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa7b8; --paper: #12161c;
   --line: #2d3541; --model: #6ea8fe; --second: #e8a15c; --other: #5b6675; --good: #57c276;
   --bad: #f1857b;
-  --shade: 110, 168, 254; } }
+  --c: #c08be6; --d: #57c276; --e: #f1857b; --f: #5cc3d6; --g: #d6b84c; --h: #ea8abb;
+  --i: #aebbcb; --shade: 110, 168, 254; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; background: var(--paper);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
@@ -91,6 +93,20 @@ def pairs(values: Iterable[tuple[str, str]], caption: str = "") -> str:
         return ""
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     return f'<div class="scroll"><table class="facts">{title}<tbody>{rows}</tbody></table></div>\n'
+
+
+def document(title: str, body: str) -> str:
+    """A whole page that needs nothing but itself.
+
+    Args:
+        title: plain text. body: HTML.
+    """
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>recclr: {escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n{body}</body>\n</html>\n"
+    )
 
 
 def section(title: str, *parts: str) -> str:

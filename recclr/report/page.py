@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from recclr.files import write_bytes_atomic
-from recclr.report import background
-from recclr.report.markup import STYLE, paragraph
+from recclr.report import background, vectors
+from recclr.report.markup import document, paragraph
 from recclr.report.results import (
     Results,
     comparison,
@@ -40,14 +40,14 @@ def write_report(run: Path) -> Path:
     metrics = _optional(run / METRICS)
     results = Results(metrics, config.evaluate.select, config.evaluate.ks)
     data = _optional(run / DATA)
-    steps = metrics.get("selected_steps")
+    steps, log = metrics.get("selected_steps"), _log(run / LOG)
     # A run is often called "run": the folder it stands in tells it from others.
-    title = escape(Path(*run.resolve().parts[-2:]).as_posix())
+    title = Path(*run.resolve().parts[-2:]).as_posix()
     names = (METRICS, DATA, LOG, ENVIRONMENT)
     missing = ", ".join(name for name in names if not (run / name).exists())
     body = "".join(
         [
-            f"<h1>{title}</h1>\n",
+            f"<h1>{escape(title)}</h1>\n",
             paragraph(data["log"], "soft") if data.get("log") else "",
             headline(results),
             paragraph(f"Not in the run folder: {missing}.", "note") if missing else "",
@@ -56,7 +56,8 @@ def write_report(run: Path) -> Path:
             slices(results),
             difference_table(results),
             comparison(results, "valid"),
-            background.training(_log(run / LOG), results.select, steps),
+            background.training(log, results.select, steps),
+            vectors.section_of(log, metrics.get("monitors", {})),
             background.baselines(metrics.get("baselines", {})),
             background.data(data),
             background.definitions(metrics.get("definitions", {})),
@@ -64,13 +65,7 @@ def write_report(run: Path) -> Path:
             background.environment(_optional(run / ENVIRONMENT)),
         ]
     )
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>recclr: {title}</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n{body}</body>\n</html>\n"
-    )
-    write_bytes_atomic(run / REPORT, page.encode("utf-8"))
+    write_bytes_atomic(run / REPORT, document(title, body).encode("utf-8"))
     return run / REPORT
 
 
@@ -85,13 +80,13 @@ def _log(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    events: dict[tuple[str, str, int], dict[str, Any]] = {}
+    events: dict[tuple[str, ...], dict[str, Any]] = {}
     for line in path.read_text("utf-8").splitlines():
         try:
             event = json.loads(line)
         except ValueError:
             continue
         if isinstance(event, dict) and isinstance(event.get("step"), int):
-            key = (str(event.get("kind")), str(event.get("stage")), event["step"])
-            events[key] = event
+            names = (event.get(name) for name in ("kind", "stage", "step", "cause"))
+            events[tuple(map(str, names))] = event
     return sorted(events.values(), key=lambda event: int(event["step"]))

@@ -97,10 +97,14 @@ class SplitSettings:
     """``given``: file(s) of validation rows; without it, ``valid`` of train is cut per user at
     random (or by time where there is one)."""
     test_events: str | None = None
+    train_share: float = 1.0
+    """Learn from a sample of the train rows: so large a share of each user's, one at least. What is
+    held out, and what users already have, stays that of the whole; smaller shares of a seed are
+    parts of larger ones."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self, valid=(0.0, 1e6), test=(0.0, 1e6), seed=(0, 1 << 62))
+        _check(self, valid=(0.0, 1e6), test=(0.0, 1e6), train_share=(1e-6, 1.0), seed=(0, 1 << 62))
         if self.by in ("auto", "time", "random") and not self.valid + self.test < 1:
             raise ValueError(f"valid + test must leave rows for train: {self.valid} + {self.test}")
         if self.by == "given" and self.test_events is None:

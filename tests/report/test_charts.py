@@ -175,3 +175,42 @@ def test_names_are_escaped_everywhere():
         assert name in texts(root)
     title = ET.fromstring(bar_chart([Bar("a", 1.0)], title=name, x_label=name))
     assert (title.get("aria-label"), title.find(f"{SVG}title").text) == (name, name)
+
+
+def test_a_logarithmic_axis_gives_equal_ratios_equal_room():
+    line = Line("a", [(0.01, 1.0), (0.1, 2.0), (1.0, 3.0)])
+    root = ET.fromstring(
+        line_chart([line], title="t", x_label="share", y_label="recall", log_x=True)
+    )
+    (x0, _), (x1, _), (x2, _) = polyline(root)
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+    for value, x in ((0.01, x0), (0.1, x1), (1, x2)):
+        assert float(texts(root)[f"{value:g}"].get("x")) == pytest.approx(x, abs=0.1)
+    assert {"0.02", "0.05", "0.2", "0.5"} <= set(texts(root))
+    alone = line_chart([Line("a", [(0.3, 1.0)])], title="t", x_label="x", y_label="y", log_x=True)
+    assert 64 < float(ET.fromstring(alone).find(f"{SVG}circle").get("cx")) < 744
+
+
+def test_intervals_stand_where_their_values_are():
+    ends = {0: (1.0, 3.0), 1: (2.0, 2.5), 2: (math.nan, 9.0), 5: (0.0, 9.0)}
+    root = draw_lines(Line("a", [(0, 2.0), (1, 2.25), (2, 2.5)], intervals=ends))
+    found = [
+        [float(number) for number in re.findall(r"-?[\d.]+", path.get("d"))]
+        for path in root.findall(f"{SVG}path")
+    ]
+    # Neither what is no number nor what has no point.
+    assert len(found) == 2
+    (first, second), line = found, polyline(root)
+    assert (first[3], second[3]) == pytest.approx((line[0][0], line[1][0]), abs=0.1)
+    assert first[4] == pytest.approx(rule_at(root, "1"), abs=0.1)
+    assert first[5] == pytest.approx(rule_at(root, "3"), abs=0.1)
+
+
+def test_a_legend_of_many_has_rows_above_the_plot_and_a_colour_for_each():
+    lines = [Line(f"ranker {n}", [(0, 1.0 + n), (1, 9.0 - n)]) for n in range(9)]
+    root = draw_lines(*lines)
+    places = {(float(t.get("x")), float(t.get("y"))) for t in (texts(root)[x.name] for x in lines)}
+    assert len(places) == 9
+    lowest = max(y for _, y in places)
+    assert all(lowest < y for number in range(9) for _, y in polyline(root, number))
+    assert len({p.get("stroke") for p in root.findall(f"{SVG}polyline")}) == 9
