@@ -73,6 +73,7 @@ def fit_model(
             loss=config.loss,
             negatives=config.negatives,
             train=config.train,
+            self_supervision=config.self_supervision,
             seed=config.seed,
             evaluate=None if judge is None else evaluate,
             select=config.evaluate.select,

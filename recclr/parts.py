@@ -36,6 +36,7 @@ class Rows:
             among them. Draws are made for the whole, so that what is dropped does not depend on the
             number of ranks, nor on that of chunks.
         fixed_shapes: ragged rows are padded to the longest there is, and nothing waits for a GPU.
+        hidden: rate at which each part is dropped beside its own, as views are made (``views``).
     """
 
     idx: Tensor
@@ -45,6 +46,7 @@ class Rows:
     whole: Rows | None = None
     places: Tensor | slice | None = None
     fixed_shapes: bool = False
+    hidden: float = 0.0
 
     def part(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` of these, for one of several ranks, or a chunk of its rows."""
@@ -52,14 +54,14 @@ class Rows:
         at = self.at if self.at is None or self.at.ndim == 0 else self.at[own]
         without = None if self.without is None else self.without[own]
         if self.whole is None:
-            return Rows(self.idx[own], at, without, self.generator, self, own)
+            return replace(self, idx=self.idx[own], at=at, without=without, whole=self, places=own)
         # A part of a part is one of the same whole.
         places = self.places
         if isinstance(places, slice):
             places = slice(places.start + start, min(places.start + stop, places.stop))
         elif places is not None:
             places = places[own]
-        return Rows(self.idx[own], at, without, self.generator, self.whole, places)
+        return replace(self, idx=self.idx[own], at=at, without=without, places=places)
 
     def uniform(self, *shape: int) -> Tensor:
         """Draws from [0, 1), float32 [M, *shape]; only where there is a generator."""
@@ -70,6 +72,8 @@ class Rows:
 
     def dropped(self, probability: float) -> Tensor | None:
         """Bool [M]: rows whose part is hidden in this step; None for none."""
+        if self.hidden:
+            probability = 1.0 - (1.0 - probability) * (1.0 - self.hidden)
         if self.generator is None or probability == 0.0:
             return None
         return self.uniform() < probability
@@ -104,7 +108,7 @@ class IdPart(nn.Module):
 
     def forward(self, rows: Rows) -> Tensor:
         num_rows = len(self.known) - 1
-        if self.always and rows.generator is not None:
+        if self.always and rows.generator is not None and not rows.hidden:
             return _vectors(self.table, rows.idx + 1)
         idx = rows.idx.clamp(max=num_rows)
         known = self.known[idx]

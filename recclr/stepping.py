@@ -19,8 +19,14 @@ from recclr.negatives import require_negatives
 from recclr.objective import Objective, StepStats
 from recclr.optimizers import Optimizers
 from recclr.parts import IdPart, StatisticsPart
-from recclr.settings import LossSettings, NegativesSettings, TrainSettings
+from recclr.settings import (
+    LossSettings,
+    NegativesSettings,
+    SelfSupervisionSettings,
+    TrainSettings,
+)
 from recclr.towers import TwoTower
+from recclr.views import SelfSupervision
 from recclr.watching import OnEvent
 
 # Steps after which a capture as a CUDA graph is not waited for any more.
@@ -56,6 +62,7 @@ class Stepper:
         negatives: NegativesSettings,
         train: TrainSettings,
         seed: int,
+        self_supervision: SelfSupervisionSettings | None = None,
         ranks: Ranks = ALONE,
         emit: OnEvent = ignore,
     ) -> None:
@@ -72,7 +79,11 @@ class Stepper:
             device=log.device,
             ranks=ranks,
             emit=emit,
+            self_supervision=self_supervision,
         )
+        views = None
+        if self_supervision is not None:
+            views = SelfSupervision(self_supervision, model, log, seed=seed, ranks=ranks)
         self.objective = Objective(
             log,
             loss,
@@ -82,9 +93,16 @@ class Stepper:
             chunk_size=train.chunk_size,
             ranks=ranks,
             fixed_shapes=captured,
+            self_supervision=views,
         )
         self.num_steps = max(1, round(train.epochs * self.source.steps_per_epoch))
-        self.optimizers = Optimizers(model, train, self.num_steps, fixed_shapes=captured)
+        self.optimizers = Optimizers(
+            model,
+            train,
+            self.num_steps,
+            fixed_shapes=captured,
+            also=None if views is None else views.parameters(),
+        )
         self.graph = graph_of(model, self.objective, self.optimizers, emit=emit)
         self.exchange = StepExchange(self.optimizers, ranks) if ranks.size > 1 else None
 

@@ -22,7 +22,12 @@ from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, DivergedError, InterruptedTraining
 from recclr.files import fault_point
 from recclr.keeping import Keeper, Progress
-from recclr.settings import LossSettings, NegativesSettings, TrainSettings
+from recclr.settings import (
+    LossSettings,
+    NegativesSettings,
+    SelfSupervisionSettings,
+    TrainSettings,
+)
 from recclr.stepping import Stepper, ignore
 from recclr.towers import TwoTower
 from recclr.watching import Meter, OnEvent, require_finite
@@ -56,6 +61,7 @@ def fit(
     loss: LossSettings,
     negatives: NegativesSettings,
     train: TrainSettings,
+    self_supervision: SelfSupervisionSettings | None = None,
     seed: int = 0,
     evaluate: Evaluate | None = None,
     select: str = "recall@20",
@@ -102,6 +108,7 @@ def fit(
         loss=loss,
         negatives=negatives,
         train=train,
+        self_supervision=self_supervision,
         seed=seed,
         ranks=ranks,
         emit=emit,

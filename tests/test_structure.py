@@ -33,6 +33,8 @@ FLOORS = {
         "towers",
         "losses",
         "scoring",
+        "ntxent",
+        "views",
         "negatives",
         "known_positives",
     }

@@ -7,6 +7,7 @@ checked here once, for the TOML file, ``--set`` and Python callers alike.
 from recclr.settings.data import ColumnSettings, DataSettings, SplitSettings
 from recclr.settings.judging import METRIC_NAMES, EvaluateSettings
 from recclr.settings.objective import LossSettings, NegativesSettings, PopularitySettings
+from recclr.settings.self_supervision import SelfSupervisionSettings, ViewSettings
 from recclr.settings.towers import (
     FeatureKind,
     FeatureSettings,
@@ -31,7 +32,9 @@ __all__ = [
     "ModelSettings",
     "NegativesSettings",
     "PopularitySettings",
+    "SelfSupervisionSettings",
     "SplitSettings",
     "TowerSettings",
     "TrainSettings",
+    "ViewSettings",
 ]
