@@ -6,12 +6,8 @@ there; what is inside a stage resumes from its own checkpoints.
 
 from __future__ import annotations
 
-import json
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -24,17 +20,16 @@ from recclr.data.log import Prepared
 from recclr.data.prepare import PreparedLog, prepare
 from recclr.data.split import Split
 from recclr.distributed import ALONE, LONG_S, Ranks
-from recclr.errors import InterruptedTraining
 from recclr.evaluate import SLICES, Evaluation, EvaluationSet, evaluate
-from recclr.files import clear_errors, write_bytes_atomic, write_json_atomic
+from recclr.files import write_bytes_atomic, write_json_atomic
 from recclr.fitting import fit_model
 from recclr.joining import restarts_are_safe
 from recclr.judge import collect_results, judged_by
 from recclr.load import load_model, pick_device, ranker_of
 from recclr.ranking import Ranker
+from recclr.run_context import Context, asked_to_end
 from recclr.run_folder import (
     DATA,
-    LOG,
     METRICS,
     REPORT,
     begin_run,
@@ -51,51 +46,9 @@ from recclr.run_folder import (
 from recclr.sharded_tables import table_maker
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
+from recclr.watching import OnEvent
 
-OnEvent = Callable[[dict[str, Any]], None]
 _SELECTION = "selection"
-
-
-@dataclass
-class Context:
-    """What every stage needs.
-
-    Attributes:
-        out: the run folder. device: where the model lives. on_event: progress, one dict each.
-        stop: whether a signal asked to end. ranks: the processes of the run; the first of them
-            writes and shows, and does alone what is not shared.
-    """
-
-    config: Config
-    out: Path
-    device: str
-    on_event: OnEvent
-    resume: bool = False
-    stop: Callable[[], bool] = field(default=lambda: False)
-    ranks: Ranks = ALONE
-
-    def log(self, event: dict[str, Any]) -> None:
-        """One line of log.jsonl, and the progress display."""
-        if not self.ranks.first:
-            return
-        line = json.dumps({"time": round(time.time(), 3), **event}) + "\n"
-        with clear_errors(self.out / LOG), (self.out / LOG).open("a", encoding="utf-8") as file:
-            file.write(line)
-        self.on_event(event)
-
-    def enter(self, stage: str) -> None:
-        """Announce a stage, unless a signal asked to end before it."""
-        self.end_if_asked()
-        self.on_event({"kind": "stage", "name": stage})
-
-    def end_if_asked(self) -> None:
-        """End here if a signal asked for it: what is done so far is in the folder."""
-        # The others notice when the first one ends.
-        if self.ranks.first and self.stop():
-            raise InterruptedTraining(
-                "stopped by a signal between two steps of the work; the same command with "
-                "--resume goes on from there"
-            )
 
 
 def train_run(
@@ -135,7 +88,7 @@ def train_run(
             _write_report(out, emit)
         return out
     try:
-        with locked(out) if ranks.first else nullcontext(), _signals() as stop:
+        with locked(out) if ranks.first else nullcontext(), asked_to_end() as stop:
             context = Context(config, out, device, emit, resume, stop, ranks)
             require_shared(out, ranks)
             data = _read(context)
@@ -397,24 +350,3 @@ def _write_report(out: Path, emit: OnEvent) -> None:
 
     emit({"kind": "stage", "name": "report"})
     write_report(out)
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and SIGINT ask the loop to end after its step; a second one ends at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

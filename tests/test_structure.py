@@ -65,7 +65,7 @@ FLOORS = {
         "load",
         "report",
     }
-    | {"run", "run_folder", "shipping", "__main__", "__init__"},
+    | {"run", "run_context", "run_folder", "shipping", "__main__", "__init__"},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 BARE = ("train", "objective", "towers", "evaluate", "topk", "checkpoint", "statistics", "bootstrap")
