@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from recclr.config import Config
+from recclr.data.features import FeatureEncoder
 from recclr.data.log import EncodedLog, Prepared
 from recclr.data.sharding import rows_for_training, wanted_groups
 from recclr.distributed import ALONE, Ranks
 from recclr.load import fresh_model, ranker_of
+from recclr.run_folder import weights_folder
 from recclr.sharded_tables import table_maker
 from recclr.spectral import start_from_spectral
+from recclr.starting import start_from_catalogue
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
 from recclr.train import FitResult, fit
@@ -29,6 +32,7 @@ def fit_model(
     *,
     device: str,
     on_event: Callable[[dict[str, Any]], None],
+    item_encoder: FeatureEncoder | None = None,
     num_steps: int | None = None,
     checkpoints: Path | None = None,
     workspace: Path | None = None,
@@ -40,6 +44,7 @@ def fit_model(
 
     Args:
         judge: metrics on validation of the model as it would be served; None without validation.
+        item_encoder: of the items of ``prepared``; needed with ``model.init_from``.
         workspace: where the rows may be kept in files while the training lasts, as
             ``data.resident`` says; None: they stay in memory.
         num_steps, checkpoints, resume, device, on_event, stop, ranks: see ``train.fit``, which also
@@ -67,6 +72,10 @@ def fit_model(
         model = fresh_model(config, data, new_table)
         if config.model.init == "spectral":
             start_from_spectral(model, log, init_std=config.model.init_std, seed=config.seed)
+        if config.model.init_from is not None:
+            folder = weights_folder(config.model.init_from)
+            for note in start_from_catalogue(model, item_encoder, folder):
+                on_event({"kind": "note", "text": note})
         result = fit(
             model,
             log,

@@ -124,7 +124,7 @@ class Stage:
 def _read(context: Context) -> Data:
     """Read, split and encode, and refuse what cannot be trained on or judged; writes nothing."""
     context.enter("read")
-    inputs = fingerprints(context.config)
+    inputs = fingerprints(context.config, start=True)
     if context.ranks.first and (context.out / DATA).exists():
         require_same_inputs(context.out, inputs)
     data = read_data(context.config, inputs)
@@ -271,6 +271,7 @@ def _fit(
         config,
         prepared.tensors,
         None if examples is None else judge,
+        item_encoder=prepared.item_encoder,
         device=context.device,
         on_event=lambda event: context.log({"stage": stage, **event}),
         num_steps=num_steps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,45 @@ _LAST_WARM_UP = 9
 
 def ignore(event: dict[str, Any]) -> None:
     """For trainings of which nobody wants to hear."""
+
+
+class Steps(Protocol):
+    """What the loop of a training runs; ``Stepper`` says what the methods do."""
+
+    model: TwoTower
+    optimizers: Optimizers
+    num_steps: int
+
+    @property
+    def source(self) -> HasSteps: ...
+
+    @property
+    def objective(self) -> HasState: ...
+
+    def __call__(
+        self,
+        step: int,
+        *,
+        check: Callable[[Tensor], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> tuple[StepStats, bool]: ...
+
+    def look_again(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class HasSteps(Protocol):
+    """Where the rows of a step come from."""
+
+    steps_per_epoch: int
+
+
+class HasState(Protocol):
+    """What a loss carries from step to step, and the precision that it runs towers in."""
+
+    state: dict[str, Tensor]
+    bfloat16: bool
 
 
 class Stepper:
@@ -89,7 +128,7 @@ class Stepper:
             loss,
             negatives,
             seed=seed,
-            bfloat16=_use_bfloat16(train, log.device),
+            bfloat16=use_bfloat16(train, log.device),
             chunk_size=train.chunk_size,
             ranks=ranks,
             fixed_shapes=captured,
@@ -183,7 +222,7 @@ def _time_cells(model: TwoTower, train: TrainSettings) -> bool:
     return train.time_cells
 
 
-def _use_bfloat16(train: TrainSettings, device: torch.device) -> bool:
+def use_bfloat16(train: TrainSettings, device: torch.device) -> bool:
     """On a GPU unless told otherwise; many CPUs emulate it, at many times the cost."""
     if train.precision == "auto":
         return device.type == "cuda"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from recclr.settings import (
     SelfSupervisionSettings,
     TrainSettings,
 )
-from recclr.stepping import Stepper, ignore
+from recclr.stepping import Stepper, Steps, ignore
 from recclr.towers import TwoTower
 from recclr.watching import Meter, OnEvent, require_finite
 
@@ -101,7 +101,6 @@ def fit(
     """
     began = time.perf_counter()
     model, log, device = model.to(device), log.to(device), torch.device(device)
-    emit = on_event or ignore
     stepper = Stepper(
         model,
         log,
@@ -111,8 +110,43 @@ def fit(
         self_supervision=self_supervision,
         seed=seed,
         ranks=ranks,
-        emit=emit,
+        emit=on_event or ignore,
     )
+    result = run_steps(
+        stepper,
+        train=train,
+        evaluate=evaluate,
+        select=select,
+        checkpoints=checkpoints,
+        resume=resume,
+        num_steps=num_steps,
+        emit=on_event or ignore,
+        stop=stop,
+        ranks=ranks,
+    )
+    return replace(result, seconds=time.perf_counter() - began)
+
+
+def run_steps(
+    stepper: Steps,
+    *,
+    train: TrainSettings,
+    emit: OnEvent,
+    evaluate: Evaluate | None = None,
+    select: str = "recall@20",
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    num_steps: int | None = None,
+    stop: Callable[[], bool] | None = None,
+    ranks: Ranks = ALONE,
+) -> FitResult:
+    """The loop of ``fit``, which has the other arguments, over steps of any kind.
+
+    Args:
+        emit: as ``on_event``.
+    """
+    began = time.perf_counter()
+    model = stepper.model
     optimizers, per_epoch = stepper.optimizers, stepper.source.steps_per_epoch
     end = stepper.num_steps if num_steps is None else min(num_steps, stepper.num_steps)
     keeper = Keeper(model, optimizers, checkpoints, ranks, stepper.objective.state)

@@ -16,8 +16,10 @@ from recclr.settings import (
     LossSettings,
     ModelSettings,
     NegativesSettings,
+    SelfSupervisionSettings,
     TowerSettings,
     TrainSettings,
+    ViewSettings,
 )
 from recclr.statistics import DAY_S
 from recclr.towers import TwoTower, build_model
@@ -75,6 +77,9 @@ def model_of(towers=IDS, *, dim=DIM):
     )
 
 
+VIEWS = SelfSupervisionSettings(item=ViewSettings())
+
+
 class Others(nn.Module):
     """A tower of somebody's own."""
 
@@ -98,6 +103,7 @@ def own_tower():
 
 
 def planned(model, said, *, device="cuda", ranks=ALONE, wanted="auto", loss=None, **options):
+    views = options.pop("self_supervision", None)
     return plan_graph(
         model,
         loss=loss or LossSettings(),
@@ -107,6 +113,7 @@ def planned(model, said, *, device="cuda", ranks=ALONE, wanted="auto", loss=None
         device=torch.device(device),
         ranks=ranks,
         emit=said.append,
+        self_supervision=views,
     )
 
 
@@ -128,8 +135,9 @@ def with_triton(monkeypatch):
         (model_of, {"chunk_size": 5}, "train.chunk_size and"),
         (model_of, {"accumulate": 2}, "train.accumulate run"),
         (lambda: model_of(dim=300), {}, "256 dimensions"),
+        (model_of, {"self_supervision": VIEWS}, "self_supervision draws"),
     ],
-    ids=["own tower", "ranks", "chunks", "accumulated", "wide"],
+    ids=["own tower", "ranks", "chunks", "accumulated", "wide", "views"],
 )
 def test_what_stands_against_capture_is_said_or_refused(with_triton, model, options, words):
     said = []
