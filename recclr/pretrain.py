@@ -21,13 +21,13 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from recclr.caching import Encoding
-from recclr.config import Config, dump_toml
+from recclr.config import Config
 from recclr.data.features import FeatureEncoder, fit_encoders
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
 from recclr.data.side_tables import read_side_table
 from recclr.distributed import ALONE
 from recclr.errors import ConfigError
-from recclr.files import write_bytes_atomic, write_json_atomic
+from recclr.files import sha256_of, write_bytes_atomic, write_json_atomic
 from recclr.kernels import unit_rows
 from recclr.load import pick_device
 from recclr.ntxent import nt_xent
@@ -49,6 +49,7 @@ from recclr.run_folder import (
 from recclr.settings import IdSettings, SelfSupervisionSettings, TowerSettings, ViewSettings
 from recclr.starting import ENCODERS, FORMAT_VERSION, WEIGHTS, tower_weights
 from recclr.stepping import use_bfloat16
+from recclr.topk import top_k
 from recclr.towers import Tower, TwoTower, build_model
 from recclr.train import run_steps
 from recclr.views import TwoViews
@@ -277,21 +278,17 @@ def judge_views(stepper: CatalogueStepper, seed: int) -> dict[str, float]:
 
     first, second = embedded(queries, 0), embedded(every, 1)
     one, corpus = unit_rows(first), unit_rows(second)
-    own = (one * corpus[queries]).sum(1, keepdim=True)
-    # Ties by item, as every ranking here has them.
-    scores = one @ corpus.T
-    ahead = (scores > own) | ((scores == own) & (every < queries[:, None]))
-    ranks = ahead.sum(1).float()
+    hits = top_k(one, corpus, 10).item_idx == queries[:, None]
     batch = slice(0, stepper.train.batch_size)
     head, temperature = objective.views.head, objective.views.settings.temperature
     loss = nt_xent(head(first[batch]), head(second[queries][batch]), temperature)
     model.train()
     return {
         "loss": float(loss),
-        "alignment": float((2 - 2 * own).mean()),
+        "alignment": float((one - corpus[queries]).square().sum(1).mean()),
         "uniformity": _uniformity(one),
-        "recall@1": float((ranks < 1).float().mean()),
-        "recall@10": float((ranks < 10).float().mean()),
+        "recall@1": float(hits[:, :1].any(1).float().mean()),
+        "recall@10": float(hits.any(1).float().mean()),
     }
 
 
@@ -336,8 +333,6 @@ def _write(
     out: Path, config: Config, model: TwoTower, encoder: FeatureEncoder, report: dict[str, Any]
 ) -> None:
     """Weights, encoders and report; last of all the manifest, which makes the folder a whole."""
-    from recclr.files import sha256_of
-
     assert isinstance(model.item_tower, Tower)
     weights = {n: p.detach().cpu().clone() for n, p in tower_weights(model.item_tower).items()}
     write_bytes_atomic(out / WEIGHTS, save_tensors(weights))

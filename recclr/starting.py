@@ -8,7 +8,7 @@ goes into a dense layer was scaled by other means and deviations, which its firs
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +172,13 @@ def _change(own: ColumnEncoder, theirs: ColumnEncoder) -> tuple[float, float]:
     """Factor and shift of ``_Loader._scaled``; ranks (``quantile``) stay what they are."""
     if isinstance(own, VectorEncoder) and isinstance(theirs, VectorEncoder):
         return own.length / theirs.length, 0.0
-    if isinstance(own, StandardNumberEncoder) and isinstance(theirs, StandardNumberEncoder):
+    if (
+        isinstance(own, StandardNumberEncoder)
+        and isinstance(theirs, StandardNumberEncoder)
         # A constant taught them nothing of scales.
-        if theirs.std:
-            return own.std / theirs.std, (own.mean - theirs.mean) / theirs.std
+        and theirs.std
+    ):
+        return own.std / theirs.std, (own.mean - theirs.mean) / theirs.std
     return 1.0, 0.0
 
 
@@ -225,7 +228,7 @@ def _copy(
         own[name].copy_(value)
 
 
-def _unmatched(own: set[str], theirs: set[str], folder: Path) -> Iterator[str] | list[str]:
+def _unmatched(own: set[str], theirs: set[str], folder: Path) -> list[str]:
     notes = [f"item.features.{name} is not in {folder} and starts afresh" for name in own - theirs]
     notes += [f"{folder} knows a feature {name!r}, which is not used" for name in theirs - own]
     return sorted(notes)

@@ -63,6 +63,8 @@ FLOORS = {
         "ids_input",
         "judge",
         "load",
+        "pretrain",
+        "starting",
         "report",
     }
     | {"run", "run_context", "run_folder", "shipping", "__main__", "__init__"},
