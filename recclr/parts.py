@@ -36,7 +36,7 @@ class Rows:
             among them. Draws are made for the whole, so that what is dropped does not depend on the
             number of ranks, nor on that of chunks.
         fixed_shapes: ragged rows are padded to the longest there is, and nothing waits for a GPU.
-        hidden: rate at which each part is dropped beside its own, as views are made (``views``).
+        hide_rate: at which each part is dropped beside its own, as views are made (``views``).
     """
 
     idx: Tensor
@@ -46,7 +46,7 @@ class Rows:
     whole: Rows | None = None
     places: Tensor | slice | None = None
     fixed_shapes: bool = False
-    hidden: float = 0.0
+    hide_rate: float = 0.0
 
     def part(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` of these, for one of several ranks, or a chunk of its rows."""
@@ -72,8 +72,8 @@ class Rows:
 
     def dropped(self, probability: float) -> Tensor | None:
         """Bool [M]: rows whose part is hidden in this step; None for none."""
-        if self.hidden:
-            probability = 1.0 - (1.0 - probability) * (1.0 - self.hidden)
+        if self.hide_rate:
+            probability = 1.0 - (1.0 - probability) * (1.0 - self.hide_rate)
         if self.generator is None or probability == 0.0:
             return None
         return self.uniform() < probability
@@ -108,7 +108,7 @@ class IdPart(nn.Module):
 
     def forward(self, rows: Rows) -> Tensor:
         num_rows = len(self.known) - 1
-        if self.always and rows.generator is not None and not rows.hidden:
+        if self.always and rows.generator is not None and not rows.hide_rate:
             return _vectors(self.table, rows.idx + 1)
         idx = rows.idx.clamp(max=num_rows)
         known = self.known[idx]

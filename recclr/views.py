@@ -79,7 +79,7 @@ class TwoViews:
     def rows(self, idx: Tensor, at: Tensor | None, number: int, view: int) -> Rows:
         """What the tower is asked for in one of the two views."""
         draws = generator(idx.device, self.seed, number, _VIEW, self.key, view)
-        return Rows(idx, at, None, draws, hidden=self.settings.dropout)
+        return Rows(idx, at, None, draws, hide_rate=self.settings.dropout)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Of the head, by names that no weight of a model has."""

@@ -160,19 +160,19 @@ def test_views_differ_from_each_other_and_from_step_to_step():
 @pytest.mark.parametrize("hidden", [0.0, 0.25])
 def test_a_part_is_hidden_at_both_rates(own, hidden):
     count = 20_000
-    rows = Rows(torch.arange(count), generator=torch.Generator().manual_seed(5), hidden=hidden)
+    rows = Rows(torch.arange(count), generator=torch.Generator().manual_seed(5), hide_rate=hidden)
     for shown in (rows, rows.part(0, count), rows.part(0, count).part(0, count)):
         found = shown.dropped(own)
         rate = 1 - (1 - own) * (1 - hidden)
         assert found is None if rate == 0 else is_likely(int(found.sum()), count, rate)
-    assert Rows(torch.arange(3), hidden=hidden).dropped(own) is None
+    assert Rows(torch.arange(3), hide_rate=hidden).dropped(own) is None
 
 
 def test_an_id_without_dropout_is_hidden_in_a_view_as_the_unknown_one():
     model = WORK.model_of("ids", LOSS).train()
     part = model.item_tower.parts[0]
     assert part.always
-    rows = Rows(torch.arange(17), generator=torch.Generator().manual_seed(1), hidden=0.5)
+    rows = Rows(torch.arange(17), generator=torch.Generator().manual_seed(1), hide_rate=0.5)
     found = part(rows)
     unknown = (found == part.table.weight[0]).all(1)
     known = (found == part.table.weight[1:]).all(1)
