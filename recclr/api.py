@@ -192,6 +192,7 @@ def _trained(
         settings,
         prepared.tensors,
         None if examples is None else judge,
+        item_encoder=prepared.item_encoder,
         device=device,
         on_event=shown,
         monitor=None if examples is None else monitor_of(prepared.tensors, examples, settings),

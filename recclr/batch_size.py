@@ -105,6 +105,7 @@ def _trial(
         loss=config.loss,
         negatives=config.negatives,
         train=settings,
+        self_supervision=config.self_supervision,
         seed=config.seed,
     )
 

@@ -12,14 +12,43 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from recclr.distributed import Ranks
 from recclr.rows import Rows
 
 Embed = Callable[[Rows], Tensor]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How towers are run in a step.
+
+    Attributes:
+        ranks: who shares the step. chunk_size: rows that a tower encodes at once, at most; None for
+            all. bfloat16: precision of the towers.
+    """
+
+    ranks: Ranks
+    chunk_size: int | None
+    bfloat16: bool
+
+    def __call__(self, embed: Embed, rows: Rows, num_rows: int) -> Tensor:
+        """Embeddings of this rank's ``rows``, a part of ``num_rows``, in as many chunks as all."""
+        num_chunks = 1
+        if self.chunk_size is not None and num_rows:
+            num_chunks = -(-max(self.ranks.counts(num_rows)) // self.chunk_size)
+
+        def embed_mixed(rows: Rows) -> Tensor:
+            # Entered here, since the backward pass of chunks runs outside.
+            with torch.autocast(rows.idx.device.type, torch.bfloat16, enabled=self.bfloat16):
+                return embed(rows)
+
+        return embed_in_chunks(embed_mixed, rows, num_chunks)
 
 
 def embed_in_chunks(embed: Embed, rows: Rows, num_chunks: int) -> Tensor:

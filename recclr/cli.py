@@ -48,7 +48,7 @@ OutFile = Annotated[
 
 
 # What every process would do again, and write to the same place.
-_ALONE = ("check", "curve", "recommend", "similar", "export", "report", "demo")
+_ALONE = ("check", "curve", "pretrain-items", "recommend", "similar", "export", "report", "demo")
 
 
 def main() -> None:
@@ -198,6 +198,35 @@ def curve(
     else:
         print_curve(found)
         say(f"page: {out / 'curve.html'}")
+
+
+@app.command()
+def pretrain_items(
+    config: Annotated[Path, typer.Option(help="TOML file with data.items and item.features.")],
+    out: Annotated[Path, typer.Option(help="Folder for the weights; new, empty or begun.")],
+    overrides: Set = [],  # noqa: B006
+    resume: Annotated[bool, typer.Option(help="Go on with one that was stopped.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Teach the item tower a catalogue without interactions, for model.init_from to start from."""
+    from recclr.config import load_config
+    from recclr.pretrain import pretrain_items as pretrain
+
+    settings = load_config(config, overrides)
+    with RunProgress() as progress:
+        report = pretrain(settings, out, resume=resume, device=device, on_event=progress)
+    if as_json:
+        print_json(report)
+        return
+    shown = ("untrained", "trained", "chance")
+    rows = [
+        [name, *("" if name not in report[of] else f"{report[of][name]:.4f}" for of in shown)]
+        for name in report["trained"]
+    ]
+    title = f"two views: {report['queries']:,} of {report['items']:,} items against all"
+    print_table(["", *shown], rows, title)
+    say(f'start from it: [model] init_from = "{out}"')
 
 
 @app.command()

@@ -22,6 +22,7 @@ from recclr.settings import (
     LossSettings,
     ModelSettings,
     NegativesSettings,
+    SelfSupervisionSettings,
     SplitSettings,
     TowerSettings,
     TrainSettings,
@@ -45,6 +46,7 @@ class Config(BaseModel):
     model: ModelSettings = ModelSettings()
     loss: LossSettings = LossSettings()
     negatives: NegativesSettings = NegativesSettings()
+    self_supervision: SelfSupervisionSettings | None = None
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     baselines: BaselineSettings = BaselineSettings()

@@ -52,6 +52,7 @@ class StepExchange:
         for place, name in enumerate(tables):
             lengths[place, ranks.rank] = len(found[name][0]) if name in found else 0
         few = [float(stats.loss.detach()), float(stats.num_masked), float(stopped)]
+        few += [float(loss) for loss in stats.auxiliary.values()]
         few += [float(p.grad is not None) for p in dense]
         head = torch.tensor(few, device=device)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in dense]
@@ -59,7 +60,8 @@ class StepExchange:
         ranks.sum_(flat, "gradients")
         head, rest = flat[: len(few)], flat[len(few) + lengths.numel() :]
         counts = flat[len(few) : len(few) + lengths.numel()].view_as(lengths).long().tolist()
-        present = head[3:].tolist()
+        auxiliary = dict(zip(stats.auxiliary, head[3:], strict=False))
+        present = head[3 + len(auxiliary) :].tolist()
         for p, grad, some in zip(
             dense, torch.split(rest, [p.numel() for p in dense]), present, strict=True
         ):
@@ -68,7 +70,8 @@ class StepExchange:
         loss, num_masked = head[0], int(head[1])
         merged = self._merged(found, counts)
         ranks.watch()
-        return replace(stats, loss=loss, num_masked=num_masked), merged, bool(head[2] > 0)
+        told = replace(stats, loss=loss, num_masked=num_masked, auxiliary=auxiliary)
+        return told, merged, bool(head[2] > 0)
 
     def _merged(
         self, found: dict[str, tuple[Tensor, Tensor]], counts: list[list[int]]

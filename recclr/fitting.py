@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from recclr.config import Config
+from recclr.data.features import FeatureEncoder
 from recclr.data.log import EncodedLog, Prepared
 from recclr.data.sharding import rows_for_training, wanted_groups
 from recclr.distributed import ALONE, Ranks
 from recclr.load import fresh_model, ranker_of, training_log
 from recclr.monitors import Monitor
+from recclr.run_folder import weights_folder
 from recclr.sharded_tables import table_maker
 from recclr.spectral import start_from_spectral
+from recclr.starting import start_from_catalogue
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
 from recclr.train import FitResult, fit
@@ -53,6 +56,7 @@ def fit_model(
     device: str,
     on_event: Callable[[dict[str, Any]], None],
     monitor: Monitor | None = None,
+    item_encoder: FeatureEncoder | None = None,
     num_steps: int | None = None,
     checkpoints: Path | None = None,
     workspace: Path | None = None,
@@ -65,6 +69,7 @@ def fit_model(
     Args:
         judge: metrics on validation of the model as it would be served; None without validation.
         monitor: looks at the same vectors after ``judge``; None: nobody does.
+        item_encoder: of the items of ``prepared``; needed with ``model.init_from``.
         workspace: where the rows may be kept in files while the training lasts, as
             ``data.resident`` says; None: they stay in memory.
         num_steps, checkpoints, resume, device, on_event, stop, ranks: see ``train.fit``, which also
@@ -90,12 +95,17 @@ def fit_model(
         model = fresh_model(config, data, table_maker(config.train, ranks, device))
         if config.model.init == "spectral":
             start_from_spectral(model, data.train, init_std=config.model.init_std, seed=config.seed)
+        if config.model.init_from is not None:
+            folder = weights_folder(config.model.init_from)
+            for note in start_from_catalogue(model, item_encoder, folder):
+                on_event({"kind": "note", "text": note})
         result = fit(
             model,
             log,
             loss=config.loss,
             negatives=config.negatives,
             train=config.train,
+            self_supervision=config.self_supervision,
             seed=config.seed,
             evaluate=None if served is None else served.evaluate,
             monitor=served.monitor if served is not None and monitor is not None else None,

@@ -20,7 +20,12 @@ from recclr.history import HistoryPart
 from recclr.kernels.logsumexp import why_not_triton
 from recclr.optim import Table
 from recclr.parts import BagPart, CategoryPart, DensePart, IdPart, StatisticsPart
-from recclr.settings import LossSettings, NegativesSettings, TrainSettings
+from recclr.settings import (
+    LossSettings,
+    NegativesSettings,
+    SelfSupervisionSettings,
+    TrainSettings,
+)
 from recclr.statistics import TimeIndex
 from recclr.towers import ResidualBlock, Tower, TwoTower
 from recclr.watching import OnEvent
@@ -43,6 +48,7 @@ def plan_graph(
     device: torch.device,
     ranks: Ranks,
     emit: OnEvent,
+    self_supervision: SelfSupervisionSettings | None = None,
 ) -> bool:
     """Whether the steps of a training are to be captured; on a GPU, says why not.
 
@@ -55,6 +61,8 @@ def plan_graph(
     if train.cuda_graph is False:
         return False
     reason = _why_not(model, loss, negatives, train, batch_size, device, ranks)
+    if reason is None and self_supervision is not None:
+        reason = "self_supervision draws entities on the host and encodes views of them beside"
     if reason is None:
         return True
     if train.cuda_graph is True:

@@ -10,13 +10,13 @@ Shape letters: B positives of a step, C candidates, D dimension.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from recclr.batches import Batch
-from recclr.caching import Embed, embed_in_chunks
+from recclr.caching import Encoding
 from recclr.data.log import EncodedLog
 from recclr.distributed import ALONE, Ranks
 from recclr.kernels import Mask
@@ -28,6 +28,7 @@ from recclr.rows import Rows
 from recclr.scoring import Scored, scored_loss
 from recclr.settings import LossSettings, NegativesSettings
 from recclr.towers import TwoTower
+from recclr.views import SelfSupervision
 
 _NEGATIVES, _DROPOUT = 11, 12
 
@@ -44,6 +45,7 @@ class StepStats:
         num_candidates: of each batch, on average. num_pairs: scored, masked ones included.
         num_rows: positives. num_distinct: of their items, int64 scalar; the others are one
             candidate with one of these, counted as often as it was drawn.
+        auxiliary: terms beside the main one, by name; ``loss`` has them, each times its weight.
     """
 
     loss: Tensor
@@ -52,6 +54,7 @@ class StepStats:
     num_masked: int | Tensor
     num_rows: int
     num_distinct: Tensor
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def masked_share(self) -> float:
@@ -76,6 +79,7 @@ class Objective:
         chunk_size: rows that a tower encodes at once, at most; None for all.
         fixed_shapes: shapes follow from that of the batch alone, and nothing waits for a GPU, so
             that a step can be captured as a CUDA graph. For one rank, and without chunks.
+        self_supervision: terms of two views, for ``backward`` alone; without fixed shapes.
     """
 
     def __init__(
@@ -89,8 +93,10 @@ class Objective:
         chunk_size: int | None = None,
         ranks: Ranks = ALONE,
         fixed_shapes: bool = False,
+        self_supervision: SelfSupervision | None = None,
     ) -> None:
-        self.ranks, self.chunk_size, self.fixed_shapes = ranks, chunk_size, fixed_shapes
+        self.ranks, self.fixed_shapes = ranks, fixed_shapes
+        self._embed = Encoding(ranks, chunk_size, bfloat16)
         self.loss, self.seed, self.bfloat16 = loss, seed, bfloat16
         self.device = log.device
         self.sampler = CandidateSampler(
@@ -101,6 +107,9 @@ class Objective:
         self.num_batches: int | None = None
         # What steps leave for later ones: kept in checkpoints, by tensors that stay the same ones.
         self.state: dict[str, Tensor] = {}
+        self.self_supervision = self_supervision
+        if self_supervision is not None:
+            self.state |= self_supervision.state()
         self.draws: dict[int, torch.Generator] = {}
         self.renew_draws()
 
@@ -147,7 +156,31 @@ class Objective:
             # Its graph would keep nodes of autograd alive that belong to the stream of this step.
             stats.loss = stats.loss.detach()
             found.append(stats)
-        return found[0] if len(found) == 1 else _joined(found)
+        stats = found[0] if len(found) == 1 else _joined(found)
+        return (
+            stats
+            if self.self_supervision is None
+            else self._with_views(model, batches, stats, check)
+        )
+
+    def _with_views(
+        self,
+        model: TwoTower,
+        batches: Mapping[int, Batch],
+        stats: StepStats,
+        check: Callable[[Tensor], None] | None,
+    ) -> StepStats:
+        """Forward and backward passes of the terms of two views, once a step."""
+        assert self.self_supervision is not None
+        number, batch = next(iter(batches.items()))
+        terms = self.self_supervision.terms(model, batch, number, self._embed)
+        for name, weight, loss in terms:
+            if check is not None:
+                check(loss)
+            (weight * loss).backward()  # type: ignore[no-untyped-call]
+            stats.auxiliary[name] = loss.detach()
+            stats.loss = stats.loss + weight * loss.detach()
+        return stats
 
     def __call__(
         self, model: TwoTower, batch: Batch, number: int, *, total: float | Tensor | None = None
@@ -237,19 +270,6 @@ class Objective:
             places = torch.where(alive.index_select(0, places), places, -1)
         bits, num_masked = known.bits(user_idx, item_idx, candidates.item_idx, places)
         return bits, num_masked, alive.sum()
-
-    def _embed(self, embed: Embed, rows: Rows, num_rows: int) -> Tensor:
-        """Embeddings of this rank's ``rows``, a part of ``num_rows``, in as many chunks as all."""
-        num_chunks = 1
-        if self.chunk_size is not None and num_rows:
-            num_chunks = -(-max(self.ranks.counts(num_rows)) // self.chunk_size)
-
-        def embed_mixed(rows: Rows) -> Tensor:
-            # Entered here, since the backward pass of chunks runs outside.
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                return embed(rows)
-
-        return embed_in_chunks(embed_mixed, rows, num_chunks)
 
     def _candidates(self, batch: Batch, number: int) -> Candidates:
         if self.loss.kind == "full_softmax":

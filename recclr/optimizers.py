@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recclr.errors import CheckpointError
 from recclr.optim import RowGradients, TableOptimizer, load_state
@@ -22,6 +22,7 @@ class Optimizers:
         model: on the training device. total_steps: what the schedule spans.
         fixed_shapes: nothing waits for a GPU, and all that differs from step to step is in tensors
             that stay where they are, so that ``apply`` can be captured as a CUDA graph.
+        also: dense parameters that are no part of the model, by name, such as those of a loss.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Optimizers:
         total_steps: int,
         *,
         fixed_shapes: bool = False,
+        also: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         self.model, self.settings, self.total_steps = model, settings, total_steps
         self.fixed_shapes = fixed_shapes
@@ -45,7 +47,7 @@ class Optimizers:
         device = model.log_temperature.device
         self.table_rate: float | Tensor = torch.zeros((), device=device) if fixed_shapes else 0.0
         self.dense_rate: float | Tensor = torch.zeros((), device=device) if fixed_shapes else 0.0
-        self.dense = model.dense_parameters()
+        self.dense = {**model.dense_parameters(), **(also or {})}
         self.adamw = None
         if self.dense:
             # The temperature is a scale, not a weight: decay would pull it towards 1.

@@ -60,7 +60,7 @@ class IdPart(nn.Module):
 
     def forward(self, rows: Rows) -> Tensor:
         num_rows = len(self.known) - 1
-        if self.always and rows.generator is not None:
+        if self.always and rows.generator is not None and not rows.hide_rate:
             return _vectors(self.table, rows.idx + 1)
         idx = rows.idx.clamp(max=num_rows)
         known = self.known[idx]

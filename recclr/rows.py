@@ -32,6 +32,7 @@ class Rows:
         progress: share of the training that is done, in [0, 1].
         share: what every rate is multiplied by, in [0, 1].
         hidden: bool [M], rows whose part is hidden whatever it draws itself, or None.
+        hide_rate: at which each part is dropped beside its own rate, as views are made (``views``).
     """
 
     idx: Tensor
@@ -45,6 +46,7 @@ class Rows:
     progress: float = 0.0
     share: float = 1.0
     hidden: Tensor | None = None
+    hide_rate: float = 0.0
 
     def part(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` of these, for one of several ranks, or a chunk of its rows."""
@@ -89,9 +91,12 @@ class Rows:
 
     def dropped(self, probability: float) -> Tensor | None:
         """Bool [M]: rows whose part is hidden in this step; None for none."""
-        if self.generator is None or probability == 0.0:
+        if self.generator is None or probability == self.hide_rate == 0.0:
             return self.hidden
-        drawn = self.uniform() < probability * self.share
+        rate = probability * self.share
+        if self.hide_rate:
+            rate = 1.0 - (1.0 - rate) * (1.0 - self.hide_rate)
+        drawn = self.uniform() < rate
         return drawn if self.hidden is None else drawn | self.hidden
 
     def swapped(self, probability: float) -> Rows:

@@ -133,7 +133,7 @@ class Stage:
 def _read(context: Context) -> Data:
     """Read, split and encode, and refuse what cannot be trained on or judged; writes nothing."""
     context.enter("read")
-    inputs = fingerprints(context.config)
+    inputs = fingerprints(context.config, start=True)
     if context.ranks.first and (context.out / DATA).exists():
         require_same_inputs(context.out, inputs)
     data = read_data(context.config, inputs)
@@ -325,6 +325,7 @@ def _fit(
         config,
         prepared.tensors,
         None if examples is None else judge,
+        item_encoder=prepared.item_encoder,
         device=context.device,
         on_event=lambda event: context.log({"stage": stage, **event}),
         monitor=None if examples is None else monitor_of(prepared.tensors, examples, config),

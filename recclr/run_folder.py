@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from recclr.config import Config, dump_toml, load_config
-from recclr.data.files import resolve_files
+from recclr.data.files import expand_path, resolve_files
 from recclr.data.prepare import PreparedLog
 from recclr.distributed import Ranks
 from recclr.errors import CheckpointError, ConfigError, DataError
@@ -36,6 +36,7 @@ from recclr.files import (
 )
 
 METRICS, CONFIG, DATA, LOG = "metrics.json", "config.toml", "data.json", "log.jsonl"
+MANIFEST, _START = "manifest.json", "model.init_from"
 ENVIRONMENT, REPORT = "environment.json", "report.html"
 BLEND, BLEND_VECTORS = "blend.json", "blend.safetensors"
 _LOCK = ".lock"
@@ -54,10 +55,13 @@ _FREE = {
 _MIN_BYTES = 200 << 20
 
 
-def open_run(out: Path, config: Config, *, resume: bool) -> bool:
+def open_run(out: Path, config: Config, *, resume: bool, last: str = METRICS) -> bool:
     """Whether ``out`` can take the run; false if the run there is finished and nothing is to do.
 
     Makes the folder; writes nothing into it.
+
+    Args:
+        last: the file that is written last, whose presence makes a run a finished one.
 
     Raises:
         ConfigError: the folder holds a finished run, or a run without ``resume``, or other files,
@@ -65,7 +69,7 @@ def open_run(out: Path, config: Config, *, resume: bool) -> bool:
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; expected a folder")
-    finished = (out / METRICS).exists()
+    finished = (out / last).exists()
     if finished and not resume:
         raise ConfigError(
             f"{out} holds a finished run; choose another --out (finished runs are never "
@@ -174,8 +178,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def fingerprints(config: Config) -> dict[str, dict[str, Any]]:
+def fingerprints(
+    config: Config, only: tuple[str, ...] | None = None, *, start: bool = False
+) -> dict[str, dict[str, Any]]:
     """Size and a hash of the last 64 kB of every input file; Parquet's footer lies there.
+
+    Args:
+        only: of these tables alone. start: also of the weights that ``model.init_from`` names, by
+            the manifest that has their hashes; whoever judges a model needs them no more.
 
     Raises:
         DataError: a file is missing or cannot be read.
@@ -187,12 +197,31 @@ def fingerprints(config: Config) -> dict[str, dict[str, Any]]:
         "valid_events": config.split.valid_events,
         "test_events": config.split.test_events,
     }
-    return {
+    found = {
         f"{name}: {path}": _fingerprint(path)
         for name, source in sources.items()
-        if source
+        if source and (only is None or name in only)
         for path in resolve_files(source, name=name)
     }
+    if start and config.model.init_from is not None:
+        manifest = weights_folder(config.model.init_from) / MANIFEST
+        found[f"{_START}: {config.model.init_from}"] = _fingerprint(manifest)
+    return found
+
+
+def weights_folder(init_from: str) -> Path:
+    """The folder that ``model.init_from`` names.
+
+    Raises:
+        ConfigError: there is none, or it does not hold what ``recclr pretrain-items`` writes.
+    """
+    folder = Path(expand_path(init_from))
+    if not (folder / MANIFEST).is_file():
+        raise ConfigError(
+            f"model.init_from = {init_from!r}: {folder} holds no {MANIFEST}; expected a folder "
+            "that `recclr pretrain-items` has finished"
+        )
+    return folder
 
 
 def require_same_inputs(run: Path, prints: dict[str, dict[str, Any]]) -> None:
@@ -202,7 +231,9 @@ def require_same_inputs(run: Path, prints: dict[str, dict[str, Any]]) -> None:
         ConfigError: names the files.
     """
     before = read_json(run / DATA).get("inputs", {})
-    changed = sorted(n for n in before.keys() | prints.keys() if before.get(n) != prints.get(n))
+    started = {n for n in before if n.startswith(f"{_START}: ") and n not in prints}
+    names = (before.keys() | prints.keys()) - started
+    changed = sorted(n for n in names if before.get(n) != prints.get(n))
     if changed:
         raise ConfigError(
             f"the input files have changed since {run} began: {', '.join(changed)}; restore them, "

@@ -248,6 +248,21 @@ def table_maker(train: TrainSettings, ranks: Ranks, device: str) -> NewTable:
     return make
 
 
+@torch.no_grad()
+def write_rows(table: Table, rows: Tensor, vectors: Tensor) -> None:
+    """Put vectors into a table, in place; of a sharded one into the rows that this rank holds.
+
+    Args:
+        rows: int64 [n], distinct, on the CPU. vectors: float32 [n, D].
+    """
+    target = table.rows.local if isinstance(table, ShardedTable) else table.weight
+    if isinstance(table, ShardedTable):
+        start, stop = table.rows.starts[table.ranks.rank], table.rows.starts[table.ranks.rank + 1]
+        own = (rows >= start) & (rows < stop)
+        rows, vectors = rows[own] - start, vectors[own]
+    target[rows.to(target.device)] = vectors.to(target.device)
+
+
 def drawn(
     num_rows: int, dim: int, start: int, stop: int, *, std: float, generator: torch.Generator
 ) -> Tensor:

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from recclr.data.log import EncodedLog
 from recclr.errors import ConfigError
-from recclr.optim import Table
 from recclr.parts import IdPart
-from recclr.sharded_tables import ShardedTable
+from recclr.sharded_tables import write_rows
 from recclr.towers import Tower, TwoTower
 
 # Directions beyond those asked for, and passes over the matrix, whose singular values fall slowly.
@@ -85,19 +84,7 @@ def start_from_spectral(model: TwoTower, log: EncodedLog, *, init_std: float, se
         if model.similarity == "dot":
             lengths = lengths.square().mean().sqrt()
         # A row of D draws of variance init_std² / D.
-        _put(part.table, init_std * vectors[some] / lengths, some)
-
-
-def _put(table: Table, vectors: Tensor, some: Tensor) -> None:
-    """Write the rows of entities ``some`` (bool), of a sharded table those that this rank holds."""
-    held = torch.nn.functional.pad(some, (1, 0))
-    values = torch.zeros(len(held), table.dim)
-    values[held] = vectors
-    if isinstance(table, ShardedTable):
-        held, values, target = table.rows.own(held), table.rows.own(values), table.rows.local
-    else:
-        target = table.weight.data
-    target[held.to(target.device)] = values[held].to(target.device)
+        write_rows(part.table, some.nonzero().squeeze(1) + 1, init_std * vectors[some] / lengths)
 
 
 def _id_part(tower: torch.nn.Module) -> IdPart | None:

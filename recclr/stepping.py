@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,14 @@ from recclr.negatives import require_negatives
 from recclr.objective import Objective, StepStats
 from recclr.optimizers import Optimizers
 from recclr.parts import IdPart, StatisticsPart
-from recclr.settings import LossSettings, NegativesSettings, TrainSettings
+from recclr.settings import (
+    LossSettings,
+    NegativesSettings,
+    SelfSupervisionSettings,
+    TrainSettings,
+)
 from recclr.towers import TwoTower
+from recclr.views import SelfSupervision
 from recclr.watching import OnEvent
 
 # Steps after which a capture as a CUDA graph is not waited for any more.
@@ -29,6 +35,45 @@ _LAST_WARM_UP = 9
 
 def ignore(event: dict[str, Any]) -> None:
     """For trainings of which nobody wants to hear."""
+
+
+class Steps(Protocol):
+    """What the loop of a training runs; ``Stepper`` says what the methods do."""
+
+    model: TwoTower
+    optimizers: Optimizers
+    num_steps: int
+
+    @property
+    def source(self) -> HasSteps: ...
+
+    @property
+    def objective(self) -> HasState: ...
+
+    def __call__(
+        self,
+        step: int,
+        *,
+        check: Callable[[Tensor], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> tuple[StepStats, bool]: ...
+
+    def look_again(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class HasSteps(Protocol):
+    """Where the rows of a step come from."""
+
+    steps_per_epoch: int
+
+
+class HasState(Protocol):
+    """What a loss carries from step to step, and the precision that it runs towers in."""
+
+    state: dict[str, Tensor]
+    bfloat16: bool
 
 
 class Stepper:
@@ -56,6 +101,7 @@ class Stepper:
         negatives: NegativesSettings,
         train: TrainSettings,
         seed: int,
+        self_supervision: SelfSupervisionSettings | None = None,
         ranks: Ranks = ALONE,
         emit: OnEvent = ignore,
     ) -> None:
@@ -72,20 +118,31 @@ class Stepper:
             device=log.device,
             ranks=ranks,
             emit=emit,
+            self_supervision=self_supervision,
         )
+        views = None
+        if self_supervision is not None:
+            views = SelfSupervision(self_supervision, model, log, seed=seed, ranks=ranks)
         self.objective = Objective(
             log,
             loss,
             negatives,
             seed=seed,
-            bfloat16=_use_bfloat16(train, log.device),
+            bfloat16=use_bfloat16(train, log.device),
             chunk_size=train.chunk_size,
             ranks=ranks,
             fixed_shapes=captured,
+            self_supervision=views,
         )
         self.num_steps = max(1, round(train.epochs * self.source.steps_per_epoch))
         self.objective.num_batches = round(train.epochs * self.source.batches_per_epoch)
-        self.optimizers = Optimizers(model, train, self.num_steps, fixed_shapes=captured)
+        self.optimizers = Optimizers(
+            model,
+            train,
+            self.num_steps,
+            fixed_shapes=captured,
+            also=None if views is None else views.parameters(),
+        )
         self.graph = graph_of(model, self.objective, self.optimizers, emit=emit)
         self.exchange = StepExchange(self.optimizers, ranks) if ranks.size > 1 else None
 
@@ -166,7 +223,7 @@ def _time_cells(model: TwoTower, train: TrainSettings) -> bool:
     return train.time_cells
 
 
-def _use_bfloat16(train: TrainSettings, device: torch.device) -> bool:
+def use_bfloat16(train: TrainSettings, device: torch.device) -> bool:
     """On a GPU unless told otherwise; many CPUs emulate it, at many times the cost."""
     if train.precision == "auto":
         return device.type == "cuda"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,13 @@ from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, DivergedError, InterruptedTraining
 from recclr.files import fault_point
 from recclr.keeping import Keeper, Progress
-from recclr.settings import LossSettings, NegativesSettings, TrainSettings
-from recclr.stepping import Stepper, ignore
+from recclr.settings import (
+    LossSettings,
+    NegativesSettings,
+    SelfSupervisionSettings,
+    TrainSettings,
+)
+from recclr.stepping import Stepper, Steps, ignore
 from recclr.towers import TwoTower
 from recclr.watching import Meter, OnEvent, require_finite, tell_figures
 
@@ -57,6 +62,7 @@ def fit(
     loss: LossSettings,
     negatives: NegativesSettings,
     train: TrainSettings,
+    self_supervision: SelfSupervisionSettings | None = None,
     seed: int = 0,
     evaluate: Evaluate | None = None,
     monitor: Evaluate | None = None,
@@ -99,17 +105,54 @@ def fit(
     """
     began = time.perf_counter()
     model, log, device = model.to(device), log.to(device), torch.device(device)
-    emit = on_event or ignore
     stepper = Stepper(
         model,
         log,
         loss=loss,
         negatives=negatives,
         train=train,
+        self_supervision=self_supervision,
         seed=seed,
         ranks=ranks,
-        emit=emit,
+        emit=on_event or ignore,
     )
+    result = run_steps(
+        stepper,
+        train=train,
+        evaluate=evaluate,
+        monitor=monitor,
+        select=select,
+        checkpoints=checkpoints,
+        resume=resume,
+        num_steps=num_steps,
+        emit=on_event or ignore,
+        stop=stop,
+        ranks=ranks,
+    )
+    return replace(result, seconds=time.perf_counter() - began)
+
+
+def run_steps(
+    stepper: Steps,
+    *,
+    train: TrainSettings,
+    emit: OnEvent,
+    evaluate: Evaluate | None = None,
+    monitor: Evaluate | None = None,
+    select: str = "recall@20",
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    num_steps: int | None = None,
+    stop: Callable[[], bool] | None = None,
+    ranks: Ranks = ALONE,
+) -> FitResult:
+    """The loop of ``fit``, which has the other arguments, over steps of any kind.
+
+    Args:
+        emit: as ``on_event``.
+    """
+    began = time.perf_counter()
+    model = stepper.model
     optimizers, per_epoch = stepper.optimizers, stepper.source.steps_per_epoch
     end = stepper.num_steps if num_steps is None else min(num_steps, stepper.num_steps)
     keeper = Keeper(model, optimizers, checkpoints, ranks, stepper.objective.state)

@@ -47,6 +47,7 @@ class Meter:
                 "masked_share": stats.masked_share,
                 "duplicate_share": stats.duplicate_share,
                 "num_candidates": float(stats.num_candidates),
+                **{name: float(loss) for name, loss in stats.auxiliary.items()},
             }
         )
         self.since, self.rows = time.perf_counter(), 0

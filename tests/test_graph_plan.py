@@ -17,8 +17,10 @@ from recclr.settings import (
     LossSettings,
     ModelSettings,
     NegativesSettings,
+    SelfSupervisionSettings,
     TowerSettings,
     TrainSettings,
+    ViewSettings,
 )
 from recclr.statistics import DAY_S
 from recclr.towers import TwoTower, build_model
@@ -82,6 +84,9 @@ def model_of(towers=IDS, *, dim=DIM):
     )
 
 
+VIEWS = SelfSupervisionSettings(item=ViewSettings())
+
+
 class Others(nn.Module):
     """A tower of somebody's own."""
 
@@ -105,6 +110,7 @@ def own_tower():
 
 
 def planned(model, said, *, device="cuda", ranks=ALONE, wanted="auto", loss=None, **options):
+    views = options.pop("self_supervision", None)
     return plan_graph(
         model,
         loss=loss or LossSettings(),
@@ -114,6 +120,7 @@ def planned(model, said, *, device="cuda", ranks=ALONE, wanted="auto", loss=None
         device=torch.device(device),
         ranks=ranks,
         emit=said.append,
+        self_supervision=views,
     )
 
 
@@ -136,8 +143,9 @@ def with_triton(monkeypatch):
         (model_of, {"accumulate": 2}, "train.accumulate run"),
         (lambda: model_of(dim=300), {}, "256 dimensions"),
         (lambda: model_of(RAMPED), {}, "user_tower.augment changes its rates from step to step"),
+        (model_of, {"self_supervision": VIEWS}, "self_supervision draws"),
     ],
-    ids=["own tower", "ranks", "chunks", "accumulated", "wide", "ramped"],
+    ids=["own tower", "ranks", "chunks", "accumulated", "wide", "ramped", "views"],
 )
 def test_what_stands_against_capture_is_said_or_refused(with_triton, model, options, words):
     said = []

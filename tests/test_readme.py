@@ -51,7 +51,7 @@ def test_everything_in_a_folder_has_a_caption(folder):
 
 
 def test_the_table_of_commands_is_that_of_the_command_line():
-    shown = re.findall(r"^\| `recclr (\w+)` \|", TEXT, flags=re.M)
+    shown = re.findall(r"^\| `recclr ([\w-]+)` \|", TEXT, flags=re.M)
     assert shown == list(typer.main.get_command(app).commands)
 
 

@@ -42,6 +42,8 @@ FLOORS = {
         "siamese",
         "blending",
         "scoring",
+        "ntxent",
+        "views",
         "negatives",
         "known_positives",
     }
@@ -76,6 +78,8 @@ FLOORS = {
         "little_data",
         "load",
         "monitoring",
+        "pretrain",
+        "starting",
         "report",
     }
     | {"run", "run_context", "run_folder", "shipping", "__main__", "__init__"},

@@ -8,6 +8,7 @@ from recclr.settings.augment import AugmentSettings
 from recclr.settings.data import ColumnSettings, DataSettings, SplitSettings
 from recclr.settings.judging import METRIC_NAMES, EvaluateSettings
 from recclr.settings.objective import LossSettings, NegativesSettings, PopularitySettings
+from recclr.settings.self_supervision import SelfSupervisionSettings, ViewSettings
 from recclr.settings.towers import (
     FeatureKind,
     FeatureSettings,
@@ -35,7 +36,9 @@ __all__ = [
     "NegativesSettings",
     "PairSettings",
     "PopularitySettings",
+    "SelfSupervisionSettings",
     "SplitSettings",
     "TowerSettings",
     "TrainSettings",
+    "ViewSettings",
 ]

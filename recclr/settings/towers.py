@@ -189,6 +189,8 @@ class ModelSettings:
     init: Literal["random", "spectral"] = "random"
     """Where id tables start: drawn, or from the truncated SVD of the normalised log, which takes
     seconds and saves epochs."""
+    init_from: str | None = None
+    """Folder that `recclr pretrain-items` wrote: where the item tower's features start."""
 
     def __post_init__(self) -> None:
         _check(self, embedding_dim=(1, 8192), init_std=(1e-6, 100.0))

@@ -64,6 +64,23 @@ def test_chunks_and_accumulated_batches_are_those_of_one_process(
     close(one, load_file(tmp_path / "gradients-1.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [(2, {}), (3, {"chunk_size": 2}), pytest.param(3, {"accumulate": 2}, marks=slow)],
+)
+def test_two_views_are_those_of_one_process(work, spread, tmp_path, size, options):
+    settings = {"towers": "rich", "loss": "infonce", "views": {"weight": 0.5, "dropout": 0.3}}
+    ended = spread("gradients", size, tmp_path, **settings, **options)
+    assert ended.codes == [0] * size, ended.texts
+    (tmp_path / "one").mkdir()
+    options.pop("chunk_size", None)
+    work.alone("gradients", tmp_path / "one", **settings, **options)
+    one = load_file(tmp_path / "one" / "gradients-0.safetensors")
+    assert {"0/item_nt_xent", "0/user_nt_xent", "0/self_supervision.item.0.weight"} <= one.keys()
+    for rank in range(size):
+        close(one, load_file(tmp_path / f"gradients-{rank}.safetensors"))
+
+
 def test_ranks_without_any_row_do_not_stop_the_others(work, spread, tmp_path):
     settings = {"towers": "rich", "loss": "infonce", "batch_size": 2}
     ended = spread("gradients", 3, tmp_path, **settings)

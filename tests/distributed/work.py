@@ -35,8 +35,10 @@ from recclr.settings import (
     ModelSettings,
     NegativesSettings,
     PopularitySettings,
+    SelfSupervisionSettings,
     TowerSettings,
     TrainSettings,
+    ViewSettings,
 )
 from recclr.sharded_tables import ShardedTable, table_maker
 from recclr.spectral import start_from_spectral
@@ -150,6 +152,16 @@ def model_of(towers, loss, dim=DIM, new_table=Table, log=None):
     )
 
 
+def views_of(options):
+    """Two views of both towers, drawn in unlike ways, with the given settings; None for none."""
+    if options is None:
+        return None
+    return SelfSupervisionSettings(
+        item=ViewSettings(batch_size=7, **options),
+        user=ViewSettings(batch_size=10, distribution="popularity", projection=0, **options),
+    )
+
+
 def gradients(
     ranks,
     folder,
@@ -161,6 +173,7 @@ def gradients(
     chunk_size=None,
     accumulate=1,
     steps=(0, 3, 4),
+    views=None,
 ):
     """Loss, masked pairs and every gradient of a few steps, before any update."""
     model, found = model_of(towers, LOSSES[loss]), {}
@@ -172,6 +185,7 @@ def gradients(
         loss=LOSSES[loss],
         negatives=NEGATIVES[negatives],
         train=train,
+        self_supervision=views_of(views),
         seed=4,
         ranks=ranks,
     )
@@ -185,9 +199,10 @@ def gradients(
             assert stopped == (step == steps[-1])
         found[f"{step}/loss"] = stats.loss.detach()
         found[f"{step}/masked"] = torch.tensor(stats.num_masked)
+        found |= {f"{step}/{name}": term for name, term in stats.auxiliary.items()}
         for name, rows, grads in tables:
             found[f"{step}/{name}/rows"], found[f"{step}/{name}/gradients"] = rows, grads
-        for name, p in model.dense_parameters().items():
+        for name, p in optimizers.dense.items():
             if p.grad is not None:
                 found[f"{step}/{name}"] = p.grad.clone()
         optimizers.forget()
@@ -226,6 +241,7 @@ def _train(
     precision="auto",
     worse=False,
     spectral=False,
+    views=None,
 ):
     """The weights at its end (of sharded tables on the first rank), how many of its elements are
     held sharded, and the evaluations on the way.
@@ -267,6 +283,7 @@ def _train(
         loss=LOSSES[loss],
         negatives=NEGATIVES["mixed"],
         train=settings,
+        self_supervision=views_of(views),
         seed=4,
         evaluate=judged,
         checkpoints=None if checkpoints is None else folder / checkpoints,
