@@ -6,7 +6,8 @@ checked here once, for the TOML file, ``--set`` and Python callers alike.
 
 from recclr.settings.data import ColumnSettings, DataSettings, SplitSettings
 from recclr.settings.judging import METRIC_NAMES, EvaluateSettings
-from recclr.settings.objective import LossSettings, NegativesSettings, PopularitySettings
+from recclr.settings.mining import ExplicitSettings, MinedSettings, MiningSettings
+from recclr.settings.objective import LossSettings, NegativesSettings, PopularitySettings, clash_of
 from recclr.settings.towers import (
     FeatureKind,
     FeatureSettings,
@@ -23,15 +24,19 @@ __all__ = [
     "ColumnSettings",
     "DataSettings",
     "EvaluateSettings",
+    "ExplicitSettings",
     "FeatureKind",
     "FeatureSettings",
     "HistorySettings",
     "IdSettings",
     "LossSettings",
+    "MinedSettings",
+    "MiningSettings",
     "ModelSettings",
     "NegativesSettings",
     "PopularitySettings",
     "SplitSettings",
     "TowerSettings",
     "TrainSettings",
+    "clash_of",
 ]
