@@ -73,6 +73,16 @@ class RunProgress:
         shown = "" if value is None else f"{self.select} {value:.4f}"
         self.console.print(f"  epoch {event['epoch']:.1f}  {shown}")
 
+    def _mining(self, event: dict[str, Any]) -> None:
+        skipped = sum(event["skipped"].values())
+        shown = (
+            f"  epoch {event['epoch']:.1f}  mined {event['mined']:,} negatives for "
+            f"{event['queries']:,} users, {skipped / max(event['candidates'], 1):.0%} refused"
+        )
+        if event["false_negatives"] is not None:
+            shown += f", {event['false_negatives']['share']:.2%} known to be false"
+        self.console.print(shown)
+
     def _note(self, event: dict[str, Any]) -> None:
         self.console.print(f"  note: {escape(event['text'])}")
 

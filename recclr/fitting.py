@@ -13,6 +13,7 @@ from recclr.data.log import EncodedLog, Prepared
 from recclr.data.sharding import rows_for_training, wanted_groups
 from recclr.distributed import ALONE, Ranks
 from recclr.load import fresh_model, ranker_of
+from recclr.mining import Refresher
 from recclr.sharded_tables import table_maker
 from recclr.spectral import start_from_spectral
 from recclr.topk import EmbeddingRanker
@@ -39,7 +40,8 @@ def fit_model(
     """The model of a configuration after its training, and what the training came to.
 
     Args:
-        judge: metrics on validation of the model as it would be served; None without validation.
+        judge: metrics on validation of the model as it would be served; None without validation,
+            and then ``prepared.held_out``, which may be test, is not looked at.
         workspace: where the rows may be kept in files while the training lasts, as
             ``data.resident`` says; None: they stay in memory.
         num_steps, checkpoints, resume, device, on_event, stop, ranks: see ``train.fit``, which also
@@ -53,7 +55,13 @@ def fit_model(
             workspace,
             device=device,
             resident=config.data.resident,
-            groups=wanted_groups(log, user=config.user, item=config.item, loss=config.loss),
+            groups=wanted_groups(
+                log,
+                user=config.user,
+                item=config.item,
+                loss=config.loss,
+                negatives=config.negatives,
+            ),
             ranks=ranks,
             say=lambda text: on_event({"kind": "note", "text": text}),
         )
@@ -67,6 +75,16 @@ def fit_model(
         model = fresh_model(config, data, new_table)
         if config.model.init == "spectral":
             start_from_spectral(model, log, init_std=config.model.init_std, seed=config.seed)
+        refresh = None
+        if config.negatives.mined is not None:
+            refresh = Refresher(
+                log,
+                config.negatives.mined,
+                seed=config.seed,
+                cutoff=prepared.cutoff,
+                held_out=None if judge is None else prepared.held_out,
+                ranks=ranks,
+            )
         result = fit(
             model,
             log,
@@ -75,6 +93,7 @@ def fit_model(
             train=config.train,
             seed=config.seed,
             evaluate=None if judge is None else evaluate,
+            refresh_negatives=refresh,
             select=config.evaluate.select,
             checkpoints=checkpoints,
             resume=resume,

@@ -30,10 +30,10 @@ from recclr.settings import MinedSettings, MiningSettings
 from recclr.topk import top_k
 from recclr.towers import TwoTower
 
-# Users that are ranked together, on one rank: the same tiles, to the bit, on any number of ranks.
+# Users at most that are ranked together, on one rank: the same tiles, to the bit, on any number.
 _TILE = 4096
-# Pairs of query and rank that are looked at together: 64 MiB of scores.
-_PAIRS = 1 << 24
+# Pairs of query and rank that are looked at together; they take about 40 bytes each.
+_PAIRS = 1 << 22
 # Elements of the vectors that are multiplied at once for the scores of positives: 256 MiB.
 _ELEMENTS = 1 << 26
 _CHOICE = 31
@@ -68,7 +68,8 @@ class Miner:
     def __init__(
         self, log: EncodedLog, settings: MiningSettings, held_out: EncodedLog | None = None
     ) -> None:
-        self.settings, self.device = settings, log.device
+        self.settings = settings
+        self.height = min(max(_PAIRS // settings.depth, 1), _TILE)
         self.num_users, self.num_items = log.num_users, log.num_items
         self.known, _ = log.known_pairs()
         self.too_popular = _too_popular(log.item_counts(), settings)
@@ -100,12 +101,12 @@ class Miner:
         """
         began = time.perf_counter()
         tally = Tally(settings.count, users.device)
-        tiles = -(-self.num_users // _TILE)
-        first, last = (min(place * _TILE, self.num_users) for place in ranks.part(tiles))
+        tiles = -(-self.num_users // self.height)
+        first, last = (min(place * self.height, self.num_users) for place in ranks.part(tiles))
         known = self.known.to(users.device)
         parts = [torch.empty((0, settings.width), dtype=torch.int32, device=users.device)]
-        for start in range(first, last, _TILE):
-            user_idx = torch.arange(start, min(start + _TILE, last), device=users.device)
+        for start in range(first, last, self.height):
+            user_idx = torch.arange(start, min(start + self.height, last), device=users.device)
             mine = known.take(user_idx)
             ranked = self._ranked(users[user_idx], items, mine)
             positives = _positive_scores(users[user_idx], items, mine, settings.positive)
@@ -114,8 +115,8 @@ class Miner:
                 ranked, positives, settings.width, draws, temperature, tally, user_idx, mine
             )
             parts.append(taken[0].int())
-        counts = [_TILE * n for n in ranks.counts(tiles)]
-        counts[-1] -= _TILE * tiles - self.num_users
+        counts = [self.height * number for number in ranks.counts(tiles)]
+        counts[-1] -= self.height * tiles - self.num_users
         table = ranks.gather(torch.cat(parts), counts, "mined negatives")
         tally.sum_over(ranks)
         return table, tally.report(time.perf_counter() - began)
@@ -143,14 +144,16 @@ class Miner:
         """
         known, width = self.known.to(users.device), self.settings.count
         size = max(_PAIRS // self.settings.depth, 1)
-        for start in range(0, self.num_users, _TILE):
-            user_idx = torch.arange(start, min(start + _TILE, self.num_users), device=users.device)
+        for start in range(0, self.num_users, self.height):
+            stop = min(start + self.height, self.num_users)
+            user_idx = torch.arange(start, stop, device=users.device)
             mine = known.take(user_idx)
+            row_numbers = mine.row_numbers()
             ranked = self._ranked(users[user_idx], items, mine)
             draws = generator(users.device, *keys, start, _CHOICE)
             every = torch.arange(len(mine.values), device=users.device)
             for pairs in torch.split(every, size):
-                rows, positive_idx = mine.row_numbers()[pairs], mine.values[pairs].long()
+                rows, positive_idx = row_numbers[pairs], mine.values[pairs].long()
                 of_pairs = TopK(ranked.item_idx[rows], ranked.scores[rows])
                 scores = _pair_scores(users[user_idx], items, rows, positive_idx)
                 taken = self._take(
@@ -158,7 +161,7 @@ class Miner:
                 )
                 yield Triplets(user_idx[rows], positive_idx, scores, *taken)
             if progress is not None:
-                progress(start + len(user_idx), self.num_users)
+                progress(stop, self.num_users)
 
     def _ranked(self, queries: Tensor, items: Tensor, known: Csr) -> TopK:
         ranked = top_k(queries, items, self.settings.depth, seen=known)

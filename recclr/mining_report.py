@@ -174,9 +174,7 @@ class Tally:
         """Float32 [Q] and [Q, W], and where of these an item was chosen."""
         self._add("mined", here.sum())
         positives, scores = positives.unsqueeze(1).expand(scores.shape)[here], scores[here]
-        for kind, values in zip(
-            self.spreads, (positives, scores, positives - scores), strict=True
-        ):
+        for kind, values in zip(self.spreads, (positives, scores, positives - scores), strict=True):
             self.spreads[kind].add(values)
 
     def add_held_out(self, hits: Tensor, chance: Tensor) -> None:

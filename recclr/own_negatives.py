@@ -116,7 +116,7 @@ class OwnNegatives:
     def _places(
         self, lengths: Tensor, count: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Places in lists of the given lengths [B], 0 for none, and log weights, both [B, count]."""
+        """Places in lists of given lengths [B], 0 for none, and log weights; both [B, count]."""
         device, lengths = lengths.device, lengths.unsqueeze(1)
         numbers = torch.arange(count, device=device)
         # 24 bits of a float32 leave a float64 room for the product: no place comes twice.

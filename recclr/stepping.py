@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recclr.batches import BatchSource
-from recclr.data.log import EncodedLog
+from recclr.data.log import Csr, EncodedLog
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError
 from recclr.exchange import StepExchange
@@ -19,7 +19,7 @@ from recclr.negatives import require_negatives
 from recclr.objective import Objective, StepStats
 from recclr.optimizers import Optimizers
 from recclr.parts import IdPart, StatisticsPart
-from recclr.settings import LossSettings, NegativesSettings, TrainSettings
+from recclr.settings import LossSettings, NegativesSettings, TrainSettings, clash_of
 from recclr.towers import TwoTower
 from recclr.watching import OnEvent
 
@@ -37,6 +37,7 @@ class Stepper:
     Args:
         model: in training mode. log: rows to learn from, on the device of the model, in memory or
             mapped.
+        explicit: see ``own_negatives.OwnNegatives``.
         ranks: the processes that share every step.
         emit: told whether steps are captured as a CUDA graph.
 
@@ -56,9 +57,12 @@ class Stepper:
         negatives: NegativesSettings,
         train: TrainSettings,
         seed: int,
+        explicit: Csr | None = None,
         ranks: Ranks = ALONE,
         emit: OnEvent = ignore,
     ) -> None:
+        if (clash := clash_of(loss, negatives)) is not None:
+            raise ConfigError(clash)
         if loss.kind != "full_softmax":
             require_negatives(negatives, log, batch_size=train.batch_size)
         self.model = model
@@ -80,6 +84,7 @@ class Stepper:
             seed=seed,
             bfloat16=_use_bfloat16(train, log.device),
             chunk_size=train.chunk_size,
+            explicit=explicit,
             ranks=ranks,
             fixed_shapes=captured,
         )

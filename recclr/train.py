@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from recclr.compiling import compile_layers
-from recclr.data.log import EncodedLog
+from recclr.data.log import Csr, EncodedLog
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, DivergedError, InterruptedTraining
 from recclr.files import fault_point
@@ -28,6 +28,8 @@ from recclr.towers import TwoTower
 from recclr.watching import Meter, OnEvent, require_finite
 
 Evaluate = Callable[[TwoTower], dict[str, float]]
+# From the model and the steps it was trained for: mined items by user, and a report as JSON values.
+RefreshNegatives = Callable[[TwoTower, int], tuple[Tensor, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def fit(
     train: TrainSettings,
     seed: int = 0,
     evaluate: Evaluate | None = None,
+    refresh_negatives: RefreshNegatives | None = None,
+    explicit: Csr | None = None,
     select: str = "recall@20",
     checkpoints: Path | None = None,
     resume: bool = False,
@@ -75,13 +79,17 @@ def fit(
             (``data.shards``), which changes no bit of the result.
         evaluate: metrics of the model on validation; called every ``train.evaluate_every`` epochs
             and at the end. The best by ``select`` is kept, ``train.patience`` counts the others.
+        refresh_negatives: mines the items of ``OwnNegatives.mined``, the same on all ranks; called
+            before the first step after ``negatives.mined.warmup_epochs``, and then every
+            ``refresh_epochs``. Needed where ``negatives.mined`` is set.
+        explicit: items of each user that are negatives, as ``OwnNegatives`` takes them.
         checkpoints: folder for ``step-N``, LAST, BEST. None: nothing is written, and the best
             weights are kept in memory.
         resume: go on from LAST if there is one.
         num_steps: end after so many steps while the schedule still spans ``train.epochs``, as a
             refit for a selected number of steps does.
-        on_event: gets a dict for each logged step and each evaluation; on a GPU, whether steps are
-            captured as a CUDA graph; and why layers could not be compiled.
+        on_event: gets a dict for each logged step, each evaluation and each mining; on a GPU,
+            whether steps are captured as a CUDA graph; and why layers could not be compiled.
         stop: asked after every step; true writes a checkpoint and raises.
         ranks: the processes that share every step, all of which call this with the same arguments;
             ``evaluate`` must give all of them the same metrics. The weights are those of one
@@ -94,6 +102,11 @@ def fit(
         the log, the model or the device.
     """
     began = time.perf_counter()
+    if negatives.mined is not None and refresh_negatives is None:
+        raise ConfigError(
+            "negatives.mined needs somebody who mines; give refresh_negatives, for example a "
+            "mining.Refresher, or leave negatives.mined out"
+        )
     model, log, device = model.to(device), log.to(device), torch.device(device)
     emit = on_event or ignore
     stepper = Stepper(
@@ -103,6 +116,7 @@ def fit(
         negatives=negatives,
         train=train,
         seed=seed,
+        explicit=explicit,
         ranks=ranks,
         emit=emit,
     )
@@ -123,6 +137,9 @@ def fit(
     try:
         while progress.step < end and progress.bad_evaluations < patience:
             step = progress.step
+            if refresh_negatives is not None and _mining_is_due(step, negatives, per_epoch):
+                ranks.unwatch()
+                _refresh(stepper, refresh_negatives, step, meter)
             stats, interrupted = stepper(step, check=require_finite_loss, stop=stop)
             progress.step = step + 1
             meter.add(stats, model, progress.step, train.table_lr * optimizers.rate(step))
@@ -157,6 +174,22 @@ def fit(
         seconds=time.perf_counter() - began,
         steps_per_epoch=per_epoch,
     )
+
+
+def _mining_is_due(step: int, negatives: NegativesSettings, per_epoch: int) -> bool:
+    """Whether mined negatives are to be found anew before a step, counted from 0."""
+    if negatives.mined is None:
+        return False
+    since = step - round(negatives.mined.warmup_epochs * per_epoch)
+    return since >= 0 and since % max(1, round(negatives.mined.refresh_epochs * per_epoch)) == 0
+
+
+def _refresh(stepper: Stepper, mine: RefreshNegatives, step: int, meter: Meter) -> None:
+    """Mine with the model as it stands. A run resumed at this step does it again, alike."""
+    table, report = mine(stepper.model, step)
+    stepper.objective.own.refill(table)
+    stepper.look_again()
+    meter.emit({"kind": "mining", "step": step, "epoch": step / meter.per_epoch, **report})
 
 
 def _judge(metrics: dict[str, float], select: str, progress: Progress, meter: Meter) -> bool:

@@ -34,6 +34,7 @@ FLOORS = {
         "losses",
         "scoring",
         "negatives",
+        "own_negatives",
         "known_positives",
     }
     | {"kernels", "windows", "batches", "objective", "optimizers", "ranking", "exchange"},
@@ -48,8 +49,9 @@ FLOORS = {
         "graph_plan",
         "compiling",
         "stepping",
+        "mining_report",
     },
-    4: {"train", "evaluate", "baselines", "export", "recommend"},
+    4: {"train", "mining", "evaluate", "baselines", "export", "recommend"},
     5: {
         "api",
         "batch_size",
