@@ -106,6 +106,7 @@ def _trial(
         negatives=config.negatives,
         train=settings,
         seed=config.seed,
+        explicit=prepared.explicit,
     )
 
     def step(number: int) -> StepStats:

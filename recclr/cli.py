@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from recclr import __version__
+from recclr.cli_mine import mine
 from recclr.console import (
     RunProgress,
     print_batch_sizes,
@@ -46,7 +47,7 @@ OutFile = Annotated[
 
 
 # What every process would do again, and write to the same place.
-_ALONE = ("check", "recommend", "similar", "export", "report", "demo")
+_ALONE = ("check", "mine", "recommend", "similar", "export", "report", "demo")
 
 
 def main() -> None:
@@ -217,6 +218,9 @@ def evaluate(
         print_json(found.to_json())
     else:
         sys.stdout.write(f"{found}\n")
+
+
+app.command()(mine)
 
 
 @app.command()

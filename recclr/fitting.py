@@ -94,6 +94,7 @@ def fit_model(
             seed=config.seed,
             evaluate=None if judge is None else evaluate,
             refresh_negatives=refresh,
+            explicit=prepared.explicit,
             select=config.evaluate.select,
             checkpoints=checkpoints,
             resume=resume,

@@ -12,7 +12,6 @@ of NV-Retriever (Moreira et al. 2024), the report that of sentence-transformers'
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +98,6 @@ class Miner:
         Raises:
             DivergedError: a score is NaN.
         """
-        began = time.perf_counter()
         tally = Tally(settings.count, users.device)
         tiles = -(-self.num_users // self.height)
         first, last = (min(place * self.height, self.num_users) for place in ranks.part(tiles))
@@ -119,7 +117,7 @@ class Miner:
         counts[-1] -= self.height * tiles - self.num_users
         table = ranks.gather(torch.cat(parts), counts, "mined negatives")
         tally.sum_over(ranks)
-        return table, tally.report(time.perf_counter() - began)
+        return table, tally.report()
 
     def triplets(
         self,

@@ -5,6 +5,7 @@ Shape letters: Q queries, K ranks looked at, W taken for a query.
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class MiningReport:
         held_out_hits: mined items that are positives of their user in validation: false negatives
             that are known of. held_out_chance: how many they would be, were the items drawn by
             chance. None without validation.
-        seconds: that it took.
+        seconds: that it took, from the making of the tally.
     """
 
     queries: int
@@ -143,7 +144,7 @@ class Tally:
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
-        self.count = count
+        self.count, self.began = count, time.perf_counter()
         names = ("queries", "candidates", "kept", "mined", "short", "empty", "hits", *GUARDS)
         zero = torch.zeros(len(names), dtype=torch.int64, device=device)
         self.counts, self.place = zero, {name: n for n, name in enumerate(names)}
@@ -193,7 +194,7 @@ class Tally:
             ranks.sum_(spread.counts, "the report of mining")
             ranks.sum_(spread.total, "the report of mining")
 
-    def report(self, seconds: float) -> MiningReport:
+    def report(self) -> MiningReport:
         """What it all came to."""
         found = dict(zip(self.place, self.counts.tolist(), strict=True))
         scores = {kind: spread.summary() for kind, spread in self.spreads.items()}
@@ -208,5 +209,5 @@ class Tally:
             scores={kind: each for kind, each in scores.items() if each},
             held_out_hits=found["hits"] if self.judged else None,
             held_out_chance=float(self.chance) if self.judged else None,
-            seconds=seconds,
+            seconds=time.perf_counter() - self.began,
         )

@@ -57,6 +57,7 @@ FLOORS = {
         "batch_size",
         "checking",
         "cli",
+        "cli_mine",
         "console",
         "demo",
         "fitting",
@@ -64,6 +65,7 @@ FLOORS = {
         "judge",
         "load",
         "report",
+        "triplets",
     }
     | {"run", "run_folder", "shipping", "__main__", "__init__"},
 }

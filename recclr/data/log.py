@@ -239,6 +239,8 @@ class Prepared:
         users, items: features, fitted on ``train`` only.
         cutoff: int seconds UTC at which histories and statistics are frozen for evaluation and
             export: just after the last train event. None without timestamps.
+        explicit: items that are negatives of their user (``explicit``), one row per user; None
+            where none were read.
     """
 
     train: EncodedLog
@@ -246,3 +248,4 @@ class Prepared:
     items: FeatureTable
     held_out: EncodedLog | None = None
     cutoff: int | None = None
+    explicit: Csr | None = None

@@ -53,6 +53,8 @@ class MiningSettings:
             relative_margin=(0.0, 1e3),
             share=(0.0, 1.0),
         )
+        if self.choice not in ("uniform", "score", "top"):
+            raise ValueError(f"choice must be uniform, score or top, found {self.choice!r}")
         if self.depth - self.skip < self.count:
             raise ValueError(
                 f"depth - skip must leave at least count = {self.count} ranks, found "
