@@ -406,6 +406,18 @@ TIMELESS = {"data": {"events": "e", "columns": {"timestamp": ""}}}
         ({"split": {"valid": 0.0}, "train": {"refit": True}}, "train.refit: there is no"),
         ({"negatives": {"in_batch": False, "uniform": 0}}, "no source of negatives"),
         (
+            {"negatives": {"mined": {}}, "loss": {"kind": "full_softmax"}},
+            "negatives.mined: loss.kind = 'full_softmax' scores every item",
+        ),
+        ({"negatives": {"explicit": {"events": ["hide"]}}}, "name the event types that are"),
+        (
+            {
+                "negatives": {"explicit": {"events": ["buy", "hide"]}},
+                "data": {"events": "e", "event_weights": {"buy": 2.0}, "columns": {"event": "k"}},
+            },
+            "'buy' has a weight in data.event_weights, which makes it a positive",
+        ),
+        (
             {"train": SPLIT_BY_ROWS, "model": {"embedding_dim": 6}},
             "train.sharded_tables: needs a model.embedding_dim that is a multiple of 4, found 6",
         ),

@@ -14,6 +14,7 @@ CASES = [
     ("rich", "bsl", "mixed"),
     ("timed", "full_softmax", "mixed"),
     ("rich", "own_only", "not_in_batch"),
+    ("rich", "infonce", "own"),
 ]
 slow = pytest.mark.slow
 

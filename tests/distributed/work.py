@@ -25,12 +25,15 @@ from recclr.data.log import (
 from recclr.data.sharding import rows_for_training
 from recclr.distributed import ALONE
 from recclr.evaluate import EvaluationSet, evaluate
+from recclr.mining import Refresher
 from recclr.optim import Table, TableOptimizer
 from recclr.settings import (
+    ExplicitSettings,
     FeatureSettings,
     HistorySettings,
     IdSettings,
     LossSettings,
+    MinedSettings,
     ModelSettings,
     NegativesSettings,
     PopularitySettings,
@@ -56,6 +59,13 @@ LOSSES = {
 NEGATIVES = {
     "mixed": NegativesSettings(uniform=5, popularity=PopularitySettings(count=3, alpha=0.7)),
     "not_in_batch": NegativesSettings(in_batch=False, uniform=6),
+    "own": NegativesSettings(
+        uniform=6,
+        mined=MinedSettings(
+            count=2, pool=4, depth=9, skip=1, share=0.0, warmup_epochs=0.5, refresh_epochs=0.5
+        ),
+        explicit=ExplicitSettings(events=("shown",), count=2),
+    ),
 }
 IDS = (TowerSettings(), TowerSettings())
 # Everything that draws: dropout of ids, features, histories (of items that drop) and coordinates.
@@ -107,6 +117,12 @@ def prepared():
     return Prepared(log, FeatureTable(NUM_USERS, users), FeatureTable(NUM_ITEMS, items))
 
 
+def refused():
+    """Items that users refused: none of some, more than are drawn of others."""
+    rows, values = torch.tensor([0, 0, 0, 2, 5, 5, 10]), torch.tensor([1, 5, 9, 2, 16, 0, 3])
+    return Csr.from_pairs(rows, values, NUM_USERS)
+
+
 def model_of(towers, loss, dim=DIM, new_table=Table, log=None):
     (user, item), settings, data = TOWERS[towers], ModelSettings(embedding_dim=dim), prepared()
     data = data if log is None else replace(data, train=log)
@@ -144,8 +160,17 @@ def gradients(
         negatives=NEGATIVES[negatives],
         train=train,
         seed=4,
+        explicit=refused(),
         ranks=ranks,
     )
+    if stepper.objective.own.mined is not None:
+        refresher = Refresher(
+            prepared().train, NEGATIVES[negatives].mined, seed=4, cutoff=None, ranks=ranks
+        )
+        table, report = refresher(model, 0)
+        stepper.objective.own.refill(table)
+        found["mined"] = table
+        found["report"] = torch.tensor([report["mined"], report["candidates"], report["kept"]])
     optimizers = stepper.optimizers
     for step in steps:
         stats, stopped = stepper.objective.backward(model, stepper.source.step(step)), False
