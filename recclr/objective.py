@@ -101,10 +101,10 @@ class Objective:
             log, negatives, log_q_strength=loss.log_q_strength, fixed_shapes=fixed_shapes
         )
         self.known_positives = KnownPositives(log, only_own=not loss.mask_known_positives)
-        # What steps leave for later ones: kept in checkpoints, by tensors that stay the same ones.
         self.own = OwnNegatives(
             log, negatives, log_q_strength=loss.log_q_strength, explicit=explicit
         )
+        # What steps leave for later ones: kept in checkpoints, by tensors that stay the same ones.
         self.state: dict[str, Tensor] = self.own.state()
         self.draws: dict[int, torch.Generator] = {}
         self.renew_draws()

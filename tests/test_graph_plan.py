@@ -10,10 +10,12 @@ from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError
 from recclr.graph_plan import plan_graph
 from recclr.settings import (
+    ExplicitSettings,
     FeatureSettings,
     HistorySettings,
     IdSettings,
     LossSettings,
+    MinedSettings,
     ModelSettings,
     NegativesSettings,
     TowerSettings,
@@ -128,8 +130,14 @@ def with_triton(monkeypatch):
         (model_of, {"chunk_size": 5}, "train.chunk_size and"),
         (model_of, {"accumulate": 2}, "train.accumulate run"),
         (lambda: model_of(dim=300), {}, "256 dimensions"),
+        (model_of, {"negatives": NegativesSettings(mined=MinedSettings())}, "draw for each row"),
+        (
+            model_of,
+            {"negatives": NegativesSettings(explicit=ExplicitSettings(events=("hide",)))},
+            "draw for each row",
+        ),
     ],
-    ids=["own tower", "ranks", "chunks", "accumulated", "wide"],
+    ids=["own tower", "ranks", "chunks", "accumulated", "wide", "mined", "explicit"],
 )
 def test_what_stands_against_capture_is_said_or_refused(with_triton, model, options, words):
     said = []
