@@ -83,6 +83,9 @@ def write_rows(
 def write_parts(frames: Iterable[pl.DataFrame], out: Path) -> None:
     """Write frames of the same columns, one below the other, of which one is held at a time.
 
+    Args:
+        frames: at least one, which may have no rows.
+
     Raises:
         ConfigError: an ending that is not known, or no permission. StoreError: no space.
     """
@@ -100,12 +103,15 @@ def write_parts(frames: Iterable[pl.DataFrame], out: Path) -> None:
 
 def _write_parquet(frames: Iterable[pl.DataFrame], file: BinaryIO) -> None:
     writer: pq.ParquetWriter | None = None
-    for frame in frames:
-        table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
-        writer = writer or pq.ParquetWriter(file, table.schema)
-        writer.write_table(table)
-    if writer is not None:
-        writer.close()
+    try:
+        for frame in frames:
+            table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
+            writer = writer or pq.ParquetWriter(file, table.schema)
+            writer.write_table(table)
+    finally:
+        # Not left to the garbage collector, which would find the file closed.
+        if writer is not None:
+            writer.close()
 
 
 def _typed(ids: pl.Series, vocabulary: Vocabulary) -> pl.Series:

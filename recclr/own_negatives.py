@@ -131,8 +131,8 @@ class OwnNegatives:
 def _require_lists(explicit: Csr | None, log: EncodedLog) -> Csr:
     if explicit is None:
         raise ConfigError(
-            "negatives.explicit needs the items that each user was shown or refused; expected "
-            "explicit= with one row per user, found none"
+            "negatives.explicit needs the items that each user was shown or refused, found none; "
+            "read the log with recclr.read(..., explicit=[...]), or hand the trainer its lists"
         )
     if explicit.num_rows != log.num_users:
         raise ShapeError(f"expected {log.num_users} rows of explicit, found {explicit.num_rows}")

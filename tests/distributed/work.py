@@ -209,6 +209,7 @@ def _train(
     *,
     towers,
     loss="infonce",
+    negatives="mixed",
     checkpoints=None,
     resume=False,
     num_steps=None,
@@ -257,11 +258,17 @@ def _train(
         found = float((users[:-1] @ items.T).abs().sum())
         return {"recall@20": -found if worse else found}
 
+    sources, refresher = NEGATIVES[negatives], None
+    if sources.mined is not None:
+        moment = NUM_ROWS * DAY_S
+        refresher = Refresher(log, sources.mined, seed=4, cutoff=moment, ranks=ranks)
     result = fit(
         model,
         log,
         loss=LOSSES[loss],
-        negatives=NEGATIVES["mixed"],
+        negatives=sources,
+        refresh_negatives=refresher,
+        explicit=refused(),
         train=settings,
         seed=4,
         evaluate=judged,
