@@ -214,6 +214,9 @@ def _settings(train: Log, given: Mapping[str, Any]) -> Config:
         if table is not None and isinstance(section, dict) and "features" not in section:
             section["features"] = infer_features(table, key=f"{side}_id")
     values["data"] = {"events": train.settings.events}
+    if train.settings.event_weights:
+        values["data"]["event_weights"] = dict(train.settings.event_weights)
+        values["data"]["columns"] = {"event": train.settings.columns.event}
     return parse_config(values, source="config")
 
 

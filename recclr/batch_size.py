@@ -107,6 +107,7 @@ def _trial(
         train=settings,
         self_supervision=config.self_supervision,
         seed=config.seed,
+        explicit=prepared.explicit,
     )
 
     def step(number: int) -> StepStats:

@@ -59,7 +59,8 @@ def read_data(config: Config, inputs: Mapping[str, Any]) -> Data:
     Raises:
         ConfigError: settings that the data do not allow. DataError: the data are refused.
     """
-    log = read_log(config.data)
+    wanted = config.negatives.explicit
+    log = read_log(config.data, explicit=() if wanted is None else wanted.events)
     split = log.split(config.split)
     # Without a refit the test users seen in validation must be known by their index.
     extra = [] if refits(config, split) or split.valid is None else [split.valid]

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from recclr import __version__
+from recclr.cli_mine import mine
 from recclr.console import (
     RunProgress,
     print_amount,
@@ -48,7 +49,17 @@ OutFile = Annotated[
 
 
 # What every process would do again, and write to the same place.
-_ALONE = ("check", "curve", "pretrain-items", "recommend", "similar", "export", "report", "demo")
+_ALONE = (
+    "check",
+    "curve",
+    "pretrain-items",
+    "mine",
+    "recommend",
+    "similar",
+    "export",
+    "report",
+    "demo",
+)
 
 
 def main() -> None:
@@ -275,6 +286,9 @@ def evaluate(
         print_json(found.to_json())
     else:
         sys.stdout.write(f"{found}\n")
+
+
+app.command()(mine)
 
 
 @app.command()

@@ -26,6 +26,7 @@ from recclr.settings import (
     SplitSettings,
     TowerSettings,
     TrainSettings,
+    clash_of,
 )
 from recclr.settings.baselines import BaselineSettings
 from recclr.settings.blending import BlendSettings
@@ -268,6 +269,9 @@ def _cross_check(config: Config, source: str) -> None:
         problems.append(
             "data.event_weights: name the column of the event type in data.columns.event"
         )
+    if (clash := clash_of(config.loss, config.negatives)) is not None:
+        problems.append(clash)
+    problems += _explicit_problems(config)
     if split.by == "leave_last" and split.valid % 1 + split.test % 1:
         problems.append(
             "split: leave_last counts rows per user, so valid and test must be whole numbers; "
@@ -289,3 +293,22 @@ def _needs_time(side: str, tower: TowerSettings) -> list[str]:
     """Keys of a tower that make sense with timestamps only."""
     names = [f"{side}.features.{n}" for n, f in tower.features.items() if f.kind == "statistics"]
     return names + ([f"{side}.id.as_of"] if tower.id.as_of else [])
+
+
+def _explicit_problems(config: Config) -> list[str]:
+    """What keeps event types from being negatives."""
+    explicit, weights = config.negatives.explicit, config.data.event_weights
+    if explicit is None:
+        return []
+    both = sorted(set(explicit.events) & set(weights))
+    if both:
+        return [
+            f"negatives.explicit.events: {both[0]!r} has a weight in data.event_weights, which "
+            "makes it a positive; take it out of one of the two"
+        ]
+    if not weights:
+        return [
+            "negatives.explicit: name the event types that are positives in data.event_weights; "
+            "without, every row is one"
+        ]
+    return []

@@ -79,6 +79,16 @@ class RunProgress:
     def _warning(self, event: dict[str, Any]) -> None:
         self.console.print(f"  warning: {escape(event['text'])}; {escape(event['advice'])}")
 
+    def _mining(self, event: dict[str, Any]) -> None:
+        skipped = sum(event["skipped"].values())
+        shown = (
+            f"  epoch {event['epoch']:.1f}  mined {event['mined']:,} negatives for "
+            f"{event['queries']:,} users, {skipped / max(event['candidates'], 1):.0%} refused"
+        )
+        if event["false_negatives"] is not None:
+            shown += f", {event['false_negatives']['share']:.2%} known to be false"
+        self.console.print(shown)
+
     def _note(self, event: dict[str, Any]) -> None:
         self.console.print(f"  note: {escape(event['text'])}")
 

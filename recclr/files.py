@@ -18,7 +18,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from recclr.errors import ConfigError, RecclrError, StoreError
 
@@ -31,15 +31,16 @@ _ERRNOS = {"enospc": errno.ENOSPC, "eacces": errno.EACCES, "eio": errno.EIO}
 _reached: dict[str, int] = {}
 
 
-def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``, replacing what was there in one rename.
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which becomes ``path`` in one rename when the block ends well.
 
     Args:
-        path: parents are made. data: may be empty.
+        path: parents are made; what was there is replaced.
 
     Raises:
         StoreError: no space, or the disk failed. ConfigError: no permission, or not a place for a
-        file. Whatever was at ``path`` is untouched then.
+        file. Whatever was at ``path`` is untouched then, as when the block raises.
     """
     with clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         try:
             with open(temporary, "xb") as file:
                 fault_point("files.write")
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             fault_point("files.rename")
@@ -56,6 +57,12 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         _fsync(path.parent)
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Write ``data``, which may be empty, as ``new_file`` does."""
+    with new_file(path) as file:
+        file.write(data)
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

@@ -14,6 +14,7 @@ from recclr.data.log import EncodedLog, Prepared
 from recclr.data.sharding import rows_for_training, wanted_groups
 from recclr.distributed import ALONE, Ranks
 from recclr.load import fresh_model, ranker_of, training_log
+from recclr.mining import Refresher
 from recclr.monitors import Monitor
 from recclr.run_folder import weights_folder
 from recclr.sharded_tables import table_maker
@@ -67,7 +68,8 @@ def fit_model(
     """The model of a configuration after its training, and what the training came to.
 
     Args:
-        judge: metrics on validation of the model as it would be served; None without validation.
+        judge: metrics on validation of the model as it would be served; None without validation,
+            and then ``prepared.held_out``, which may be test, is not looked at.
         monitor: looks at the same vectors after ``judge``; None: nobody does.
         item_encoder: of the items of ``prepared``; needed with ``model.init_from``.
         workspace: where the rows may be kept in files while the training lasts, as
@@ -84,7 +86,13 @@ def fit_model(
             workspace,
             device=device,
             resident=config.data.resident,
-            groups=wanted_groups(log, user=config.user, item=config.item, loss=config.loss),
+            groups=wanted_groups(
+                log,
+                user=config.user,
+                item=config.item,
+                loss=config.loss,
+                negatives=config.negatives,
+            ),
             ranks=ranks,
             say=lambda text: on_event({"kind": "note", "text": text}),
         )
@@ -99,6 +107,16 @@ def fit_model(
             folder = weights_folder(config.model.init_from)
             for note in start_from_catalogue(model, item_encoder, folder):
                 on_event({"kind": "note", "text": note})
+        refresh = None
+        if config.negatives.mined is not None:
+            refresh = Refresher(
+                log,
+                config.negatives.mined,
+                seed=config.seed,
+                cutoff=prepared.cutoff,
+                held_out=None if judge is None else prepared.held_out,
+                ranks=ranks,
+            )
         result = fit(
             model,
             log,
@@ -109,6 +127,8 @@ def fit_model(
             seed=config.seed,
             evaluate=None if served is None else served.evaluate,
             monitor=served.monitor if served is not None and monitor is not None else None,
+            refresh_negatives=refresh,
+            explicit=prepared.explicit,
             select=config.evaluate.select,
             checkpoints=checkpoints,
             resume=resume,

@@ -90,6 +90,8 @@ def _why_not(
         return "several processes share each step, and tell each other of it through the host"
     if train.chunk_size is not None or train.accumulate > 1:
         return "train.chunk_size and train.accumulate run a tower several times in a step"
+    if negatives.mined is not None or negatives.explicit is not None:
+        return "negatives.mined and negatives.explicit draw for each row as many as its user has"
     for name, module in model.named_modules():
         if type(module) not in _FIXED_TYPES:
             return f"{name} is a {type(module).__name__}, of which nothing is known"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import polars as pl
+import pyarrow.parquet as pq
 
 from recclr.data.tables import read_table
 from recclr.data.vocabulary import Vocabulary
 from recclr.errors import ConfigError, DataError
-from recclr.files import write_bytes_atomic
+from recclr.files import new_file, write_bytes_atomic
 
 _WRITERS: dict[str, Callable[[pl.DataFrame, io.BytesIO], Any]] = {
     ".parquet": pl.DataFrame.write_parquet,
@@ -77,6 +78,40 @@ def write_rows(
     buffer = io.BytesIO()
     _WRITERS[out.suffix](frame, buffer)
     write_bytes_atomic(out, buffer.getvalue())
+
+
+def write_parts(frames: Iterable[pl.DataFrame], out: Path) -> None:
+    """Write frames of the same columns, one below the other, of which one is held at a time.
+
+    Args:
+        frames: at least one, which may have no rows.
+
+    Raises:
+        ConfigError: an ending that is not known, or no permission. StoreError: no space.
+    """
+    require_ending(out)
+    with new_file(out) as file:
+        if out.suffix == ".parquet":
+            _write_parquet(frames, file)
+            return
+        for number, frame in enumerate(frames):
+            if out.suffix == ".csv":
+                frame.write_csv(file, include_header=number == 0)
+            else:
+                frame.write_ndjson(file)
+
+
+def _write_parquet(frames: Iterable[pl.DataFrame], file: BinaryIO) -> None:
+    writer: pq.ParquetWriter | None = None
+    try:
+        for frame in frames:
+            table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
+            writer = writer or pq.ParquetWriter(file, table.schema)
+            writer.write_table(table)
+    finally:
+        # Not left to the garbage collector, which would find the file closed.
+        if writer is not None:
+            writer.close()
 
 
 def _typed(ids: pl.Series, vocabulary: Vocabulary) -> pl.Series:

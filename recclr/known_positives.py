@@ -38,12 +38,33 @@ class KnownPositives:
             self.user_items, self.item_users = log.known_pairs()
             self.user_slots = torch.full((log.num_users,), -1, dtype=torch.int64, device=device)
 
-    def mask(self, user_idx: Tensor, positives: Tensor, candidate_idx: Tensor) -> PairMask:
+    def mask(
+        self,
+        user_idx: Tensor,
+        positives: Tensor,
+        candidate_idx: Tensor,
+        *,
+        also: Tensor | None = None,
+    ) -> PairMask:
         """Every (row, candidate) pair that is a known positive, once, rows rising.
 
         Args:
             user_idx, positives: int64 [B]. candidate_idx: int64 [C], distinct.
+            also: integer [num_users, W], further items of each user, distinct and none of them a
+                known positive, -1 for none; O(B·W). None for none.
         """
+        found = self._known(user_idx, positives, candidate_idx)
+        return found if also is None else self._with_lists(found, also[user_idx], candidate_idx)
+
+    def _with_lists(self, found: PairMask, lists: Tensor, candidate_idx: Tensor) -> PairMask:
+        columns = self._slots_of(candidate_idx, lists.clamp(min=0).long().flatten())
+        columns = torch.where(lists >= 0, columns.view(lists.shape), -1)
+        rows, places = (columns >= 0).nonzero(as_tuple=True)
+        listed = columns[rows, places]
+        rows, order = torch.cat([found.rows, rows]).sort(stable=True)
+        return PairMask(rows, torch.cat([found.columns, listed])[order])
+
+    def _known(self, user_idx: Tensor, positives: Tensor, candidate_idx: Tensor) -> PairMask:
         if self.only_own:
             columns = self._slots_of(candidate_idx, positives)
             hit = (columns >= 0).nonzero().squeeze(1)

@@ -34,6 +34,7 @@ class Candidates:
         positive_row: int64 [B]: where each positive stands in ``item_idx``.
         candidate_row: int64 [C]: which of ``item_idx`` are candidates; None for all of them.
         log_weights: float32 [C]: log draws - strength · log expected count.
+        own_row: int64 [X], where in ``item_idx`` stand what ``draw`` was given as ``own``.
         places: int64 [U] with fixed shapes, where each of ``item_idx`` stands first: spare places
             name the one they repeat, all others themselves. None where all are distinct.
     """
@@ -43,6 +44,7 @@ class Candidates:
     candidate_row: Tensor | None
     log_weights: Tensor
     places: Tensor | None = None
+    own_row: Tensor | None = None
 
     @property
     def candidate_idx(self) -> Tensor:
@@ -88,6 +90,7 @@ class CandidateSampler:
         generator: torch.Generator,
         *,
         in_batch_counts: tuple[Tensor, int] | None = None,
+        own: Tensor | None = None,
     ) -> Candidates:
         """Candidates for a batch.
 
@@ -96,32 +99,35 @@ class CandidateSampler:
             generator: on the device of the log.
             in_batch_counts: (items of the rows that the batch was drawn from, their number), when
                 that is not the whole log.
+            own: int64 [X], items to encode that are no candidates by that; not with fixed shapes.
         """
         drawn = self._draws(generator, positives.device)
-        num_draws = len(drawn)
-        merged = torch.cat([drawn, positives])
+        num_draws, all_drawn = len(drawn), len(drawn) + len(positives)
+        merged = torch.cat([drawn, positives] if own is None else [drawn, positives, own])
         places = None
         if self.fixed_shapes:
             found = padded_distinct(merged, self.num_items)
             item_idx, inverse, places = found.values, found.inverse(), found.places
         else:
             item_idx, inverse = torch.unique(merged, return_inverse=True)
-        draws = counted(inverse if self.settings.in_batch else inverse[:num_draws], len(item_idx))
+        num_counted = all_drawn if self.settings.in_batch else num_draws
+        draws = counted(inverse[:num_counted], len(item_idx))
         expected = self._expected(item_idx, len(positives), in_batch_counts)
         candidate_row = None
-        if not self.settings.in_batch and not self.fixed_shapes:
+        if num_counted < len(merged) and not self.fixed_shapes:
             candidate_row = draws.nonzero().squeeze(1)
             draws, expected = draws[candidate_row], expected[candidate_row]
         # Nobody drew a spare place, and log 0 is the weight it needs.
         log_weights = draws.log() - self.strength * expected.log()
-        return Candidates(item_idx, inverse[num_draws:], candidate_row, log_weights, places)
+        positive_row = inverse[num_draws:all_drawn]
+        own_row = None if own is None else inverse[all_drawn:]
+        return Candidates(item_idx, positive_row, candidate_row, log_weights, places, own_row)
 
-    def everything(self, positives: Tensor) -> Candidates:
-        """All items as candidates: the full softmax."""
+    def everything(self, positives: Tensor, own: Tensor | None = None) -> Candidates:
+        """All items as candidates: the full softmax. ``own``: as ``draw`` takes it."""
         item_idx = torch.arange(self.num_items, device=positives.device)
-        return Candidates(
-            item_idx, positives, None, torch.zeros(len(item_idx), device=item_idx.device)
-        )
+        log_weights = torch.zeros(len(item_idx), device=item_idx.device)
+        return Candidates(item_idx, positives, None, log_weights, own_row=own)
 
     def _draws(self, generator: torch.Generator, device: torch.device) -> Tensor:
         """int64 [N]: uniform draws, then draws by popularity."""

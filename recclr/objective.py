@@ -17,20 +17,21 @@ from torch import Tensor
 
 from recclr.batches import Batch
 from recclr.caching import Encoding
-from recclr.data.log import EncodedLog
+from recclr.data.log import Csr, EncodedLog
 from recclr.distributed import ALONE, Ranks
 from recclr.kernels import Mask
 from recclr.known_positives import KnownPositives
 from recclr.losses import mean_weights
 from recclr.negatives import Candidates, CandidateSampler
 from recclr.order import generator, mix
+from recclr.own_negatives import OwnDraws, OwnNegatives
 from recclr.rows import Rows
 from recclr.scoring import Scored, scored_loss
 from recclr.settings import LossSettings, NegativesSettings
 from recclr.towers import TwoTower
 from recclr.views import SelfSupervision
 
-_NEGATIVES, _DROPOUT = 11, 12
+_NEGATIVES, _DROPOUT, _OWN = 11, 12, 13
 
 
 @dataclass
@@ -43,6 +44,7 @@ class StepStats:
 
     Attributes:
         num_candidates: of each batch, on average. num_pairs: scored, masked ones included.
+        num_masked: known positives, and items that were mined for the row.
         num_rows: positives. num_distinct: of their items, int64 scalar; the others are one
             candidate with one of these, counted as often as it was drawn.
         auxiliary: terms beside the main one, by name; ``loss`` has them, each times its weight.
@@ -58,7 +60,7 @@ class StepStats:
 
     @property
     def masked_share(self) -> float:
-        """Share of the scored pairs that are known positives, in [0, 1]. May wait for a GPU."""
+        """Share of the scored pairs that are masked, in [0, 1]. May wait for a GPU."""
         return int(self.num_masked) / max(int(self.num_pairs), 1)
 
     @property
@@ -77,6 +79,7 @@ class Objective:
         log: train rows on the training device. ranks: who shares the step.
         bfloat16: towers, and the products of the loss as ``total_contrastive_loss`` has it.
         chunk_size: rows that a tower encodes at once, at most; None for all.
+        explicit: see ``OwnNegatives``.
         fixed_shapes: shapes follow from that of the batch alone, and nothing waits for a GPU, so
             that a step can be captured as a CUDA graph. For one rank, and without chunks.
         self_supervision: terms of two views, for ``backward`` alone; without fixed shapes.
@@ -91,6 +94,7 @@ class Objective:
         seed: int,
         bfloat16: bool = False,
         chunk_size: int | None = None,
+        explicit: Csr | None = None,
         ranks: Ranks = ALONE,
         fixed_shapes: bool = False,
         self_supervision: SelfSupervision | None = None,
@@ -105,8 +109,11 @@ class Objective:
         self.known_positives = KnownPositives(log, only_own=not loss.mask_known_positives)
         # Of the whole training, for rates that change while it goes on; None: they stand still.
         self.num_batches: int | None = None
+        self.own = OwnNegatives(
+            log, negatives, log_q_strength=loss.log_q_strength, explicit=explicit
+        )
         # What steps leave for later ones: kept in checkpoints, by tensors that stay the same ones.
-        self.state: dict[str, Tensor] = {}
+        self.state: dict[str, Tensor] = self.own.state()
         self.self_supervision = self_supervision
         if self_supervision is not None:
             self.state |= self_supervision.state()
@@ -192,7 +199,8 @@ class Objective:
                 and this is not looked at.
             total: weight of the rows of all batches of the step, where there are more.
         """
-        candidates = self._candidates(batch, number)
+        drawn = self._own_draws(batch, number)
+        candidates = self._candidates(batch, number, drawn)
         draws, fixed = self._draws(number, _DROPOUT), self.fixed_shapes
         progress = self.progress(number)
         users = Rows(
@@ -217,7 +225,7 @@ class Objective:
             wanted = replace(wanted, whole=wanted, places=candidates.places)
         user_idx, item_idx, weight = batch.user_idx, batch.item_idx, batch.weight
         positive_row = candidates.positive_row
-        shared = self.ranks.size > 1
+        shared, own = self.ranks.size > 1, slice(None)
         if shared:
             own = slice(*self.ranks.part(len(user_idx)))
             total = batch.total() if total is None else total
@@ -245,6 +253,7 @@ class Objective:
             candidates.log_weights,
             mask,
             mean_weights(len(queries), weight, device=self.device, total=total),
+            *_own_of(drawn, candidates, own),
         )
         loss = scored_loss(scored, self.loss, bfloat16=self.bfloat16)
         num_rows = len(batch.user_idx)
@@ -263,7 +272,8 @@ class Objective:
         """Known positives among the candidates, how many these are, and how many candidates."""
         known, weights = self.known_positives, candidates.log_weights
         if not self.fixed_shapes:
-            mask = known.mask(user_idx, item_idx, candidates.candidate_idx)
+            wanted = candidates.candidate_idx
+            mask = known.mask(user_idx, item_idx, wanted, also=self.own.mined)
             return mask, len(mask), len(weights)
         alive, places = weights > -torch.inf, candidates.places
         if places is not None:
@@ -271,14 +281,32 @@ class Objective:
         bits, num_masked = known.bits(user_idx, item_idx, candidates.item_idx, places)
         return bits, num_masked, alive.sum()
 
-    def _candidates(self, batch: Batch, number: int) -> Candidates:
+    def _own_draws(self, batch: Batch, number: int) -> OwnDraws | None:
+        """For all rows of a batch, on every rank."""
+        if not self.own:
+            return None
+        return self.own.draw(batch.user_idx, batch.item_idx, self._draws(number, _OWN))
+
+    def _candidates(self, batch: Batch, number: int, drawn: OwnDraws | None = None) -> Candidates:
+        own = None if drawn is None else drawn.item_idx.flatten()
         if self.loss.kind == "full_softmax":
-            return self.sampler.everything(batch.item_idx)
+            return self.sampler.everything(batch.item_idx, own)
         return self.sampler.draw(
             batch.item_idx,
             self._draws(number, _NEGATIVES),
             in_batch_counts=None if batch.pool is None else (batch.pool, len(batch.pool)),
+            own=own,
         )
+
+
+def _own_of(
+    drawn: OwnDraws | None, candidates: Candidates, rows: slice
+) -> tuple[Tensor | None, Tensor | None]:
+    """Rows among the embedded items, and log weights, of what some rows of a batch drew."""
+    if drawn is None or candidates.own_row is None:
+        return None, None
+    own_row = candidates.own_row.view(drawn.item_idx.shape)
+    return own_row[rows], drawn.log_weights[rows]
 
 
 def _num_distinct(candidates: Candidates) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recclr.batches import BatchSource
-from recclr.data.log import EncodedLog
+from recclr.data.log import Csr, EncodedLog
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError
 from recclr.exchange import StepExchange
@@ -24,6 +24,7 @@ from recclr.settings import (
     NegativesSettings,
     SelfSupervisionSettings,
     TrainSettings,
+    clash_of,
 )
 from recclr.towers import TwoTower
 from recclr.views import SelfSupervision
@@ -82,6 +83,7 @@ class Stepper:
     Args:
         model: in training mode. log: rows to learn from, on the device of the model, in memory or
             mapped.
+        explicit: see ``own_negatives.OwnNegatives``.
         ranks: the processes that share every step.
         emit: told whether steps are captured as a CUDA graph.
 
@@ -102,9 +104,12 @@ class Stepper:
         train: TrainSettings,
         seed: int,
         self_supervision: SelfSupervisionSettings | None = None,
+        explicit: Csr | None = None,
         ranks: Ranks = ALONE,
         emit: OnEvent = ignore,
     ) -> None:
+        if (clash := clash_of(loss, negatives)) is not None:
+            raise ConfigError(clash)
         if loss.kind != "full_softmax":
             require_negatives(negatives, log, batch_size=train.batch_size)
         self.model = model
@@ -130,6 +135,7 @@ class Stepper:
             seed=seed,
             bfloat16=use_bfloat16(train, log.device),
             chunk_size=train.chunk_size,
+            explicit=explicit,
             ranks=ranks,
             fixed_shapes=captured,
             self_supervision=views,

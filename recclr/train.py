@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from recclr.compiling import compile_layers
-from recclr.data.log import EncodedLog
+from recclr.data.log import Csr, EncodedLog
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, DivergedError, InterruptedTraining
 from recclr.files import fault_point
@@ -33,6 +33,8 @@ from recclr.towers import TwoTower
 from recclr.watching import Meter, OnEvent, require_finite, tell_figures
 
 Evaluate = Callable[[TwoTower], dict[str, float]]
+# From the model and the steps it was trained for: mined items by user, and a report as JSON values.
+RefreshNegatives = Callable[[TwoTower, int], tuple[Tensor, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def fit(
     seed: int = 0,
     evaluate: Evaluate | None = None,
     monitor: Evaluate | None = None,
+    refresh_negatives: RefreshNegatives | None = None,
+    explicit: Csr | None = None,
     select: str = "recall@20",
     checkpoints: Path | None = None,
     resume: bool = False,
@@ -85,13 +89,17 @@ def fit(
             and at the end. The best by ``select`` is kept, ``train.patience`` counts the others.
         monitor: figures of the model (see ``monitors``), asked for after each evaluation; they
             change nothing of the training.
+        refresh_negatives: mines the items of ``OwnNegatives.mined``, the same on all ranks; called
+            before the first step after ``negatives.mined.warmup_epochs``, and then every
+            ``refresh_epochs``. Needed where ``negatives.mined`` is set.
+        explicit: items of each user that are negatives, as ``OwnNegatives`` takes them.
         checkpoints: folder for ``step-N``, LAST, BEST. None: nothing is written, and the best
             weights are kept in memory.
         resume: go on from LAST if there is one.
         num_steps: end after so many steps while the schedule still spans ``train.epochs``, as a
             refit for a selected number of steps does.
-        on_event: gets a dict for each logged step and each evaluation; on a GPU, whether steps are
-            captured as a CUDA graph; and why layers could not be compiled.
+        on_event: gets a dict for each logged step, each evaluation and each mining; on a GPU,
+            whether steps are captured as a CUDA graph; and why layers could not be compiled.
         stop: asked after every step; true writes a checkpoint and raises.
         ranks: the processes that share every step, all of which call this with the same arguments;
             ``evaluate`` must give all of them the same metrics. The weights are those of one
@@ -104,6 +112,11 @@ def fit(
         the log, the model or the device.
     """
     began = time.perf_counter()
+    if negatives.mined is not None and refresh_negatives is None:
+        raise ConfigError(
+            "negatives.mined needs somebody who mines; give refresh_negatives, for example a "
+            "mining.Refresher, or leave negatives.mined out"
+        )
     model, log, device = model.to(device), log.to(device), torch.device(device)
     stepper = Stepper(
         model,
@@ -113,12 +126,21 @@ def fit(
         train=train,
         self_supervision=self_supervision,
         seed=seed,
+        explicit=explicit,
         ranks=ranks,
         emit=on_event or ignore,
     )
+
+    def mine_if_due(step: int, meter: Meter) -> None:
+        if _mining_is_due(step, negatives, meter.per_epoch):
+            assert refresh_negatives is not None
+            ranks.unwatch()
+            _refresh(stepper, refresh_negatives, step, meter)
+
     result = run_steps(
         stepper,
         train=train,
+        before_step=None if negatives.mined is None else mine_if_due,
         evaluate=evaluate,
         monitor=monitor,
         select=select,
@@ -137,6 +159,7 @@ def run_steps(
     *,
     train: TrainSettings,
     emit: OnEvent,
+    before_step: Callable[[int, Meter], None] | None = None,
     evaluate: Evaluate | None = None,
     monitor: Evaluate | None = None,
     select: str = "recall@20",
@@ -149,7 +172,7 @@ def run_steps(
     """The loop of ``fit``, which has the other arguments, over steps of any kind.
 
     Args:
-        emit: as ``on_event``.
+        emit: as ``on_event``. before_step: told the number of every step that is about to run.
     """
     began = time.perf_counter()
     model = stepper.model
@@ -170,6 +193,8 @@ def run_steps(
     try:
         while progress.step < end and progress.bad_evaluations < patience:
             step = progress.step
+            if before_step is not None:
+                before_step(step, meter)
             stats, interrupted = stepper(step, check=require_finite_loss, stop=stop)
             progress.step = step + 1
             meter.add(stats, model, progress.step, train.table_lr * optimizers.rate(step))
@@ -206,6 +231,22 @@ def run_steps(
         seconds=time.perf_counter() - began,
         steps_per_epoch=per_epoch,
     )
+
+
+def _mining_is_due(step: int, negatives: NegativesSettings, per_epoch: int) -> bool:
+    """Whether mined negatives are to be found anew before a step, counted from 0."""
+    if negatives.mined is None:
+        return False
+    since = step - round(negatives.mined.warmup_epochs * per_epoch)
+    return since >= 0 and since % max(1, round(negatives.mined.refresh_epochs * per_epoch)) == 0
+
+
+def _refresh(stepper: Stepper, mine: RefreshNegatives, step: int, meter: Meter) -> None:
+    """Mine with the model as it stands. A run resumed at this step does it again, alike."""
+    table, report = mine(stepper.model, step)
+    stepper.objective.own.refill(table)
+    stepper.look_again()
+    meter.emit({"kind": "mining", "step": step, "epoch": step / meter.per_epoch, **report})
 
 
 def _judge(metrics: dict[str, float], select: str, progress: Progress, meter: Meter) -> bool:

@@ -257,6 +257,8 @@ EVENTS = [
     | {"positives_per_s": 1234.5},
     {"kind": "judging", "name": "model", "done": 8192, "total": 107_000},
     {"kind": "evaluation", "epoch": 2.0, "metrics": {"recall@20": 0.25}},
+    {"kind": "mining", "epoch": 2.0, "mined": 1500, "queries": 400, "candidates": 40_000}
+    | {"skipped": {"skip": 4000, "share": 6000}, "false_negatives": {"share": 0.0125}},
     {"kind": "judging", "name": "als"},
     {"kind": "judging", "name": "als", "done": 16_384, "total": 107_000},
     {"kind": "baseline", "name": "als", "value": 0.125},
@@ -279,6 +281,7 @@ def test_where_there_is_no_terminal_lines_are_written(capsys):
         "selection [x]",
         "  note: k is [large]",
         "  epoch 2.0  recall@20 0.2500",
+        "  epoch 2.0  mined 1,500 negatives for 400 users, 25% refused, 1.25% known to be false",
         "  als",
         "  note: steps are not captured as a CUDA graph: a [part] pools lists",
         "  note: dense layers are not compiled: no compiler",

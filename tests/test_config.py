@@ -417,6 +417,18 @@ TIMELESS = {"data": {"events": "e", "columns": {"timestamp": ""}}}
         ({"negatives": {"in_batch": False, "uniform": 0}}, "no source of negatives"),
         ({"self_supervision": {}}, "self_supervision names no tower: set item = {}"),
         (
+            {"negatives": {"mined": {}}, "loss": {"kind": "full_softmax"}},
+            "negatives.mined: loss.kind = 'full_softmax' scores every item",
+        ),
+        ({"negatives": {"explicit": {"events": ["hide"]}}}, "name the event types that are"),
+        (
+            {
+                "negatives": {"explicit": {"events": ["buy", "hide"]}},
+                "data": {"events": "e", "event_weights": {"buy": 2.0}, "columns": {"event": "k"}},
+            },
+            "'buy' has a weight in data.event_weights, which makes it a positive",
+        ),
+        (
             {"train": SPLIT_BY_ROWS, "model": {"embedding_dim": 6}},
             "train.sharded_tables: needs a model.embedding_dim that is a multiple of 4, found 6",
         ),

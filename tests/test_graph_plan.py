@@ -11,10 +11,12 @@ from recclr.errors import ConfigError
 from recclr.graph_plan import plan_graph
 from recclr.settings import (
     AugmentSettings,
+    ExplicitSettings,
     FeatureSettings,
     HistorySettings,
     IdSettings,
     LossSettings,
+    MinedSettings,
     ModelSettings,
     NegativesSettings,
     SelfSupervisionSettings,
@@ -144,8 +146,24 @@ def with_triton(monkeypatch):
         (lambda: model_of(dim=300), {}, "256 dimensions"),
         (lambda: model_of(RAMPED), {}, "user_tower.augment changes its rates from step to step"),
         (model_of, {"self_supervision": VIEWS}, "self_supervision draws"),
+        (model_of, {"negatives": NegativesSettings(mined=MinedSettings())}, "draw for each row"),
+        (
+            model_of,
+            {"negatives": NegativesSettings(explicit=ExplicitSettings(events=("hide",)))},
+            "draw for each row",
+        ),
     ],
-    ids=["own tower", "ranks", "chunks", "accumulated", "wide", "ramped", "views"],
+    ids=[
+        "own tower",
+        "ranks",
+        "chunks",
+        "accumulated",
+        "wide",
+        "ramped",
+        "views",
+        "mined",
+        "explicit",
+    ],
 )
 def test_what_stands_against_capture_is_said_or_refused(with_triton, model, options, words):
     said = []

@@ -8,7 +8,7 @@ from polars.testing import assert_frame_equal
 
 from recclr.data.vocabulary import Vocabulary
 from recclr.errors import ConfigError, DataError
-from recclr.ids_input import read_ids, require_ending, write_rows
+from recclr.ids_input import read_ids, require_ending, write_parts, write_rows
 
 pytestmark = pytest.mark.usefixtures("no_power_cut")
 
@@ -93,3 +93,23 @@ def test_without_a_file_rows_are_shown_as_frame_or_as_json():
     write_rows(FRAME, None, show=shown.append, as_json=True)
     assert shown[0] is FRAME
     assert json.loads(json.dumps(shown[1])) == FRAME.to_dicts()
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
+def test_parts_are_one_file_and_a_failure_leaves_what_was_there(tmp_path, ending):
+    whole = pl.DataFrame({"id": ["a", "é", "c", "d"], "rank": [1, 2, 3, 4], "score": [0.5] * 4})
+    path = tmp_path / f"rows.{ending}"
+    write_parts((whole[start : start + 2] for start in (0, 2, 4)), path)
+    read = {"jsonl": pl.read_ndjson}.get(ending) or getattr(pl, f"read_{ending}")
+    assert_frame_equal(read(path), whole)
+
+    def broken():
+        yield whole[:1]
+        raise DataError("the second part is odd")
+
+    with pytest.raises(DataError, match="odd"):
+        write_parts(broken(), path)
+    assert_frame_equal(read(path), whole)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(ConfigError, match=r"ends in \.parquet"):
+        write_parts([whole], tmp_path / "rows.xlsx")

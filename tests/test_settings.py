@@ -43,6 +43,19 @@ RANGES = [
     (settings.ViewSettings, "batch_size", 2, 1 << 24),
     (settings.ViewSettings, "dropout", 0.0, 0.95),
     (settings.ViewSettings, "projection", 0, 65_536),
+    (settings.MiningSettings, "count", 1, 1 << 10),
+    (settings.MiningSettings, "depth", 1, 100_000),
+    (settings.MiningSettings, "skip", 0, 99_999),
+    (settings.MiningSettings, "drop_popular", 0.0, 0.999),
+    (settings.MiningSettings, "max_train_rows", 0, 1 << 40),
+    (settings.MiningSettings, "margin", -1e6, 1e6),
+    (settings.MiningSettings, "relative_margin", 0.0, 1e3),
+    (settings.MiningSettings, "share", 0.0, 1.0),
+    (settings.MinedSettings, "pool", 1, 1 << 16),
+    (settings.MinedSettings, "warmup_epochs", 0.0, 1e6),
+    (settings.MinedSettings, "refresh_epochs", 0.001, 1e6),
+    (settings.ExplicitSettings, "count", 1, 1 << 10),
+    (settings.ExplicitSettings, "weight", 1e-4, 1e4),
     (settings.TrainSettings, "batch_size", 1, 1 << 24),
     (settings.TrainSettings, "chunk_size", 1, 1 << 24),
     (settings.TrainSettings, "accumulate", 1, 1 << 16),
@@ -63,6 +76,15 @@ RANGES = [
     (settings.EvaluateSettings, "num_bootstrap", 0, 1_000_000),
     (baseline_settings.BaselineSettings, "ease_max_items", 1, 200_000),
 ]
+# What else must be set for the ends of a range to make sense, and what has no default.
+BESIDE = {
+    (settings.MiningSettings, "count"): {"depth": 9999},
+    (settings.MiningSettings, "depth"): {"count": 1, "skip": 0},
+    (settings.MiningSettings, "skip"): {"count": 1, "depth": 100_000},
+    (settings.MinedSettings, "pool"): {"count": 1},
+    (settings.ExplicitSettings, "count"): {"events": ("shown",)},
+    (settings.ExplicitSettings, "weight"): {"events": ("shown",)},
+}
 
 
 @pytest.mark.parametrize(
@@ -70,11 +92,11 @@ RANGES = [
 )
 def test_a_range_is_closed_and_says_itself(kind, name, low, high):
     for value in (low, high):
-        assert getattr(kind(**{name: value}), name) == value
+        assert getattr(kind(**BESIDE.get((kind, name), {}), **{name: value}), name) == value
     step = 1 if isinstance(low, int) else 1e-7
     for value in (low - step, high + max(step, abs(high) * 1e-6), math.nan, math.inf, -math.inf):
         with pytest.raises(ValueError, match=f"{name} must be between") as caught:
-            kind(**{name: value})
+            kind(**BESIDE.get((kind, name), {}), **{name: value})
         assert f"{low} and {high}, found {value!r}" in str(caught.value)
 
 
@@ -110,6 +132,28 @@ def test_optimizers_without_a_twin_for_parts_of_tables_are_refused():
         for rows in (0, -1):
             with pytest.raises(ValueError, match="sharded_tables must be between 1 and"):
                 settings.TrainSettings(table_optimizer=fine, sharded_tables=rows)
+
+
+def test_mining_that_cannot_find_enough_is_refused():
+    with pytest.raises(ValueError, match="at least count = 4 ranks, found depth = 12 and skip = 9"):
+        settings.MiningSettings(depth=12, skip=9)
+    with pytest.raises(ValueError, match="pool must be at least count = 4, found 3"):
+        settings.MinedSettings(pool=3)
+    with pytest.raises(ValueError, match="choice must be uniform, score or top, found 'best'"):
+        settings.MiningSettings(choice="best")
+    with pytest.raises(ValueError, match="names no event type"):
+        settings.ExplicitSettings(events=())
+    assert settings.MinedSettings(pool=70, depth=60, skip=20).width == 40
+    assert settings.MinedSettings(pool=30, depth=60, skip=20).width == 30
+
+
+def test_mined_negatives_and_a_full_softmax_clash():
+    negatives = settings.NegativesSettings(mined=settings.MinedSettings())
+    clash = settings.clash_of(settings.LossSettings(kind="full_softmax"), negatives)
+    assert "scores every item" in clash
+    assert settings.clash_of(settings.LossSettings(), negatives) is None
+    plain = settings.NegativesSettings()
+    assert settings.clash_of(settings.LossSettings(kind="full_softmax"), plain) is None
 
 
 def test_lists_are_checked_value_by_value():

@@ -45,6 +45,7 @@ FLOORS = {
         "ntxent",
         "views",
         "negatives",
+        "own_negatives",
         "known_positives",
     }
     | {"kernels", "windows", "batches", "objective", "optimizers", "ranking", "exchange"},
@@ -61,14 +62,16 @@ FLOORS = {
         "graph_plan",
         "compiling",
         "stepping",
+        "mining_report",
     },
-    4: {"train", "evaluate", "baselines", "export", "recommend"},
+    4: {"train", "mining", "evaluate", "baselines", "export", "recommend"},
     5: {
         "api",
         "batch_size",
         "blend_stage",
         "checking",
         "cli",
+        "cli_mine",
         "console",
         "curves",
         "demo",
@@ -81,6 +84,7 @@ FLOORS = {
         "pretrain",
         "starting",
         "report",
+        "triplets",
     }
     | {"run", "run_context", "run_folder", "shipping", "__main__", "__init__"},
 }

@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,8 @@ class Log:
         steps: rows that each step was given and left, in order.
         quarantine: the bad rows that were dropped, with ``file``, ``row`` and ``reason``.
         notes: what was found and nobody refused, one sentence each.
+        explicit: rows of event types that are negatives of their user, in the columns of the
+            events; None where none were asked for. All parts of a split have all of them.
     """
 
     events: pl.DataFrame
@@ -51,6 +53,7 @@ class Log:
     steps: tuple[StepCount, ...] = ()
     quarantine: pl.DataFrame = field(default_factory=pl.DataFrame)
     notes: tuple[str, ...] = ()
+    explicit: pl.DataFrame | None = None
 
     def __len__(self) -> int:
         return self.events.height
@@ -195,6 +198,8 @@ def align_logs(logs: list[Log]) -> list[Log]:
 def _with_id_type(log: Log, key: str, name: str, dtype: pl.DataType) -> Log:
     cast = pl.col(key).cast(dtype)
     log = replace(log, events=log.events.with_columns(cast))
+    if log.explicit is not None:
+        log = replace(log, explicit=log.explicit.with_columns(cast))
     if name == "users" and log.users is not None:
         return replace(log, users=log.users.with_columns(cast))
     if name == "items" and log.items is not None:
@@ -205,7 +210,14 @@ def _with_id_type(log: Log, key: str, name: str, dtype: pl.DataType) -> Log:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read(events: Any, users: Any = None, items: Any = None, **settings: Any) -> Log:
+def read(
+    events: Any,
+    users: Any = None,
+    items: Any = None,
+    *,
+    explicit: Sequence[str] = (),
+    **settings: Any,
+) -> Log:
     """Read a log.
 
     Args:
@@ -213,6 +225,7 @@ def read(events: Any, users: Any = None, items: Any = None, **settings: Any) -> 
             frame, or Arrow table.
         users: table of users, likewise.
         items: table of items, likewise.
+        explicit: event types whose rows are negatives of their user, for ``negatives.explicit``.
         **settings: fields of ``DataSettings``, such as ``where={"rating": ">= 7"}``; ``columns``
             may be a dict.
 
@@ -223,13 +236,14 @@ def read(events: Any, users: Any = None, items: Any = None, **settings: Any) -> 
     named = {"events": events, "users": users, "items": items}
     frames = {name: source for name, source in named.items() if source is not None}
     labels = {name: _label(source) for name, source in frames.items()}
-    return _read(_settings(labels | settings), **frames)
+    return _read(_settings(labels | settings), explicit=explicit, **frames)
 
 
-def read_log(settings: DataSettings) -> Log:
+def read_log(settings: DataSettings, *, explicit: Sequence[str] = ()) -> Log:
     """Read the log that ``settings`` describe; see ``read``."""
     paths = {name: getattr(settings, name) for name in ("events", "users", "items")}
-    return _read(settings, **{name: path for name, path in paths.items() if path})
+    given = {name: path for name, path in paths.items() if path}
+    return _read(settings, explicit=explicit, **given)
 
 
 def read_held_out(log: Log, path: str) -> Log:
@@ -275,11 +289,49 @@ def _plain(columns: Any) -> Any:
     return columns
 
 
-def _read(settings: DataSettings, events: Any, users: Any = None, items: Any = None) -> Log:
+def _read(
+    settings: DataSettings,
+    events: Any,
+    users: Any = None,
+    items: Any = None,
+    *,
+    explicit: Sequence[str] = (),
+) -> Log:
     notes: list[str] = []
     user_table = read_side_table(users, "user", settings, notes)
     item_table = read_side_table(items, "item", settings, notes)
-    return _assemble(settings, events, user_table, item_table, notes)
+    log = _assemble(settings, events, user_table, item_table, notes)
+    return _with_explicit(log, events, explicit) if explicit else log
+
+
+def _with_explicit(log: Log, events: Any, kinds: Sequence[str]) -> Log:
+    """The log with the rows of event types that it leaves out, read as its own but for k-core and
+    caps.
+
+    Raises:
+        ConfigError: a type has a weight, or none has, so that all rows are positives. DataError: no
+        row is of these types.
+    """
+    weights = log.settings.event_weights
+    if not weights or set(kinds) & set(weights):
+        raise ConfigError(
+            f"explicit = {list(kinds)!r}: expected types that data.event_weights does not name, "
+            f"beside those that it does; found {dict(weights)!r} there"
+        )
+    settings = replace(
+        log.settings,
+        event_weights=dict.fromkeys(kinds, 1.0),
+        deduplicate="first",
+        k_core_user=0,
+        k_core_item=0,
+        max_per_user=None,
+    )
+    try:
+        found = _assemble(settings, events, log.users, log.items, [])
+    except DataError as error:
+        raise DataError(f"the rows of explicit = {list(kinds)!r}: {error}") from error
+    note = f"{len(found):,} pairs of the event types {', '.join(kinds)} are negatives of their user"
+    return replace(log, explicit=found.events, notes=(*log.notes, note))
 
 
 def _assemble(

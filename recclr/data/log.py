@@ -240,6 +240,8 @@ class Prepared:
         users, items: features, fitted on ``train`` only.
         cutoff: int seconds UTC at which histories and statistics are frozen for evaluation and
             export: just after the last train event. None without timestamps.
+        explicit: items that are negatives of their user (``explicit``), one row per user; None
+            where none were read.
     """
 
     train: EncodedLog
@@ -247,3 +249,4 @@ class Prepared:
     items: FeatureTable
     held_out: EncodedLog | None = None
     cutoff: int | None = None
+    explicit: Csr | None = None

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recclr.data.explicit import explicit_lists
 from recclr.data.features import FeatureEncoder, count_missing, fit_encoders
 from recclr.data.ids import align_ids
 from recclr.data.interactions import Log, apply_decay, require_trainable
@@ -76,9 +77,13 @@ def prepare(
         _encode_features(encoders[1], tables["item"], items),
     )
     judged, counts = (None, {}) if held_out is None else encode_held_out(held_out, users, items)
+    explicit = None
+    if train.explicit is not None:
+        explicit, found = explicit_lists(train, encoded, users, items)
+        counts |= found
     cutoff = None if encoded.timestamp is None else int(encoded.timestamp.max()) + 1
     return PreparedLog(
-        tensors=Prepared(encoded, features[0], features[1], judged, cutoff),
+        tensors=Prepared(encoded, features[0], features[1], judged, cutoff, explicit),
         users=users,
         items=items,
         user_encoder=encoders[0],

@@ -154,6 +154,9 @@ def _flatten(prepared: Prepared) -> dict[str, Tensor]:
             value = None if log is None else getattr(log, name)
             if value is not None:
                 tensors[f"{part}.{name}"] = value.contiguous()
+    if prepared.explicit is not None:
+        tensors["explicit.offsets"] = prepared.explicit.offsets
+        tensors["explicit.values"] = prepared.explicit.values
     for side, table in (("users", prepared.users), ("items", prepared.items)):
         for number, column in enumerate(table.columns.values()):
             for name, value in _tensors_of(column).items():
@@ -228,6 +231,9 @@ def _assemble(
         items=_read_table(reader, "items", columns["items"], num_items),
         held_out=_read_log(reader, "held_out", num_users, num_items) if held_out else None,
         cutoff=None if cutoff is None else int(cutoff),
+        explicit=_read_csr(reader, "explicit", num_users, num_items)
+        if "explicit.offsets" in reader
+        else None,
     )
 
 
@@ -270,6 +276,10 @@ def _read_column(
         _within(idx, 0, cardinality, key)
         return CategoricalColumn(idx, cardinality)
     _require(described["type"] == RaggedColumn.__name__, f"{key} is a {described['type']!r}")
+    return RaggedColumn(_read_csr(reader, key, num_rows, cardinality), cardinality)
+
+
+def _read_csr(reader: _Reader, key: str, num_rows: int, cardinality: int) -> Csr:
     offsets = reader.take(f"{key}.offsets", torch.int64)
     values = reader.take(f"{key}.values", torch.int32)
     _require(
@@ -280,4 +290,4 @@ def _read_column(
         f"the offsets of {key} do not fit",
     )
     _within(values, 0, cardinality, key)
-    return RaggedColumn(Csr(offsets, values), cardinality)
+    return Csr(offsets, values)

@@ -16,7 +16,7 @@ from recclr.data.shards import open_shards, write_shards
 from recclr.distributed import ALONE, LONG_S, Ranks
 from recclr.files import require_space
 from recclr.memory import available_bytes
-from recclr.settings import LossSettings, TowerSettings
+from recclr.settings import LossSettings, NegativesSettings, TowerSettings
 
 # What training takes for a row at its most, while known pairs are sorted; measured 67, ids only.
 _RESIDENT_BYTES = 70
@@ -45,11 +45,16 @@ def stays_resident(num_rows: int, device: str, resident: bool | Literal["auto"] 
 
 
 def wanted_groups(
-    log: EncodedLog, *, user: TowerSettings, item: TowerSettings, loss: LossSettings
+    log: EncodedLog,
+    *,
+    user: TowerSettings,
+    item: TowerSettings,
+    loss: LossSettings,
+    negatives: NegativesSettings,
 ) -> set[str]:
     """What training with these settings asks of the log by entity, of ``grouping.GROUPS``."""
     asked = {
-        "known": loss.mask_known_positives,
+        "known": loss.mask_known_positives or negatives.mined is not None,
         "user_items": user.history is not None,
         "user_times": log.timestamp is not None and (user.history is not None or _in_time(user)),
         "item_times": log.timestamp is not None and _in_time(item),

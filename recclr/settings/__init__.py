@@ -7,7 +7,8 @@ checked here once, for the TOML file, ``--set`` and Python callers alike.
 from recclr.settings.augment import AugmentSettings
 from recclr.settings.data import ColumnSettings, DataSettings, SplitSettings
 from recclr.settings.judging import METRIC_NAMES, EvaluateSettings
-from recclr.settings.objective import LossSettings, NegativesSettings, PopularitySettings
+from recclr.settings.mining import ExplicitSettings, MinedSettings, MiningSettings
+from recclr.settings.objective import LossSettings, NegativesSettings, PopularitySettings, clash_of
 from recclr.settings.self_supervision import SelfSupervisionSettings, ViewSettings
 from recclr.settings.towers import (
     FeatureKind,
@@ -27,11 +28,14 @@ __all__ = [
     "ColumnSettings",
     "DataSettings",
     "EvaluateSettings",
+    "ExplicitSettings",
     "FeatureKind",
     "FeatureSettings",
     "HistorySettings",
     "IdSettings",
     "LossSettings",
+    "MinedSettings",
+    "MiningSettings",
     "ModelSettings",
     "NegativesSettings",
     "PairSettings",
@@ -41,4 +45,5 @@ __all__ = [
     "TowerSettings",
     "TrainSettings",
     "ViewSettings",
+    "clash_of",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from recclr.settings.mining import ExplicitSettings, MinedSettings
 from recclr.strict import STRICT
 from recclr.strict import require_ranges as _check
 
@@ -55,15 +56,29 @@ class PopularitySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class NegativesSettings:
-    """Sources of negatives, shared by all rows of a batch, under one log_q."""
+    """Sources of negatives, under one log_q: shared by all rows of a batch, but for the last two,
+    which each row has for itself.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     in_batch: bool = True
     uniform: int = 1024
     popularity: PopularitySettings | None = None
+    mined: MinedSettings | None = None
+    explicit: ExplicitSettings | None = None
 
     def __post_init__(self) -> None:
         _check(self, uniform=(0, 1 << 24))
         if not self.in_batch and self.uniform == 0 and self.popularity is None:
             raise ValueError("no source of negatives is left: set in_batch, uniform or popularity")
+
+
+def clash_of(loss: LossSettings, negatives: NegativesSettings) -> str | None:
+    """What in these two cannot go together, in words; None for nothing."""
+    if negatives.mined is not None and loss.kind == "full_softmax":
+        return (
+            "negatives.mined: loss.kind = 'full_softmax' scores every item for every row, to which "
+            "mined negatives add nothing; leave negatives.mined out, or set loss.kind = 'infonce'"
+        )
+    return None

@@ -12,6 +12,8 @@ from recclr.settings import (
     HistorySettings,
     IdSettings,
     LossSettings,
+    MinedSettings,
+    NegativesSettings,
     TowerSettings,
 )
 
@@ -73,16 +75,17 @@ COUNTS = {"price": FeatureSettings(kind="numeric")}
     ],
 )
 @pytest.mark.parametrize("timed", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_what_a_model_asks_for(user, item, groups, timed, masked):
+@pytest.mark.parametrize(("masked", "mined"), [(False, False), (True, False), (False, True)])
+def test_what_a_model_asks_for(user, item, groups, timed, masked, mined):
     found = wanted_groups(
         log(timed=timed),
         user=TowerSettings(**user),
         item=TowerSettings(**item),
         loss=LossSettings(mask_known_positives=masked),
+        negatives=NegativesSettings(mined=MinedSettings() if mined else None),
     )
     expected = groups if timed else groups - {"user_times", "item_times"}
-    assert found == expected | ({"known"} if masked else set())
+    assert found == expected | ({"known"} if masked or mined else set())
 
 
 def test_rows_in_memory_are_handed_on_and_nothing_is_written(tmp_path):

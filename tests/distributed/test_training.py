@@ -15,6 +15,7 @@ CASES = [
     ("timed", "full_softmax", "mixed"),
     ("rich", "own_only", "not_in_batch"),
     ("augmented", "infonce", "mixed"),
+    ("rich", "infonce", "own"),
 ]
 slow = pytest.mark.slow
 
@@ -92,18 +93,22 @@ def test_ranks_without_any_row_do_not_stop_the_others(work, spread, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "towers", "loss"),
+    ("size", "towers", "loss", "negatives"),
     [
-        (2, "rich", "infonce"),
-        pytest.param(3, "timed", "bsl", marks=slow),
-        pytest.param(3, "ids", "full_softmax", marks=slow),
+        (2, "rich", "infonce", "mixed"),
+        (2, "ids", "infonce", "own"),
+        pytest.param(3, "timed", "bsl", "mixed", marks=slow),
+        pytest.param(3, "ids", "full_softmax", "mixed", marks=slow),
     ],
 )
-def test_a_training_ends_in_the_weights_of_one_process(work, spread, tmp_path, size, towers, loss):
-    ended = spread("train", size, tmp_path, towers=towers, loss=loss, checkpoints="kept")
+def test_a_training_ends_in_the_weights_of_one_process(
+    work, spread, tmp_path, size, towers, loss, negatives
+):
+    settings = {"towers": towers, "loss": loss, "negatives": negatives}
+    ended = spread("train", size, tmp_path, **settings, checkpoints="kept")
     assert ended.codes == [0] * size, ended.texts
     (tmp_path / "one").mkdir()
-    work.alone("train", tmp_path / "one", towers=towers, loss=loss)
+    work.alone("train", tmp_path / "one", **settings)
     one = load_file(tmp_path / "one" / "weights-0.safetensors")
     first = load_file(tmp_path / "weights-0.safetensors")
     # Both optimisers divide by the size of gradients, which lifts roundings of the small ones.

@@ -25,13 +25,16 @@ from recclr.data.log import (
 from recclr.data.sharding import rows_for_training
 from recclr.distributed import ALONE
 from recclr.evaluate import EvaluationSet, evaluate
+from recclr.mining import Refresher
 from recclr.optim import Table, TableOptimizer
 from recclr.settings import (
     AugmentSettings,
+    ExplicitSettings,
     FeatureSettings,
     HistorySettings,
     IdSettings,
     LossSettings,
+    MinedSettings,
     ModelSettings,
     NegativesSettings,
     PopularitySettings,
@@ -59,6 +62,13 @@ LOSSES = {
 NEGATIVES = {
     "mixed": NegativesSettings(uniform=5, popularity=PopularitySettings(count=3, alpha=0.7)),
     "not_in_batch": NegativesSettings(in_batch=False, uniform=6),
+    "own": NegativesSettings(
+        uniform=6,
+        mined=MinedSettings(
+            count=2, pool=4, depth=9, skip=1, share=0.0, warmup_epochs=0.5, refresh_epochs=0.5
+        ),
+        explicit=ExplicitSettings(events=("shown",), count=2),
+    ),
 }
 IDS = (TowerSettings(), TowerSettings())
 # Everything that draws: dropout of ids, features, histories (of items that drop) and coordinates.
@@ -138,6 +148,12 @@ def prepared():
     return Prepared(log, FeatureTable(NUM_USERS, users), FeatureTable(NUM_ITEMS, items))
 
 
+def refused():
+    """Items that users refused: none of some, more than are drawn of others."""
+    rows, values = torch.tensor([0, 0, 0, 2, 5, 5, 10]), torch.tensor([1, 5, 9, 2, 16, 0, 3])
+    return Csr.from_pairs(rows, values, NUM_USERS)
+
+
 def model_of(towers, loss, dim=DIM, new_table=Table, log=None):
     (user, item), settings, data = TOWERS[towers], ModelSettings(embedding_dim=dim), prepared()
     data = data if log is None else replace(data, train=log)
@@ -187,8 +203,17 @@ def gradients(
         train=train,
         self_supervision=views_of(views),
         seed=4,
+        explicit=refused(),
         ranks=ranks,
     )
+    if stepper.objective.own.mined is not None:
+        refresher = Refresher(
+            prepared().train, NEGATIVES[negatives].mined, seed=4, cutoff=None, ranks=ranks
+        )
+        table, report = refresher(model, 0)
+        stepper.objective.own.refill(table)
+        found["mined"] = table
+        found["report"] = torch.tensor([report["mined"], report["candidates"], report["kept"]])
     optimizers = stepper.optimizers
     for step in steps:
         stats, stopped = stepper.objective.backward(model, stepper.source.step(step)), False
@@ -228,6 +253,7 @@ def _train(
     *,
     towers,
     loss="infonce",
+    negatives="mixed",
     checkpoints=None,
     resume=False,
     num_steps=None,
@@ -277,11 +303,17 @@ def _train(
         found = float((users[:-1] @ items.T).abs().sum())
         return {"recall@20": -found if worse else found}
 
+    sources, refresher = NEGATIVES[negatives], None
+    if sources.mined is not None:
+        moment = NUM_ROWS * DAY_S
+        refresher = Refresher(log, sources.mined, seed=4, cutoff=moment, ranks=ranks)
     result = fit(
         model,
         log,
         loss=LOSSES[loss],
-        negatives=NEGATIVES["mixed"],
+        negatives=sources,
+        refresh_negatives=refresher,
+        explicit=refused(),
         train=settings,
         self_supervision=views_of(views),
         seed=4,
