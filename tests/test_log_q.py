@@ -79,9 +79,19 @@ def seen(monkeypatch):
     calls = []
 
     def composed(
-        queries, candidates, log_weights, positives, row_weights, mask, *, bfloat16, **options
+        queries,
+        candidates,
+        log_weights,
+        positives,
+        row_weights,
+        mask,
+        *,
+        own_partition,
+        bfloat16,
+        **options,
     ):
         # What ``total_contrastive_loss`` is tested to be, with its parts in the graph.
+        assert own_partition is None
         assert not bfloat16
         partition = masked_logsumexp(queries, candidates, log_weights, mask)
         calls.append((positives, partition))

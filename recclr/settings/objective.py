@@ -27,7 +27,7 @@ class LossSettings:
     mask_known_positives: bool = True
     # The softmax family (``scoring``).
     log_q: Literal["corrected", "classic"] = "corrected"
-    """Whether the positive, which no source drew, is corrected as well: only in the classic form."""
+    """The classic form corrects the logit of the positive as well, which no source drew."""
     decoupled: bool = False
     """DCL: the positive is left out of the denominator."""
     hardness: float = 0.0
