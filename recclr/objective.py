@@ -21,7 +21,7 @@ from recclr.data.log import EncodedLog
 from recclr.distributed import ALONE, Ranks
 from recclr.kernels import Mask
 from recclr.known_positives import KnownPositives
-from recclr.losses import mean_weights
+from recclr.losses import information_bound, mean_weights
 from recclr.more_positives import MorePositives, with_items
 from recclr.negatives import Candidates, CandidateSampler
 from recclr.order import generator, mix
@@ -46,6 +46,8 @@ class StepStats:
         num_candidates: of each batch, on average. num_pairs: scored, masked ones included.
         num_rows: positives. num_distinct: of their items, int64 scalar; the others are one
             candidate with one of these, counted as often as it was drawn.
+        log_weights: float32 [C] of the candidates (of the last batch) where the loss is plain
+            InfoNCE, None elsewhere.
     """
 
     loss: Tensor
@@ -54,6 +56,19 @@ class StepStats:
     num_masked: int | Tensor
     num_rows: int
     num_distinct: Tensor
+    log_weights: Tensor | None = None
+
+    @property
+    def information(self) -> float | None:
+        """What a query tells of its positive, in nats: see ``information_bound``.
+
+        Masked pairs are counted as if they were like all others. None for a loss of which no bound
+        follows. Waits for a GPU.
+        """
+        if self.log_weights is None:
+            return None
+        negatives = float(self.log_weights.exp().sum()) * (1 - self.masked_share)
+        return information_bound(float(self.loss.detach()), 1 + negatives)
 
     @property
     def masked_share(self) -> float:
@@ -220,6 +235,7 @@ class Objective:
             num_masked,
             num_rows,
             _num_distinct(candidates),
+            candidates.log_weights if self.loss.is_plain else None,
         )
 
     def _masked(
@@ -287,4 +303,5 @@ def _joined(found: list[StepStats]) -> StepStats:
         sum(stats.num_masked for stats in found),
         sum(stats.num_rows for stats in found),
         torch.stack([stats.num_distinct for stats in found]).sum(),
+        found[-1].log_weights,
     )

@@ -60,6 +60,19 @@ class LossSettings:
             raise ValueError("min_temperature is above max_temperature")
         self._check_softmax()
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the loss is InfoNCE, whatever its candidates: log(alternatives) bounds it."""
+        return (
+            self.kind in ("infonce", "full_softmax")
+            and self.log_q == "corrected"
+            and self.second_temperature is None
+            and not self.decoupled
+            and self.hardness == 0
+            and self.top_k is None
+            and self.symmetric == 0
+        )
+
     def _check_softmax(self) -> None:
         if self.decoupled and self.second_temperature is not None:
             raise ValueError(
