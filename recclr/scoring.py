@@ -190,5 +190,5 @@ def logits_of_own(queries: Tensor, items: Tensor, rows: Tensor) -> Tensor:
     Args:
         queries: float32 [B, D]. items: float32 [U, D]. rows: int64 [B, M], each below U.
     """
-    vectors = items.index_select(0, rows.reshape(-1)).view(*rows.shape, -1)
+    vectors = items.index_select(0, rows.reshape(-1)).view(*rows.shape, items.shape[1])
     return (queries.unsqueeze(1) * vectors).sum(2)
