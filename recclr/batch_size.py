@@ -16,7 +16,7 @@ from recclr.config import Config
 from recclr.data.log import Prepared
 from recclr.load import fresh_model, training_log
 from recclr.memory import available_bytes, forget_peak, held_bytes, peak_bytes
-from recclr.objective import StepStats
+from recclr.step_stats import StepStats
 from recclr.stepping import Stepper
 
 _FIRST = 256

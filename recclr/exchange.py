@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from recclr.distributed import Ranks
-from recclr.objective import StepStats
 from recclr.optim import RowGradients, summed_rows
 from recclr.optimizers import Optimizers
+from recclr.step_stats import StepStats
 
 
 class StepExchange:

@@ -92,6 +92,8 @@ def _why_not(
         return "train.chunk_size and train.accumulate run a tower several times in a step"
     if negatives.mined is not None or negatives.explicit is not None:
         return "negatives.mined and negatives.explicit draw for each row as many as its user has"
+    if loss.top_k is not None or loss.symmetric > 0 or loss.positives > 1:
+        return "loss.top_k, symmetric and positives make shapes that differ from step to step"
     for name, module in model.named_modules():
         if type(module) not in _FIXED_TYPES:
             return f"{name} is a {type(module).__name__}, of which nothing is known"

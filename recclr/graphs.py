@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from recclr.batches import Batch
-from recclr.objective import Objective, StepStats
+from recclr.objective import Objective
 from recclr.optimizers import Optimizers
+from recclr.step_stats import StepStats
 from recclr.towers import TwoTower
 from recclr.watching import OnEvent
 

@@ -74,7 +74,9 @@ class HistoryPart(nn.Module):
         weights = self._weights(positions.values, (stop - 1)[owner])
         if seeds is not None:
             weights = self._shuffle(rows).flat(weights, positions.offsets, owner, seeds)
-        if rows.without is not None and self._timeless(rows):
+        if rows.without is not None and rows.without.ndim == 2:
+            weights = weights * (items[:, None] != rows.without[owner]).all(1)
+        elif rows.without is not None and self._timeless(rows):
             weights = weights * (items != rows.without[owner])
         return self._pooled(Csr(positions.offsets, items), weights, rows)
 

@@ -123,6 +123,17 @@ class CandidateSampler:
         own_row = None if own is None else inverse[all_drawn:]
         return Candidates(item_idx, positive_row, candidate_row, log_weights, places, own_row)
 
+    def positive_log_weights(
+        self, item_idx: Tensor, batch_size: int, in_batch_counts: tuple[Tensor, int] | None
+    ) -> Tensor:
+        """Minus strength · log expected count: what classic logQ adds to the logit of a positive.
+
+        Args:
+            item_idx: int64 of any shape. batch_size, in_batch_counts: as ``draw`` has them.
+        """
+        expected = self._expected(item_idx.reshape(-1), batch_size, in_batch_counts)
+        return -self.strength * expected.log().view(item_idx.shape)
+
     def everything(self, positives: Tensor, own: Tensor | None = None) -> Candidates:
         """All items as candidates: the full softmax. ``own``: as ``draw`` takes it."""
         item_idx = torch.arange(self.num_items, device=positives.device)

@@ -10,7 +10,8 @@ Shape letters: B positives of a step, C candidates, D dimension.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,54 +23,19 @@ from recclr.distributed import ALONE, Ranks
 from recclr.kernels import Mask
 from recclr.known_positives import KnownPositives
 from recclr.losses import mean_weights
+from recclr.more_positives import MorePositives, with_items
 from recclr.negatives import Candidates, CandidateSampler
 from recclr.order import generator, mix
 from recclr.own_negatives import OwnDraws, OwnNegatives
 from recclr.rows import Rows
 from recclr.scoring import Scored, scored_loss
 from recclr.settings import LossSettings, NegativesSettings
+from recclr.step_stats import StepStats, joined
+from recclr.symmetric import Mirror
 from recclr.towers import TwoTower
 from recclr.views import SelfSupervision
 
-_NEGATIVES, _DROPOUT, _OWN = 11, 12, 13
-
-
-@dataclass
-class StepStats:
-    """What a step reports: tensors so that reading them, a host sync, stays optional.
-
-    Of several ranks ``loss`` is the part of one, and all parts sum up to the mean over positives;
-    ``num_masked`` is likewise its own. ``exchange`` makes both those of the step. With fixed shapes
-    counts that follow from draws are scalars on the device.
-
-    Attributes:
-        num_candidates: of each batch, on average. num_pairs: scored, masked ones included.
-        num_masked: known positives, and items that were mined for the row.
-        num_rows: positives. num_distinct: of their items, int64 scalar; the others are one
-            candidate with one of these, counted as often as it was drawn.
-        auxiliary: terms beside the main one, by name; ``loss`` has them, each times its weight.
-    """
-
-    loss: Tensor
-    num_candidates: float | Tensor
-    num_pairs: int | Tensor
-    num_masked: int | Tensor
-    num_rows: int
-    num_distinct: Tensor
-    auxiliary: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def masked_share(self) -> float:
-        """Share of the scored pairs that are masked, in [0, 1]. May wait for a GPU."""
-        return int(self.num_masked) / max(int(self.num_pairs), 1)
-
-    @property
-    def duplicate_share(self) -> float:
-        """Share of the rows whose item an earlier row has; as in-batch negatives they add nothing.
-
-        Waits for a GPU.
-        """
-        return 1.0 - int(self.num_distinct) / max(self.num_rows, 1)
+_NEGATIVES, _DROPOUT, _OWN, _POSITIVES = 11, 12, 13, 41
 
 
 class Objective:
@@ -112,6 +78,13 @@ class Objective:
         self.own = OwnNegatives(
             log, negatives, log_q_strength=loss.log_q_strength, explicit=explicit
         )
+        self.more_positives: MorePositives | None = None
+        if loss.positives > 1:
+            lists = self.known_positives.user_items
+            self.more_positives = MorePositives(lists, loss.positives - 1)
+        self.mirror: Mirror | None = None
+        if loss.symmetric > 0:
+            self.mirror = Mirror(log, loss, ranks=ranks, bfloat16=bfloat16)
         # What steps leave for later ones: kept in checkpoints, by tensors that stay the same ones.
         self.state: dict[str, Tensor] = self.own.state()
         self.self_supervision = self_supervision
@@ -163,7 +136,7 @@ class Objective:
             # Its graph would keep nodes of autograd alive that belong to the stream of this step.
             stats.loss = stats.loss.detach()
             found.append(stats)
-        stats = found[0] if len(found) == 1 else _joined(found)
+        stats = found[0] if len(found) == 1 else joined(found)
         return (
             stats
             if self.self_supervision is None
@@ -201,24 +174,15 @@ class Objective:
         """
         drawn = self._own_draws(batch, number)
         candidates = self._candidates(batch, number, drawn)
+        positives, more_row = batch.item_idx, None
+        if self.more_positives is not None:
+            positives = self.more_positives.draw(batch, self._draws(number, _POSITIVES))
+            candidates, more_row = with_items(candidates, positives[:, 1:])
+        positive_log_weights = self._positive_log_weights(positives, batch)
         draws, fixed = self._draws(number, _DROPOUT), self.fixed_shapes
-        progress = self.progress(number)
-        users = Rows(
-            batch.user_idx,
-            batch.user_at,
-            batch.item_idx,
-            draws,
-            fixed_shapes=fixed,
-            progress=progress,
-        )
-        wanted = Rows(
-            candidates.item_idx,
-            batch.item_at,
-            None,
-            draws,
-            fixed_shapes=fixed,
-            progress=progress,
-        )
+        shown = partial(Rows, generator=draws, fixed_shapes=fixed, progress=self.progress(number))
+        users = shown(batch.user_idx, batch.user_at, positives)
+        wanted = shown(candidates.item_idx, batch.item_at)
         if candidates.places is not None:
             # A spare place is what it repeats in all, in what dropout hides as well: the same rows
             # of tables are touched as without it.
@@ -232,7 +196,10 @@ class Objective:
             users = users.part(own.start, own.stop)
             wanted = wanted.part(*self.ranks.part(len(wanted.idx)))
             user_idx, item_idx, positive_row = user_idx[own], item_idx[own], positive_row[own]
-            weight = None if weight is None else weight[own]
+            weight, more_row, positive_log_weights = (
+                None if each is None else each[own]
+                for each in (weight, more_row, positive_log_weights)
+            )
         queries = self._embed(model.embed_users, users, len(batch.user_idx))
         items = self._embed(model.embed_items, wanted, len(candidates.item_idx))
         # Loss in float32 whatever the towers compute in.
@@ -254,8 +221,12 @@ class Objective:
             mask,
             mean_weights(len(queries), weight, device=self.device, total=total),
             *_own_of(drawn, candidates, own),
+            more_row=more_row,
+            positive_log_weights=positive_log_weights,
         )
         loss = scored_loss(scored, self.loss, bfloat16=self.bfloat16)
+        if self.mirror is not None:
+            loss = torch.lerp(loss, self.mirror.loss(scored, batch), self.loss.symmetric)
         num_rows = len(batch.user_idx)
         return StepStats(
             loss,
@@ -264,6 +235,7 @@ class Objective:
             num_masked,
             num_rows,
             _num_distinct(candidates),
+            log_weights=candidates.log_weights if self.loss.is_plain and not self.own else None,
         )
 
     def _masked(
@@ -294,9 +266,22 @@ class Objective:
         return self.sampler.draw(
             batch.item_idx,
             self._draws(number, _NEGATIVES),
-            in_batch_counts=None if batch.pool is None else (batch.pool, len(batch.pool)),
+            in_batch_counts=_in_batch_counts(batch),
             own=own,
         )
+
+    def _positive_log_weights(self, positives: Tensor, batch: Batch) -> Tensor | None:
+        """What moves the logits of positives, [B] or [B, P], in the classic form: [B, P]."""
+        if self.loss.log_q == "corrected":
+            return None
+        # -1, where a row has fewer, takes the place of any item.
+        positives = positives.view(len(positives), -1).clamp(min=0)
+        return self.sampler.positive_log_weights(positives, len(positives), _in_batch_counts(batch))
+
+
+def _in_batch_counts(batch: Batch) -> tuple[Tensor, int] | None:
+    """Items of the rows that a batch is drawn from, and their number; None for the whole log."""
+    return None if batch.pool is None else (batch.pool, len(batch.pool))
 
 
 def _own_of(
@@ -313,15 +298,3 @@ def _num_distinct(candidates: Candidates) -> Tensor:
     """Distinct items among the positives, int64 scalar."""
     seen = torch.zeros_like(candidates.item_idx)
     return seen.index_fill_(0, candidates.positive_row, 1).sum()
-
-
-def _joined(found: list[StepStats]) -> StepStats:
-    """The batches of a step as one."""
-    return StepStats(
-        torch.stack([stats.loss for stats in found]).sum(),
-        sum(stats.num_candidates for stats in found) / len(found),
-        sum(stats.num_pairs for stats in found),
-        sum(stats.num_masked for stats in found),
-        sum(stats.num_rows for stats in found),
-        torch.stack([stats.num_distinct for stats in found]).sum(),
-    )

@@ -31,7 +31,6 @@ from recclr.files import sha256_of, write_bytes_atomic, write_json_atomic
 from recclr.kernels import unit_rows
 from recclr.load import pick_device
 from recclr.ntxent import nt_xent
-from recclr.objective import StepStats
 from recclr.optimizers import Optimizers
 from recclr.order import permuted
 from recclr.run_context import Context, asked_to_end
@@ -48,6 +47,7 @@ from recclr.run_folder import (
 )
 from recclr.settings import IdSettings, SelfSupervisionSettings, TowerSettings, ViewSettings
 from recclr.starting import ENCODERS, FORMAT_VERSION, WEIGHTS, tower_weights
+from recclr.step_stats import StepStats
 from recclr.stepping import use_bfloat16
 from recclr.topk import top_k
 from recclr.towers import Tower, TwoTower, build_model

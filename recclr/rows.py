@@ -20,7 +20,8 @@ class Rows:
     Attributes:
         idx: int64 [M]; at or above the number of entities: unknown.
         at: int64 seconds, scalar or [M]; None in a log without time.
-        without: int64 [M] item left out of the row's own history (its target), or None.
+        without: int64 [M], item left out of the row's own history where that has no time: its
+            target; or [M, P], items left out of it in any case: all its positives; or None.
         generator: source of all draws; None at inference, when nothing is drawn.
         whole: the rows of a step of which these are a part, or None. places: where these stand
             among them. Draws are made for the whole, so that what is dropped does not depend on the

@@ -16,7 +16,7 @@ from recclr.exchange import StepExchange
 from recclr.graph_plan import plan_graph
 from recclr.graphs import graph_of
 from recclr.negatives import require_negatives
-from recclr.objective import Objective, StepStats
+from recclr.objective import Objective
 from recclr.optimizers import Optimizers
 from recclr.parts import IdPart, StatisticsPart
 from recclr.settings import (
@@ -26,6 +26,7 @@ from recclr.settings import (
     TrainSettings,
     clash_of,
 )
+from recclr.step_stats import StepStats
 from recclr.towers import TwoTower
 from recclr.views import SelfSupervision
 from recclr.watching import OnEvent
@@ -113,7 +114,13 @@ class Stepper:
         if loss.kind != "full_softmax":
             require_negatives(negatives, log, batch_size=train.batch_size)
         self.model = model
-        self.source = BatchSource(log, train, seed=seed, time_cells=_time_cells(model, train))
+        self.source = BatchSource(
+            log,
+            train,
+            seed=seed,
+            time_cells=_time_cells(model, train),
+            user_pools=loss.symmetric > 0,
+        )
         captured = plan_graph(
             model,
             loss=loss,

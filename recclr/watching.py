@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recclr.causes import causes
 from recclr.errors import DivergedError
-from recclr.objective import StepStats
+from recclr.step_stats import StepStats
 from recclr.towers import TwoTower
 
 _LOG_EVERY_S = 2.0
@@ -48,6 +48,7 @@ class Meter:
                 "duplicate_share": stats.duplicate_share,
                 "num_candidates": float(stats.num_candidates),
                 **{name: float(loss) for name, loss in stats.auxiliary.items()},
+                "information": stats.information,
             }
         )
         self.since, self.rows = time.perf_counter(), 0

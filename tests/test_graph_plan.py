@@ -152,6 +152,9 @@ def with_triton(monkeypatch):
             {"negatives": NegativesSettings(explicit=ExplicitSettings(events=("hide",)))},
             "draw for each row",
         ),
+        (model_of, {"loss": LossSettings(top_k=3)}, "loss.top_k, symmetric and positives make"),
+        (model_of, {"loss": LossSettings(symmetric=0.5)}, "shapes that differ"),
+        (model_of, {"loss": LossSettings(positives=2)}, "shapes that differ"),
     ],
     ids=[
         "own tower",
@@ -163,6 +166,9 @@ def with_triton(monkeypatch):
         "views",
         "mined",
         "explicit",
+        "top k",
+        "symmetric",
+        "positives",
     ],
 )
 def test_what_stands_against_capture_is_said_or_refused(with_triton, model, options, words):

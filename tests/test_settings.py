@@ -37,6 +37,11 @@ RANGES = [
     (settings.LossSettings, "temperature", 1e-4, 1e4),
     (settings.LossSettings, "second_temperature", 0.01, 100.0),
     (settings.LossSettings, "log_q_strength", 0.0, 1.0),
+    (settings.LossSettings, "hardness", 0.0, 10.0),
+    (settings.LossSettings, "top_k", 1, 1 << 24),
+    (settings.LossSettings, "top_k_temperature", 1e-4, 1e4),
+    (settings.LossSettings, "symmetric", 0.0, 1.0),
+    (settings.LossSettings, "positives", 1, 64),
     (settings.NegativesSettings, "uniform", 0, 1 << 24),
     (settings.ViewSettings, "weight", 1e-6, 1e3),
     (settings.ViewSettings, "temperature", 1e-4, 1e4),
@@ -154,6 +159,43 @@ def test_mined_negatives_and_a_full_softmax_clash():
     assert settings.clash_of(settings.LossSettings(), negatives) is None
     plain = settings.NegativesSettings()
     assert settings.clash_of(settings.LossSettings(kind="full_softmax"), plain) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"decoupled": True, "second_temperature": 1.2}, "decoupled is second_temperature = 1"),
+        ({"log_q": "classic", "decoupled": True}, "corrects the positive in the denominator"),
+        ({"log_q": "classic", "second_temperature": 2.0}, "corrects the positive in the denom"),
+        ({"log_q": "classic", "kind": "full_softmax"}, "samples nothing"),
+        ({"positives": 3, "mask_known_positives": False}, "positives = 3 takes other train items"),
+    ],
+    ids=str,
+)
+def test_losses_that_contradict_themselves_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        settings.LossSettings(**options)
+    for name in options:
+        fine = {key: value for key, value in options.items() if key != name}
+        settings.LossSettings(**fine)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"log_q": "classic"},
+        {"second_temperature": 1.0},
+        {"decoupled": True},
+        {"hardness": 0.1},
+        {"top_k": 9},
+        {"symmetric": 0.1},
+    ],
+    ids=str,
+)
+def test_a_bound_follows_from_plain_losses_only(options):
+    assert not settings.LossSettings(**options).is_plain
+    for kind in ("infonce", "full_softmax"):
+        assert settings.LossSettings(kind=kind, positives=3, log_q_strength=0.2).is_plain
 
 
 def test_lists_are_checked_value_by_value():
