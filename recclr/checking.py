@@ -49,11 +49,12 @@ class Data:
         }
 
 
-def read_data(config: Config, inputs: Mapping[str, Any]) -> Data:
+def read_data(config: Config, inputs: Mapping[str, Any], *, with_test: bool = True) -> Data:
     """Read, split and encode, and refuse what cannot be trained on or judged.
 
     Args:
         inputs: fingerprints of the files, taken before.
+        with_test: refuse a test part that cannot be judged; without, nobody looks at its rows.
 
     Raises:
         ConfigError: settings that the data do not allow. DataError: the data are refused.
@@ -70,7 +71,7 @@ def read_data(config: Config, inputs: Mapping[str, Any]) -> Data:
         examples = EvaluationSet.from_prepared(
             prepared.tensors, keep_seen=config.evaluate.keep_seen
         )
-    if split.test is not None:
+    if with_test and split.test is not None:
         # Hours of training are a high price for a test that turns out to be empty.
         judged_by(prepared, split.test, config, also=split.valid)
     notes = [*log.notes, *_long_rankings(config, len(prepared.items))]

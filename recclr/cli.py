@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from recclr import __version__
+from recclr.commands import ablate, tune
 from recclr.console import (
     RunProgress,
     print_batch_sizes,
@@ -25,6 +26,7 @@ from recclr.console import (
     working,
 )
 from recclr.errors import ConfigError, PeerError, RecclrError
+from recclr.options import Device, Json, K, OutFile, Run, Set
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,20 +35,8 @@ app = typer.Typer(
     help="Train, judge and ship two-tower retrieval models from interaction logs.",
 )
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that `train` wrote.")]
-Set = Annotated[
-    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
-K = Annotated[int, typer.Option("-k", "--k", min=1, max=100_000, help="Items per row.")]
-OutFile = Annotated[
-    Path | None, typer.Option("--out", help="Write all rows: .parquet, .csv or .jsonl.")
-]
-
-
 # What every process would do again, and write to the same place.
-_ALONE = ("check", "recommend", "similar", "export", "report", "demo")
+_ALONE = ("check", "tune", "ablate", "recommend", "similar", "export", "report", "demo")
 
 
 def main() -> None:
@@ -217,6 +207,10 @@ def evaluate(
         print_json(found.to_json())
     else:
         sys.stdout.write(f"{found}\n")
+
+
+app.command()(tune)
+app.command()(ablate)
 
 
 @app.command()

@@ -7,11 +7,9 @@ there; what is inside a stage resumes from its own checkpoints.
 from __future__ import annotations
 
 import json
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -49,6 +47,7 @@ from recclr.run_folder import (
     require_shared,
 )
 from recclr.sharded_tables import table_maker
+from recclr.stopping import signals
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
 
@@ -135,7 +134,7 @@ def train_run(
             _write_report(out, emit)
         return out
     try:
-        with locked(out) if ranks.first else nullcontext(), _signals() as stop:
+        with locked(out) if ranks.first else nullcontext(), signals() as stop:
             context = Context(config, out, device, emit, resume, stop, ranks)
             require_shared(out, ranks)
             data = _read(context)
@@ -397,24 +396,3 @@ def _write_report(out: Path, emit: OnEvent) -> None:
 
     emit({"kind": "stage", "name": "report"})
     write_report(out)
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and SIGINT ask the loop to end after its step; a second one ends at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

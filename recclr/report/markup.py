@@ -57,6 +57,20 @@ class Cell:
         return f"<td{css}{style}>{escape(self.text)}{small}</td>"
 
 
+def document(title: str, body: str) -> str:
+    """A whole page that needs nothing but itself.
+
+    Args:
+        title: plain text. body: HTML.
+    """
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>recclr: {escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n{body}</body>\n</html>\n"
+    )
+
+
 def table(
     columns: Sequence[str],
     rows: Iterable[tuple[str, Sequence[Cell]]],

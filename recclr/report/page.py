@@ -9,7 +9,7 @@ from typing import Any
 
 from recclr.files import write_bytes_atomic
 from recclr.report import background
-from recclr.report.markup import STYLE, paragraph
+from recclr.report.markup import document, paragraph
 from recclr.report.results import (
     Results,
     comparison,
@@ -42,12 +42,12 @@ def write_report(run: Path) -> Path:
     data = _optional(run / DATA)
     steps = metrics.get("selected_steps")
     # A run is often called "run": the folder it stands in tells it from others.
-    title = escape(Path(*run.resolve().parts[-2:]).as_posix())
+    title = Path(*run.resolve().parts[-2:]).as_posix()
     names = (METRICS, DATA, LOG, ENVIRONMENT)
     missing = ", ".join(name for name in names if not (run / name).exists())
     body = "".join(
         [
-            f"<h1>{title}</h1>\n",
+            f"<h1>{escape(title)}</h1>\n",
             paragraph(data["log"], "soft") if data.get("log") else "",
             headline(results),
             paragraph(f"Not in the run folder: {missing}.", "note") if missing else "",
@@ -64,12 +64,7 @@ def write_report(run: Path) -> Path:
             background.environment(_optional(run / ENVIRONMENT)),
         ]
     )
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>recclr: {title}</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n{body}</body>\n</html>\n"
-    )
+    page = document(title, body)
     write_bytes_atomic(run / REPORT, page.encode("utf-8"))
     return run / REPORT
 

@@ -16,10 +16,12 @@ from recclr.settings.towers import (
     TowerSettings,
 )
 from recclr.settings.training import SHARDED_OPTIMIZERS, TrainSettings
+from recclr.settings.tuning import ChoiceSettings, RangeSettings, TuneSettings
 
 __all__ = [
     "METRIC_NAMES",
     "SHARDED_OPTIMIZERS",
+    "ChoiceSettings",
     "ColumnSettings",
     "DataSettings",
     "EvaluateSettings",
@@ -31,7 +33,9 @@ __all__ = [
     "ModelSettings",
     "NegativesSettings",
     "PopularitySettings",
+    "RangeSettings",
     "SplitSettings",
     "TowerSettings",
     "TrainSettings",
+    "TuneSettings",
 ]
