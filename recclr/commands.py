@@ -96,3 +96,67 @@ def _print_tuned(found: Mapping[str, Any]) -> None:
 
 def _difference(difference: Mapping[str, float]) -> str:
     return f"{difference['difference']:+.4f}  [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+
+
+def ablate(
+    config: Start,
+    out: Out,
+    part: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=KEY=VALUE,-KEY",
+            help="A row beside the base; -KEY goes back to its default. May be repeated.",
+        ),
+    ] = [],  # noqa: B006
+    parts: Annotated[
+        Path | None, typer.Option(help="TOML file of rows, in a section [parts].")
+    ] = None,
+    seeds: Seeds = 3,
+    test: Annotated[bool, typer.Option("--test", help="Judge test as well, once.")] = False,
+    overrides: Set = [],  # noqa: B006
+    resume: Resume = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train the configuration and each of its parts left out, and compare them by user.
+
+    Without --part and --parts, everything that is switched on is switched off in turn.
+    """
+    from recclr.ablation import ablate as compare
+    from recclr.ablation_parts import parse_part, read_parts
+    from recclr.config import load_config
+
+    rows = [*map(parse_part, part), *([] if parts is None else read_parts(parts))]
+    settings = load_config(config, overrides)
+    with CompareProgress(settings.evaluate.select) as progress:
+        found = compare(
+            settings,
+            out,
+            parts=rows,
+            seeds=seeds,
+            test=test,
+            resume=resume,
+            device=device,
+            on_event=progress,
+        )
+    if as_json:
+        print_json(found)
+        return
+    for split in found["counts"]:
+        _print_rows(found, split)
+    say(f"report: {out / 'report.html'}")
+
+
+def _print_rows(found: Mapping[str, Any], split: str) -> None:
+    select, rows = found["select"], []
+    for row in found["rows"]:
+        if "reason" in row:
+            rows.append([row["name"], "diverged", "", ""])
+            continue
+        value = f"{row['metrics'][split]['all'][select]:.4f}"
+        difference = row["differences"][split].get("all", {}).get(select)
+        shown = _difference(difference) if difference else ""
+        rows.append([row["name"], value, shown, f"{row['seconds']:,.1f}"])
+    users = found["counts"][split]["all"]["users"]
+    title = f"{split}: {users:,} users, mean over {len(found['seeds'])} seeds"
+    print_table(["row", select, "row - base", "s"], rows, title)
