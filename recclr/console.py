@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 
 _PREVIEW_ROWS = 20
+_FILE_WIDTH = 240
 
 
 class RunProgress:
@@ -213,7 +214,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
         table.add_column(escape(name), justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    Console(highlight=False).print(table)
+    # In a file or a pipe there is no edge that cells would have to be cut at.
+    width = None if sys.stdout.isatty() else _FILE_WIDTH
+    Console(highlight=False, width=width).print(table)
 
 
 def print_results(metrics: Mapping[str, Any], k: str) -> None:

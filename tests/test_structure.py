@@ -21,6 +21,7 @@ FLOORS = {
         "memory",
         "order",
         "distinct",
+        "stopping",
     },
     1: {"data", "metrics", "bootstrap", "distributed", "joining"},
     2: {
@@ -51,17 +52,24 @@ FLOORS = {
     },
     4: {"train", "evaluate", "baselines", "export", "recommend"},
     5: {
+        "ablation",
+        "ablation_parts",
         "api",
         "batch_size",
         "checking",
         "cli",
+        "commands",
         "console",
         "demo",
         "fitting",
         "ids_input",
         "judge",
         "load",
+        "options",
         "report",
+        "trials",
+        "tune",
+        "work_folder",
     }
     | {"run", "run_folder", "shipping", "__main__", "__init__"},
 }
