@@ -229,13 +229,12 @@ def test_without_optuna_it_says_what_to_install(recclr, command, tmp_path, monke
 
 
 def test_a_space_in_which_nothing_trains_ends_with_the_reason(recclr, command, tmp_path):
-    """``time_cells = false`` cannot be with features in time, which no value alone shows."""
+    """A history of features that no item has: that shows when a model is built."""
     path = tmp_path / "space.toml"
     path.write_text(
         '[space]\n"train.table_lr" = { low = 0.01, high = 0.02 }\n[tune]\ntrials = 2\n'
         "epochs = [1.0]\nrows = [1.0]\n"
     )
-    # A dropout of nearly all that a tower has is no reason; a dimension that never fits is.
     extra = ("--set", "user.history.use=features", "--set", "item.features={}")
     done = recclr(*command(tmp_path / "search", *extra, "--space", path))
     assert done.code == 2
