@@ -50,11 +50,12 @@ class Data:
         }
 
 
-def read_data(config: Config, inputs: Mapping[str, Any]) -> Data:
+def read_data(config: Config, inputs: Mapping[str, Any], *, with_test: bool = True) -> Data:
     """Read, split and encode, and refuse what cannot be trained on or judged.
 
     Args:
         inputs: fingerprints of the files, taken before.
+        with_test: refuse a test part that cannot be judged; without, nobody looks at its rows.
 
     Raises:
         ConfigError: settings that the data do not allow. DataError: the data are refused.
@@ -72,7 +73,7 @@ def read_data(config: Config, inputs: Mapping[str, Any]) -> Data:
     examples = None
     if split.valid is not None:
         _, examples = judged_by(prepared, split.valid, config, also=split.had_before("valid"))
-    if split.test is not None:
+    if with_test and split.test is not None:
         # Hours of training are a high price for a test that turns out to be empty.
         judged_by(prepared, split.test, config, also=split.had_before("test"))
     notes = [*log.notes, *_long_rankings(config, len(prepared.items))]

@@ -15,11 +15,11 @@ import typer
 
 from recclr import __version__
 from recclr.cli_mine import mine
+from recclr.commands import ablate, curve, pretrain_items, tune
 from recclr.console import (
     RunProgress,
     print_amount,
     print_batch_sizes,
-    print_curve,
     print_frame,
     print_json,
     print_results,
@@ -28,6 +28,7 @@ from recclr.console import (
     working,
 )
 from recclr.errors import ConfigError, PeerError, RecclrError
+from recclr.options import Device, Json, K, OutFile, Run, Set
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,23 +37,13 @@ app = typer.Typer(
     help="Train, judge and ship two-tower retrieval models from interaction logs.",
 )
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that `train` wrote.")]
-Set = Annotated[
-    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
-K = Annotated[int, typer.Option("-k", "--k", min=1, max=100_000, help="Items per row.")]
-OutFile = Annotated[
-    Path | None, typer.Option("--out", help="Write all rows: .parquet, .csv or .jsonl.")
-]
-
-
 # What every process would do again, and write to the same place.
 _ALONE = (
     "check",
     "curve",
     "pretrain-items",
+    "tune",
+    "ablate",
     "mine",
     "recommend",
     "similar",
@@ -185,59 +176,8 @@ def train(
         say(f"report: {out / 'report.html'}")
 
 
-@app.command()
-def curve(
-    config: Annotated[Path, typer.Option(help="TOML file that describes the run.")],
-    out: Annotated[Path, typer.Option(help="Folder; new or empty, or with --resume begun.")],
-    shares: Annotated[str, typer.Option(help="Shares of the train rows.")] = "0.01,0.05,0.2,1",
-    overrides: Set = [],  # noqa: B006
-    resume: Annotated[bool, typer.Option(help="Go on with a curve, or add shares to it.")] = False,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Train and judge on growing samples of the rows: what more data would bring."""
-    from recclr.config import load_config
-    from recclr.curves import learning_curve
-
-    settings, parts = load_config(config, overrides), _numbers(shares)
-    with RunProgress(settings.evaluate.select) as progress:
-        found = learning_curve(
-            settings, out, parts, resume=resume, device=device, on_event=progress
-        )
-    if as_json:
-        print_json(found)
-    else:
-        print_curve(found)
-        say(f"page: {out / 'curve.html'}")
-
-
-@app.command()
-def pretrain_items(
-    config: Annotated[Path, typer.Option(help="TOML file with data.items and item.features.")],
-    out: Annotated[Path, typer.Option(help="Folder for the weights; new, empty or begun.")],
-    overrides: Set = [],  # noqa: B006
-    resume: Annotated[bool, typer.Option(help="Go on with one that was stopped.")] = False,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Teach the item tower a catalogue without interactions, for model.init_from to start from."""
-    from recclr.config import load_config
-    from recclr.pretrain import pretrain_items as pretrain
-
-    settings = load_config(config, overrides)
-    with RunProgress() as progress:
-        report = pretrain(settings, out, resume=resume, device=device, on_event=progress)
-    if as_json:
-        print_json(report)
-        return
-    shown = ("untrained", "trained", "chance")
-    rows = [
-        [name, *("" if name not in report[of] else f"{report[of][name]:.4f}" for of in shown)]
-        for name in report["trained"]
-    ]
-    title = f"two views: {report['queries']:,} of {report['items']:,} items against all"
-    print_table(["", *shown], rows, title)
-    say(f'start from it: [model] init_from = "{out}"')
+app.command()(curve)
+app.command()(pretrain_items)
 
 
 @app.command()
@@ -288,6 +228,8 @@ def evaluate(
         sys.stdout.write(f"{found}\n")
 
 
+app.command()(tune)
+app.command()(ablate)
 app.command()(mine)
 
 
@@ -404,13 +346,6 @@ def demo(
     print_results(result.metrics, "20")
     print_frame(result.answer)
     say(f"report: {result.report}\nstore:  {result.store}")
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--shares {text!r}: expected shares such as 0.05,0.2,1") from None
 
 
 def _ks(text: str | None) -> tuple[int, ...] | None:

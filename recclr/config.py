@@ -116,12 +116,40 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    section = values
-    for key in keys[:-1]:
-        section = section.setdefault(key, {})
+    _section(values, keys[:-1], f"--set {override!r}")[keys[-1]] = value
+
+
+def with_changes(
+    config: Config, values: Mapping[str, Any], *, without: Sequence[str] = ()
+) -> Config:
+    """The configuration with other values at some keys.
+
+    Args:
+        values: "section.key" -> value, as TOML would give it. without: keys that go back to their
+            defaults; a table of named entries, such as a feature, goes as a whole.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a value out of range, or a contradiction.
+    """
+    tree = tomllib.loads(dump_toml(config))
+    for key in without:
+        *path, last = key.split(".")
+        _section(tree, path, key).pop(last, None)
+    for key, value in values.items():
+        *path, last = key.split(".")
+        _section(tree, path, key)[last] = value
+    said = [f"{key} = {value!r}" for key, value in values.items()]
+    said += [f"{key} left out" for key in without]
+    return parse_config(tree, source=f"with {', '.join(said)}" if said else "configuration")
+
+
+def _section(tree: dict[str, Any], path: Sequence[str], key: str) -> dict[str, Any]:
+    section = tree
+    for name in path:
+        section = section.setdefault(name, {})
         if not isinstance(section, dict):
-            raise ConfigError(f"--set {override!r}: {key!r} is a value, not a section")
-    section[keys[-1]] = value
+            raise ConfigError(f"{key}: {name!r} is a value, not a section")
+    return section
 
 
 def dump_toml(config: Config) -> str:

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 
 _PREVIEW_ROWS = 20
+_FILE_WIDTH = 240
 
 
 class RunProgress:
@@ -129,6 +130,63 @@ class RunProgress:
             self.task = None
 
 
+class CompareProgress:
+    """Shows many trainings that are compared: one bar of all, with the best so far beside it.
+
+    Where stderr is no terminal, a line per training.
+    """
+
+    def __init__(self, select: str) -> None:
+        self.select = select
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.bar = _bar(self.console)
+        self.task: TaskID | None = None
+        self.best: tuple[int, float, str] | None = None
+
+    def __enter__(self) -> CompareProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """One event: a ``stage``, a ``note``, or something ``trained`` or ``repeated`` with
+        ``done`` of ``total``; others are passed over.
+        """
+        if event["kind"] == "stage":
+            self._clear()
+            self.console.print(f"[bold]{escape(str(event['name']))}[/bold]")
+        elif event["kind"] == "note":
+            self.console.print(f"  note: {escape(event['text'])}")
+        elif event["kind"] == "trained":
+            self._trained(event)
+        elif event["kind"] == "repeated":
+            self._shown(event, str(event.get("name", "")))
+
+    def _trained(self, event: Mapping[str, Any]) -> None:
+        rung, value, name = event["rung"], event["value"], f"trial {event['number']}"
+        if value is not None and (self.best is None or (rung, value) > self.best[:2]):
+            self.best = (rung, value, name)
+        shown = "came to nothing" if value is None else f"{self.select} {value:.4f}"
+        text = f"{name}, rung {rung}: {shown}"
+        if self.best is not None:
+            text += f"; best: {self.best[1]:.4f} (rung {self.best[0]}, {self.best[2]})"
+        self._shown(event, text)
+
+    def _shown(self, event: Mapping[str, Any], text: str) -> None:
+        if self.task is None:
+            self.task = self.bar.add_task(escape(text), total=event["total"])
+        self.bar.update(self.task, description=escape(text), completed=event["done"])
+        if not self.console.is_terminal:
+            self.console.print(f"  {event['done']:,} of {event['total']:,}  {escape(text)}")
+
+    def _clear(self) -> None:
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+            self.task = None
+
+
 def _bar(console: Console, *, quiet: bool = False) -> Progress:
     """What is being done and how much of it, at a terminal only; gone when it ends."""
     return Progress(
@@ -172,7 +230,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
         table.add_column(escape(name), justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    Console(highlight=False).print(table)
+    # In a file or a pipe there is no edge that cells would have to be cut at.
+    width = None if sys.stdout.isatty() else _FILE_WIDTH
+    Console(highlight=False, width=width).print(table)
 
 
 def print_results(metrics: Mapping[str, Any], k: str) -> None:

@@ -33,7 +33,7 @@ from recclr.load import pick_device
 from recclr.ntxent import nt_xent
 from recclr.optimizers import Optimizers
 from recclr.order import permuted
-from recclr.run_context import Context, asked_to_end
+from recclr.run_context import Context
 from recclr.run_folder import (
     DATA,
     MANIFEST,
@@ -49,6 +49,7 @@ from recclr.settings import IdSettings, SelfSupervisionSettings, TowerSettings, 
 from recclr.starting import ENCODERS, FORMAT_VERSION, WEIGHTS, tower_weights
 from recclr.step_stats import StepStats
 from recclr.stepping import use_bfloat16
+from recclr.stopping import signals
 from recclr.topk import top_k
 from recclr.towers import Tower, TwoTower, build_model
 from recclr.train import run_steps
@@ -105,7 +106,7 @@ def pretrain_items(
     if not open_run(out, config, resume=resume, last=MANIFEST):
         return read_json(out / PRETRAINING)
     try:
-        with locked(out), asked_to_end() as stop:
+        with locked(out), signals() as stop:
             context = Context(config, out, device, emit, resume, stop)
             context.enter("read")
             inputs = fingerprints(config, ("items",))

@@ -30,7 +30,7 @@ from recclr.load import load_blend, load_model, pick_device, ranker_of
 from recclr.monitoring import final_monitors, monitor_of
 from recclr.monitors import Monitor
 from recclr.ranking import Ranker
-from recclr.run_context import Context, asked_to_end
+from recclr.run_context import Context
 from recclr.run_folder import (
     BLEND,
     DATA,
@@ -48,6 +48,7 @@ from recclr.run_folder import (
     require_shared,
 )
 from recclr.sharded_tables import table_maker
+from recclr.stopping import signals
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
 from recclr.watching import OnEvent, temperature_figures
@@ -95,7 +96,7 @@ def train_run(
             _write_report(out, emit)
         return out
     try:
-        with locked(out) if ranks.first else nullcontext(), asked_to_end() as stop:
+        with locked(out) if ranks.first else nullcontext(), signals() as stop:
             context = Context(config, out, device, emit, resume, stop, ranks, judge_test)
             require_shared(out, ranks)
             data = _read(context)

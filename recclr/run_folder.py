@@ -350,18 +350,22 @@ def _git_revision() -> str | None:
     return done.stdout.strip() or None
 
 
+def what_of(config: Config) -> dict[str, str]:
+    """Dotted key -> value as text, of all keys that have a say in what comes out of a run."""
+    return {key: value for key, value in _flat(dump_toml(config)).items() if key not in _FREE}
+
+
 def require_same_config(stored: Path, config: Config) -> None:
     """Refuse to go on in a folder with another configuration than the one it was begun with.
 
     Raises:
         ConfigError: names the keys that differ, and both values.
     """
-    before = _flat(dump_toml(load_config(stored)))
-    now = _flat(dump_toml(config))
+    before, now = what_of(load_config(stored)), what_of(config)
     changed = [
         f"{key} = {before.get(key, 'nothing')} there, {now.get(key, 'nothing')} here"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in _FREE
+        if before.get(key) != now.get(key)
     ]
     if changed:
         raise ConfigError(

@@ -79,6 +79,10 @@ RANGES = [
     (settings.TrainSettings, "collective_timeout_s", 1.0, 1e6),
     (settings.SplitSettings, "train_share", 1e-6, 1.0),
     (settings.EvaluateSettings, "num_bootstrap", 0, 1_000_000),
+    (settings.TuneSettings, "trials", 1, 100_000),
+    (settings.TuneSettings, "bracket", 1, 100_000),
+    (settings.TuneSettings, "eta", 2, 1000),
+    (settings.TuneSettings, "startup", 1, 100_000),
     (baseline_settings.BaselineSettings, "ease_max_items", 1, 200_000),
 ]
 # What else must be set for the ends of a range to make sense, and what has no default.

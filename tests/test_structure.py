@@ -21,6 +21,7 @@ FLOORS = {
         "memory",
         "order",
         "distinct",
+        "stopping",
     },
     1: {"data", "metrics", "bootstrap", "distributed", "joining"},
     2: {
@@ -70,12 +71,15 @@ FLOORS = {
     },
     4: {"train", "mining", "evaluate", "baselines", "export", "recommend"},
     5: {
+        "ablation",
+        "ablation_parts",
         "api",
         "batch_size",
         "blend_stage",
         "checking",
         "cli",
         "cli_mine",
+        "commands",
         "console",
         "curves",
         "demo",
@@ -89,6 +93,10 @@ FLOORS = {
         "starting",
         "report",
         "triplets",
+        "options",
+        "trials",
+        "tune",
+        "work_folder",
     }
     | {"run", "run_context", "run_folder", "shipping", "__main__", "__init__"},
 }

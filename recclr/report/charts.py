@@ -140,6 +140,47 @@ def bar_chart(bars: Sequence[Bar], *, title: str, x_label: str) -> str:
     return _svg(_WIDTH, height, title, parts)
 
 
+def difference_chart(bars: Sequence[Bar], *, title: str, x_label: str) -> str:
+    """Points with whiskers about 0, for values of either sign; "" where nothing is finite.
+
+    The strong ones are those that are drawn in the colour of the model.
+    """
+    bars = [bar for bar in bars if _drawable(bar.value)]
+    if not bars:
+        return ""
+    left = 230
+    ends = [0.0]
+    for bar in bars:
+        ends += [x for x in (bar.value, bar.low, bar.high) if x is not None and _drawable(x)]
+    axis = _Axis(*_padded(min(ends), max(ends)))
+    inner, bottom = _WIDTH - left - 70, _TOP + _ROW * len(bars)
+
+    def place(x: float) -> float:
+        return left + axis.at(x) * inner
+
+    parts = []
+    for tick in axis.ticks():
+        parts.append(_rule(place(tick), _TOP, place(tick), bottom))
+        parts.append(_text(place(tick), bottom + 16, _number(tick)))
+    zero = place(0.0)
+    parts.append(f'<path d="M {zero:.1f} {_TOP} V {bottom}" stroke="currentColor"/>')
+    for number, bar in enumerate(bars):
+        y = _TOP + _ROW * number + _ROW / 2
+        colour = "var(--model)" if bar.strong else "var(--other)"
+        end = bar.value
+        if bar.low is not None and bar.high is not None and _drawable(bar.low, bar.high):
+            end = bar.high
+            parts.append(
+                f'<path d="M {place(bar.low):.1f} {y} H {place(bar.high):.1f}" stroke="{colour}" '
+                'stroke-width="2"/>'
+            )
+        parts.append(_text(left - 8, y + 4, bar.name, "end"))
+        parts.append(f'<circle cx="{place(bar.value):.1f}" cy="{y}" r="4.5" fill="{colour}"/>')
+        parts.append(_text(place(max(end, bar.value)) + 8, y + 4, f"{bar.value:+.4f}", "start"))
+    parts.append(_text(left + inner / 2, bottom + 34, x_label))
+    return _svg(_WIDTH, bottom + 40, title, parts)
+
+
 class _Axis:
     """A linear scale with round ticks."""
 

@@ -11,7 +11,7 @@ from recclr.report.markup import Cell, figure, folded, paragraph, section, table
 
 _FEW_USERS = 200
 _SPLIT_NAMES = {"test": "test", "valid": "validation"}
-_SLICE_NAMES = {
+SLICE_NAMES = {
     "all": "all users",
     "warm_items": "warm items",
     "cold_items": "cold items, in the full ranking",
@@ -189,7 +189,7 @@ def slices(results: Results) -> str:
     counts = results.metrics["counts"][split]
     rankers = results.rankers(split)
     rows = []
-    for part, label in _SLICE_NAMES.items():
+    for part, label in SLICE_NAMES.items():
         if part not in counts:
             continue
         values = {r: results.value(split, r, part, results.select) for r in rankers}
@@ -218,7 +218,7 @@ def difference_table(results: Results) -> str:
     rows = {
         (name, part): _difference_row(name, part, found[name][part][results.select])
         for name in order
-        for part in _SLICE_NAMES
+        for part in SLICE_NAMES
         if results.select in found[name].get(part, {})
     }
     columns = ["baseline", "slice", "model minus baseline", "95 % interval", "p", "the model is"]
@@ -242,7 +242,7 @@ def _difference_row(
     shown = "no difference shown" if verdict == "none" else verdict
     return "", [
         Cell(name),
-        Cell(_SLICE_NAMES[part], css="text"),
+        Cell(SLICE_NAMES[part], css="text"),
         Cell(f"{difference['difference']:+.4f}", css="" if verdict == "none" else verdict),
         Cell(f"{difference['low']:+.4f} to {difference['high']:+.4f}"),
         Cell(f"{difference['p_value']:.3f}"),

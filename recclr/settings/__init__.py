@@ -20,11 +20,13 @@ from recclr.settings.towers import (
     TowerSettings,
 )
 from recclr.settings.training import SHARDED_OPTIMIZERS, TrainSettings
+from recclr.settings.tuning import ChoiceSettings, RangeSettings, TuneSettings
 
 __all__ = [
     "METRIC_NAMES",
     "SHARDED_OPTIMIZERS",
     "AugmentSettings",
+    "ChoiceSettings",
     "ColumnSettings",
     "DataSettings",
     "EvaluateSettings",
@@ -40,10 +42,12 @@ __all__ = [
     "NegativesSettings",
     "PairSettings",
     "PopularitySettings",
+    "RangeSettings",
     "SelfSupervisionSettings",
     "SplitSettings",
     "TowerSettings",
     "TrainSettings",
+    "TuneSettings",
     "ViewSettings",
     "clash_of",
 ]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recclr.report.charts import Bar, Line, bar_chart, line_chart
+from recclr.report.charts import Bar, Line, bar_chart, difference_chart, line_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 VALUES = st.floats(-1e30, 1e30)
@@ -214,3 +214,38 @@ def test_a_legend_of_many_has_rows_above_the_plot_and_a_colour_for_each():
     lowest = max(y for _, y in places)
     assert all(lowest < y for number in range(9) for _, y in polyline(root, number))
     assert len({p.get("stroke") for p in root.findall(f"{SVG}polyline")}) == 9
+
+
+# --- differences ---------------------------------------------------------------------------------
+
+
+def circles(svg):
+    return [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg)]
+
+
+def test_differences_stand_left_and_right_of_zero_in_their_proportion():
+    bars = [
+        Bar("worse", -0.02, -0.03, -0.01, strong=True),
+        Bar("none", 0.0, -0.01, 0.01),
+        Bar("better", 0.04, 0.02, 0.06, strong=True),
+    ]
+    svg = difference_chart(bars, title="Difference", x_label="Δ recall@20")
+    (zero,) = map(float, re.findall(r'<path d="M ([\d.]+) \d+ V', svg))
+    worse, none, better = circles(svg)
+    assert none == pytest.approx(zero, abs=0.1)
+    assert (better - zero) / (zero - worse) == pytest.approx(2.0, rel=0.02)
+    whiskers = re.findall(r'<path d="M ([\d.]+) [\d.]+ H ([\d.]+)"', svg)
+    assert len(whiskers) == 3
+    low, high = map(float, whiskers[2])
+    assert low < better < high
+    assert svg.count("var(--model)") == 4
+    for text in ("-0.0200", "+0.0400", "worse", "Δ recall@20"):
+        assert text in svg
+
+
+def test_differences_without_intervals_or_figures():
+    assert difference_chart([], title="t", x_label="x") == ""
+    assert difference_chart([Bar("a", math.nan)], title="t", x_label="x") == ""
+    svg = difference_chart([Bar("a", 0.0), Bar("b", math.inf)], title="t", x_label="x")
+    assert len(circles(svg)) == 1
+    assert " H " not in svg
