@@ -161,23 +161,9 @@ class Objective:
         """
         candidates = self._candidates(batch, number)
         draws, fixed = self._draws(number, _DROPOUT), self.fixed_shapes
-        progress = self.progress(number)
-        users = Rows(
-            batch.user_idx,
-            batch.user_at,
-            batch.item_idx,
-            draws,
-            fixed_shapes=fixed,
-            progress=progress,
-        )
-        wanted = Rows(
-            candidates.item_idx,
-            batch.item_at,
-            None,
-            draws,
-            fixed_shapes=fixed,
-            progress=progress,
-        )
+        users = Rows(batch.user_idx, batch.user_at, batch.item_idx, draws, fixed_shapes=fixed)
+        wanted = Rows(candidates.item_idx, batch.item_at, None, draws, fixed_shapes=fixed)
+        users, wanted = (replace(rows, progress=self.progress(number)) for rows in (users, wanted))
         if candidates.places is not None:
             # A spare place is what it repeats in all, in what dropout hides as well: the same rows
             # of tables are touched as without it.
