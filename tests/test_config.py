@@ -155,6 +155,54 @@ def test_a_log_without_time_is_written_down_as_such():
     assert config.data.columns == ColumnSettings(timestamp=None)
 
 
+AUGMENT = """
+[data]
+events = "e"
+[item.features]
+genres = { kind = "multi_hot", subsample = 0.7, swap = 0.1 }
+price = { kind = "numeric", jitter = 0.2 }
+[item.augment]
+groups = [["genres", "price"], ["id"]]
+dropout = [0.2, 0.1]
+dimension_mask = 0.1
+end = 0.5
+[user.history]
+half_life_d = 3
+crop = 0.8
+mask = 0.1
+reorder = 0.5
+[user.augment]
+mode = "complementary"
+dropout = 0.1
+"""
+
+
+def test_augmentation_is_read_and_written():
+    config = parse_config(tomllib.loads(AUGMENT))
+    assert config.item.augment.groups == (("genres", "price"), ("id",))
+    assert config.item.augment.dropout == (0.2, 0.1)
+    assert config.user.augment.dropout == 0.1
+    assert parse_config(tomllib.loads(dump_toml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("item.augment.dimension=0.1", "augment.dimension: unknown key; did you mean"),
+        ("item.augment.dropout=high", "item.augment.dropout: expected"),
+        ("item.augment.dropout=0.99", "item.augment: dropout must be between 0.0 and 0.95"),
+        ("item.augment.groups=[['colour']]", "item: .*names 'colour', which the tower lacks"),
+    ],
+)
+def test_augmentation_that_cannot_be_is_refused_by_its_key(override, words):
+    values = tomllib.loads(AUGMENT)
+    apply_override(values, override)
+    if "colour" in override:
+        apply_override(values, "item.augment.dropout=0.1")
+    with pytest.raises(ConfigError, match=words):
+        parse_config(values)
+
+
 @pytest.mark.parametrize(
     "text", ["\x7f", "\x00\x1f", 'a"b\\c', "\u2028\ufeffé😀", "a.b [c]\n\t", "'" * 3, "${HOME}"]
 )
