@@ -238,6 +238,8 @@ def _cross_check(config: Config, source: str) -> None:
             problems.append(f"{names[0]}: needs timestamps, but data.columns.timestamp is not set")
     if config.item.history is not None:
         problems.append("item.history: only users have a history")
+    if config.model.init_from is not None and not config.item.features:
+        problems.append("model.init_from: starts item.features, and there are none")
     if config.train.time_cells is False and needing["item"]:
         problems.append(
             f"train.time_cells: {needing['item'][0]} needs time cells; leave the key out"

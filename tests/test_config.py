@@ -416,6 +416,7 @@ TIMELESS = {"data": {"events": "e", "columns": {"timestamp": ""}}}
         ({"split": {"valid": 0.0}, "train": {"refit": True}}, "train.refit: there is no"),
         ({"negatives": {"in_batch": False, "uniform": 0}}, "no source of negatives"),
         ({"self_supervision": {}}, "self_supervision names no tower: set item = {}"),
+        ({"model": {"init_from": "w"}}, "model.init_from: starts item.features, and there are"),
         (
             {"train": SPLIT_BY_ROWS, "model": {"embedding_dim": 6}},
             "train.sharded_tables: needs a model.embedding_dim that is a multiple of 4, found 6",
