@@ -284,6 +284,8 @@ def _cross_check(config: Config, source: str) -> None:
             'user: model.mode = "item_item" has one tower, that of items, and serves users by '
             "their last items; leave [user] out"
         )
+    if config.model.init_from is not None and not config.item.features:
+        problems.append("model.init_from: starts item.features, and there are none")
     if config.train.time_cells is False and needing["item"]:
         problems.append(
             f"train.time_cells: {needing['item'][0]} needs time cells; leave the key out"

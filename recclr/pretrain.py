@@ -150,7 +150,8 @@ def catalogue_model(config: Config, features: FeatureTable) -> TwoTower:
         user=TowerSettings(),
         item=_features_only(config.item),
         model=config.model,
-        loss=config.loss,
+        # What a log of the steps tells.
+        loss=replace(config.loss, temperature=_view_settings(config).temperature),
         seed=config.seed,
     )
 

@@ -101,6 +101,7 @@ class EntityDraws:
         self.side, self.settings, self.num_entities, self.seed = side, settings, num_entities, seed
         self.key = _SIDES.index(side)
         self.cumulative = counts[:num_entities].cumsum(0)
+        self.num_rows = int(self.cumulative[-1])
 
     def __call__(self, batch: Batch, number: int) -> tuple[Tensor, Tensor | None]:
         """Entities int64 [M], and moments int64 [M] or scalar, None without time.
@@ -135,8 +136,7 @@ class EntityDraws:
 
     def _by_popularity(self, count: int, draws: torch.Generator, device: torch.device) -> Tensor:
         """Whose row a row of train is, drawn uniformly, int64; repeats come."""
-        total = int(self.cumulative[-1])
-        rows = torch.randint(total, (count,), generator=draws, device=device)
+        rows = torch.randint(self.num_rows, (count,), generator=draws, device=device)
         return torch.searchsorted(self.cumulative, rows, right=True)
 
 

@@ -464,6 +464,7 @@ TIMELESS = {"data": {"events": "e", "columns": {"timestamp": ""}}}
         ({"split": {"valid": 0.0}, "train": {"refit": True}}, "train.refit: there is no"),
         ({"negatives": {"in_batch": False, "uniform": 0}}, "no source of negatives"),
         ({"self_supervision": {}}, "self_supervision names no tower: set item = {}"),
+        ({"model": {"init_from": "w"}}, "model.init_from: starts item.features, and there are"),
         (
             {"negatives": {"mined": {}}, "loss": {"kind": "full_softmax"}},
             "negatives.mined: loss.kind = 'full_softmax' scores every item",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from recclr.api import TwoTower, read
 from recclr.config import load_config, parse_config
 from recclr.data.features import fit_encoders
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
@@ -136,7 +137,9 @@ def test_the_folder_holds_weights_by_feature_and_no_head(made):
     assert parts == {"bias", *(f"features.{name}" for name in FEATURES)}
     assert torch.equal(tensors["features.tags/table.weight"], tensors["features.more/table.weight"])
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert events[0]["kind"] == "step"
+    assert (events[0]["kind"], events[0]["num_candidates"]) == ("step", 59)
+    # The temperature of the views, not that of a loss on interactions.
+    assert events[0]["temperature"] == pytest.approx(0.1)
     assert not (out / ".lock").exists()
 
 
@@ -270,7 +273,7 @@ def test_other_items_start_by_category_and_by_what_their_numbers_mean(made):
     start_from_catalogue(full, full_encoder, out)
     full.item_tower.parts[0].table.weight.data.zero_()
     found = model.item_tower(Rows(torch.arange(some.height)))
-    expected = full.item_tower(Rows(torch.from_numpy(some["item_id"].to_numpy()).long()))
+    expected = full.item_tower(Rows(torch.tensor(some["item_id"].to_list())))
     # Vectors are stored as float16 of another scale.
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
 
@@ -361,6 +364,26 @@ def test_damage_is_noticed(made, tmp_path, name):
 
 
 # in a run
+
+
+def test_a_notebook_starts_from_it_as_well(made):
+    _, out, _ = made
+    rows = pl.DataFrame({"user_id": [u for u in range(6) for _ in range(3)]}).with_columns(
+        item_id=pl.int_range(18) % 7
+    )
+    log = read(rows, items=table())
+    sections = {
+        "item": {"features": {name: FEATURES[name] for name in ("kind", "year")}},
+        "model": {"embedding_dim": DIM, "init_from": str(out)},
+        "train": {"epochs": 1, "table_lr": 0.0, "dense_lr": 0.0, "weight_decay": 0.0},
+    }
+    plain = sections | {"model": {"embedding_dim": DIM}}
+    vectors = [
+        TwoTower.fit(log, config=each, device="cpu", progress=False).ranker.item_vectors
+        for each in (sections, sections, plain)
+    ]
+    assert torch.equal(vectors[0], vectors[1])
+    assert not torch.isclose(vectors[0], vectors[2], atol=0.01).all(1).any()
 
 
 def test_a_run_starts_from_it_says_so_and_knows_the_weights(
