@@ -231,7 +231,7 @@ def _features(log: Log, train: EncodedLog, config: Config) -> Iterator[tuple[str
     for side in ("item", "user"):
         if not getattr(config, side).features:
             for name, value in _inferred(log, side).items():
-                reason = f"features over ids: a {side} of few rows borrows from those alike"
+                reason = f"features over ids: {side}s of few rows borrow from those alike"
                 yield f"{side}.features.{name}", (value, reason)
     kinds = {feature.kind for feature in config.item.features.values()}
     times = train.timestamp

@@ -202,7 +202,7 @@ def test_check_takes_tables_or_a_configuration(recclr, small_data, small_config)
     configured = json.loads(recclr("check", "--config", small_config, "--json").out)
     assert plain["split"] == configured["split"]
     assert plain["steps"] == configured["steps"]
-    assert set(plain) == {"log", "steps", "quarantined", "notes", "split", "encoded"}
+    assert set(plain) == {"log", "steps", "quarantined", "notes", "split", "encoded", "amount"}
     changed = recclr("check", tables[0], "--set", "split.test=0", "--json")
     assert "test" not in json.loads(changed.out)["split"]["counts"]
     shown = recclr("check", tables[0])

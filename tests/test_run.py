@@ -1,6 +1,7 @@
 """A whole run on a small log, and every command that starts from its folder."""
 
 import json
+from html import escape
 
 import polars as pl
 import pytest
@@ -293,7 +294,7 @@ def test_causes_are_named_in_log_terminal_metrics_and_report(sick_run):
     page = (out / "report.html").read_text()
     for cause in monitors["causes"]:
         assert f"warning: {cause['text']}; {cause['advice']}" in done.err
-        assert f"The final model: {cause['text']}." in page
+        assert escape(f"The final model: {cause['text']}.") in page
     assert "Effective rank by epoch" in page
 
 
