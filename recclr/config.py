@@ -25,6 +25,7 @@ from recclr.settings import (
     SplitSettings,
     TowerSettings,
     TrainSettings,
+    contradictions,
 )
 from recclr.settings.baselines import BaselineSettings
 
@@ -245,6 +246,7 @@ def _cross_check(config: Config, source: str) -> None:
             "train.sharded_tables: needs a model.embedding_dim that is a multiple of 4, found "
             f"{config.model.embedding_dim}"
         )
+    problems += contradictions(config.loss, config.negatives, config.model.similarity)
     if config.data.event_weights and config.data.columns.event is None:
         problems.append(
             "data.event_weights: name the column of the event type in data.columns.event"

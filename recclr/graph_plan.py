@@ -80,10 +80,15 @@ def _why_not(
         return "several processes share each step, and tell each other of it through the host"
     if train.chunk_size is not None or train.accumulate > 1:
         return "train.chunk_size and train.accumulate run a tower several times in a step"
+    if loss.kind == "alignment_uniformity":
+        return (
+            f"loss.kind = {loss.kind!r} leaves out the pairs of one user or item, which are as "
+            "many as a batch happens to have"
+        )
     for name, module in model.named_modules():
         if type(module) not in _FIXED_TYPES:
             return f"{name} is a {type(module).__name__}, of which nothing is known"
-    reason = why_not_triton(_dim_of(model))
+    reason = why_not_triton(_dim_of(model) + model.num_lifted)
     if reason is not None:
         return reason
     num_candidates = model.num_items

@@ -53,7 +53,13 @@ def load_model(
 def ranker_of(model: TwoTower, cutoff: int | None, name: str = "model") -> EmbeddingRanker:
     """The model as it would be served from the cut-off on, on the CPU."""
     users, items = model.all_vectors(cutoff)
-    return EmbeddingRanker(name, users.cpu(), items.cpu())
+    return EmbeddingRanker(
+        name,
+        users.cpu(),
+        items.cpu(),
+        similarity=model.similarity,
+        num_beside=model.num_served_beside,
+    )
 
 
 def fresh_model(config: Config, prepared: Prepared, new_table: NewTable = Table) -> TwoTower:

@@ -161,6 +161,7 @@ class Objective:
             wanted = replace(wanted, whole=wanted, places=candidates.places)
         user_idx, item_idx, weight = batch.user_idx, batch.item_idx, batch.weight
         positive_row = candidates.positive_row
+        share = 1.0 if total is None else batch.total() / total
         shared = self.ranks.size > 1
         if shared:
             own = slice(*self.ranks.part(len(user_idx)))
@@ -189,8 +190,14 @@ class Objective:
             candidates.log_weights,
             mask,
             mean_weights(len(queries), weight, device=self.device, total=total),
+            similarity=model.similarity,
+            ranks=self.ranks,
+            num_rows=len(batch.user_idx),
+            batch_share=share,
         )
-        loss = scored_loss(scored, self.loss, bfloat16=self.bfloat16)
+        # The lift of distances subtracts large numbers, of which 8 bits would leave nothing.
+        bfloat16 = self.bfloat16 and not model.num_lifted
+        loss = scored_loss(scored, self.loss, bfloat16=bfloat16)
         num_rows = len(batch.user_idx)
         return StepStats(
             loss,
@@ -231,6 +238,8 @@ class Objective:
     def _candidates(self, batch: Batch, number: int) -> Candidates:
         if self.loss.kind == "full_softmax":
             return self.sampler.everything(batch.item_idx)
+        if self.loss.kind == "alignment_uniformity":
+            return self.sampler.nothing(batch.item_idx)
         return self.sampler.draw(
             batch.item_idx,
             self._draws(number, _NEGATIVES),

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recclr.alignment import alignment_uniformity
+from recclr.distributed import ALONE, Ranks
 from recclr.kernels import Mask, total_contrastive_loss
+from recclr.pair_losses import pair_loss
 from recclr.settings import LossSettings
 
 
@@ -28,6 +31,9 @@ class Scored:
         row_weights: float32 [B]; sums to 1 over the step.
         own_row: int64 [B, M], rows of ``items`` that are negatives of one row alone; None for none.
         own_log_weights: float32 [B, M]; -inf where a row has fewer.
+        similarity: of the embeddings, as in ``ModelSettings``.
+        ranks: who share the batch; the rows are a part of its ``num_rows``, and the items all.
+        batch_share: of the step's weight, where it has several batches.
     """
 
     queries: Tensor
@@ -42,14 +48,37 @@ class Scored:
     row_weights: Tensor
     own_row: Tensor | None = None
     own_log_weights: Tensor | None = None
+    similarity: str = "cosine"
+    ranks: Ranks = ALONE
+    num_rows: int = 0
+    batch_share: float | Tensor = 1.0
+
+    def own_scores(self, queries: Tensor) -> Tensor | None:
+        """Dot products of each row and the negatives it has for itself, float32 [B, M].
+
+        Args:
+            queries: float32 [B, D], perhaps divided by the temperature.
+
+        Returns:
+            None where no row has any.
+        """
+        if self.own_row is None or self.own_log_weights is None or not self.own_row.numel():
+            return None
+        vectors = self.items.index_select(0, self.own_row.reshape(-1))
+        return (queries.unsqueeze(1) * vectors.view(*self.own_row.shape, -1)).sum(2)
 
 
 def scored_loss(scored: Scored, loss: LossSettings, *, bfloat16: bool = False) -> Tensor:
     """The loss of a step, float32 scalar.
 
     Args:
-        bfloat16: as ``total_contrastive_loss`` has it.
+        bfloat16: as ``total_contrastive_loss`` has it; losses of pairs multiply in float32.
     """
+    if loss.kind == "alignment_uniformity":
+        weight = 1.0 if loss.uniformity_weight is None else loss.uniformity_weight
+        return alignment_uniformity(scored, weight)
+    if loss.kind not in ("infonce", "full_softmax"):
+        return pair_loss(scored, loss)
     queries = scored.queries / scored.temperature
     positives = scored.items.index_select(0, scored.positive_row)
     return total_contrastive_loss(
@@ -74,11 +103,10 @@ def own_partition(scored: Scored, queries: Tensor) -> Tensor | None:
     Returns:
         None where no row has any; -inf, with zero gradient, for rows without.
     """
-    if scored.own_row is None or scored.own_log_weights is None or not scored.own_row.numel():
+    scores = scored.own_scores(queries)
+    if scores is None or scored.own_log_weights is None:
         return None
-    vectors = scored.items.index_select(0, scored.own_row.reshape(-1))
-    vectors = vectors.view(*scored.own_row.shape, -1)
-    logits = (queries.unsqueeze(1) * vectors).sum(2) + scored.own_log_weights
+    logits = scores + scored.own_log_weights
     some = (scored.own_log_weights > -torch.inf).any(1)
     # The gradient of a logsumexp over nothing is no number; such a row is taken out before it.
     safe = torch.where(some.unsqueeze(1), logits, 0.0)

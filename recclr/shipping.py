@@ -78,7 +78,8 @@ def _bundle(
         user_ids=prepared.users.ids,
         user_vectors=ranker.user_vectors[:-1],
         unknown_user_vector=ranker.user_vectors[-1],
-        similarity=config.model.similarity,
+        # With a bias of items among their coordinates, the score is neither cosine nor distance.
+        similarity="dot" if config.model.popularity_bias else config.model.similarity,
         name=name,
         facts=ModelFacts(
             created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -18,6 +18,7 @@ from recclr.graphs import graph_of
 from recclr.negatives import require_negatives
 from recclr.objective import Objective, StepStats
 from recclr.optimizers import Optimizers
+from recclr.pair_losses import require_objective
 from recclr.parts import IdPart, StatisticsPart
 from recclr.settings import LossSettings, NegativesSettings, TrainSettings
 from recclr.towers import TwoTower
@@ -59,7 +60,9 @@ class Stepper:
         ranks: Ranks = ALONE,
         emit: OnEvent = ignore,
     ) -> None:
-        if loss.kind != "full_softmax":
+        num_rows = min(train.batch_size, len(log))
+        require_objective(loss, negatives, model.similarity, num_rows=num_rows)
+        if loss.kind not in ("full_softmax", "alignment_uniformity"):
             require_negatives(negatives, log, batch_size=train.batch_size)
         self.model = model
         self.source = BatchSource(log, train, seed=seed, time_cells=_time_cells(model, train))

@@ -1,12 +1,13 @@
 """Two towers from a configuration, without model code.
 
-A tower is the sum of its parts (``parts``), an optional residual MLP, and normalisation under
-cosine similarity. Any ``nn.Module`` that maps ``Rows`` to float32 [M, D] may take a tower's place.
+A tower is the sum of its parts (``parts``), an optional residual MLP, and what its ``similarity``
+makes of that. Any ``nn.Module`` that maps ``Rows`` to float32 [M, D] may take a tower's place.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from recclr.data.log import (
     RaggedColumn,
 )
 from recclr.errors import ConfigError
-from recclr.kernels import unit_rows
 from recclr.optim import Table
 from recclr.order import generator as keyed_generator
 from recclr.parts import (
@@ -32,6 +32,7 @@ from recclr.parts import (
     StatisticsPart,
 )
 from recclr.settings import (
+    WITH_TEMPERATURE,
     FeatureSettings,
     HistorySettings,
     LossSettings,
@@ -39,6 +40,7 @@ from recclr.settings import (
     TowerSettings,
 )
 from recclr.sharded_tables import NewTable, RowShard, ShardedTable
+from recclr.similarity import LIFTED, as_candidates, as_queries, log_popularity, with_bias
 from recclr.statistics import TimeIndex
 
 _CHUNK = 16_384
@@ -101,8 +103,13 @@ class TwoTower(nn.Module):
     Args:
         user_tower, item_tower: modules from ``Rows`` to float32 [M, D].
         num_users, num_items: entities; user rows beyond are unknown users.
-        similarity: ``cosine`` normalises both sides, ``dot`` leaves them.
+        similarity: ``cosine`` normalises both sides, ``dot`` leaves them, ``euclidean`` lifts them
+            by two coordinates (``similarity``).
+        item_bias: float32 [num_items], added to each item's scores where they are served
+            (``all_vectors``), and nowhere else.
     """
+
+    item_bias: Tensor | None
 
     def __init__(
         self,
@@ -113,13 +120,18 @@ class TwoTower(nn.Module):
         num_items: int,
         similarity: str,
         loss: LossSettings,
+        item_bias: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.user_tower, self.item_tower = user_tower, item_tower
         self.num_users, self.num_items = num_users, num_items
         self.similarity = similarity
-        learned = loss.temperature == "learned"
+        self.register_buffer("item_bias", item_bias, persistent=False)
+        divided = loss.kind in WITH_TEMPERATURE
+        learned = loss.temperature == "learned" and divided
         start = loss.initial_temperature if isinstance(loss.temperature, str) else loss.temperature
+        # Of a loss that divides by none it says that, and is no weight that nothing would move.
+        start = start if divided else 1.0
         self.log_temperature = nn.Parameter(torch.tensor(math.log(start)), requires_grad=learned)
         self.bounds = (
             (math.log(loss.min_temperature), math.log(loss.max_temperature))
@@ -137,16 +149,23 @@ class TwoTower(nn.Module):
         if self.log_temperature.requires_grad:
             self.log_temperature.clamp_(*self.bounds)
 
+    @property
+    def num_lifted(self) -> int:
+        """By how many coordinates embeddings exceed the towers' dimension D."""
+        return LIFTED[self.similarity]
+
+    @property
+    def num_served_beside(self) -> int:
+        """The same of ``all_vectors``: those, and one for a bias of items."""
+        return self.num_lifted + (self.item_bias is not None)
+
     def embed_users(self, rows: Rows) -> Tensor:
-        """float32 [M, D]; unit length under cosine."""
-        return self._finish(self.user_tower(rows))
+        """float32 [M, D + num_lifted], to multiply with items; unit length under cosine."""
+        return as_queries(self.user_tower(rows), self.similarity)
 
     def embed_items(self, rows: Rows) -> Tensor:
-        """float32 [M, D]; unit length under cosine."""
-        return self._finish(self.item_tower(rows))
-
-    def _finish(self, x: Tensor) -> Tensor:
-        return unit_rows(x) if self.similarity == "cosine" else x
+        """float32 [M, D + num_lifted], to multiply with users; unit length under cosine."""
+        return as_candidates(self.item_tower(rows), self.similarity)
 
     def tables(self) -> dict[str, Table]:
         """Every embedding table once, by its first name in the module tree."""
@@ -176,9 +195,11 @@ class TwoTower(nn.Module):
     def all_vectors(self, cutoff: int | None) -> tuple[Tensor, Tensor]:
         """Vectors of all entities as they stand at the cut-off, in evaluation mode.
 
+        Their dot product is the score that is served: that of training, and the item's bias.
+
         Returns:
-            users float32 [num_users + 1, D], whose last row serves unknown users, and items
-            float32 [num_items, D]; on the CPU if a table is sharded.
+            users float32 [num_users + 1, D + num_served_beside], whose last row serves unknown
+            users, and items float32 [num_items, as many]; on the CPU if a table is sharded.
         """
         was_training = self.training
         self.eval()
@@ -187,14 +208,17 @@ class TwoTower(nn.Module):
         kept_on = "cpu" if self.shards() else device
         at = None if cutoff is None else torch.tensor(cutoff, device=device)
 
-        def embed(tower: nn.Module, count: int) -> Tensor:
+        def embed(tower: Callable[[Rows], Tensor], count: int) -> Tensor:
             chunks = torch.split(torch.arange(count, device=device), _CHUNK)
-            parts = (self._finish(tower(Rows(chunk, at))).float() for chunk in chunks)
+            parts = (tower(Rows(chunk, at)).float() for chunk in chunks)
             return torch.cat([part.to(kept_on) for part in parts])
 
-        vectors = embed(self.user_tower, self.num_users + 1), embed(self.item_tower, self.num_items)
+        users = embed(self.embed_users, self.num_users + 1)
+        items = embed(self.embed_items, self.num_items)
         self.train(was_training)
-        return vectors
+        if self.item_bias is not None:
+            users, items = with_bias(users, items, self.item_bias.to(kept_on))
+        return users, items
 
 
 def build_model(
@@ -218,6 +242,9 @@ def build_model(
     builder = _Builder(prepared, model, seed, new_table)
     item_tower = builder.tower("item", item, prepared.items)
     user_tower = builder.tower("user", user, prepared.users)
+    bias = None
+    if model.popularity_bias:
+        bias = model.popularity_bias * log_popularity(prepared.train.item_counts())
     return TwoTower(
         user_tower,
         item_tower,
@@ -225,6 +252,7 @@ def build_model(
         num_items=prepared.train.num_items,
         similarity=model.similarity,
         loss=loss,
+        item_bias=bias,
     )
 
 

@@ -6,7 +6,14 @@ checked here once, for the TOML file, ``--set`` and Python callers alike.
 
 from recclr.settings.data import ColumnSettings, DataSettings, SplitSettings
 from recclr.settings.judging import METRIC_NAMES, EvaluateSettings
-from recclr.settings.objective import LossSettings, NegativesSettings, PopularitySettings
+from recclr.settings.objective import (
+    WITH_TEMPERATURE,
+    LossKind,
+    LossSettings,
+    NegativesSettings,
+    PopularitySettings,
+    contradictions,
+)
 from recclr.settings.towers import (
     FeatureKind,
     FeatureSettings,
@@ -20,6 +27,7 @@ from recclr.settings.training import SHARDED_OPTIMIZERS, TrainSettings
 __all__ = [
     "METRIC_NAMES",
     "SHARDED_OPTIMIZERS",
+    "WITH_TEMPERATURE",
     "ColumnSettings",
     "DataSettings",
     "EvaluateSettings",
@@ -27,6 +35,7 @@ __all__ = [
     "FeatureSettings",
     "HistorySettings",
     "IdSettings",
+    "LossKind",
     "LossSettings",
     "ModelSettings",
     "NegativesSettings",
@@ -34,4 +43,5 @@ __all__ = [
     "SplitSettings",
     "TowerSettings",
     "TrainSettings",
+    "contradictions",
 ]

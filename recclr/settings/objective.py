@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from recclr.strict import STRICT
 from recclr.strict import require_ranges as _check
+
+LossKind = Literal[
+    "infonce",
+    "full_softmax",
+    "bpr",
+    "bce",
+    "ccl",
+    "margin",
+    "triplet",
+    "alignment_uniformity",
+]
+_SOFTMAX = ("infonce", "full_softmax")
+WITH_TEMPERATURE = (*_SOFTMAX, "bpr", "bce")
+"""Kinds whose scores are divided by the temperature."""
+_WITH_NEGATIVES = (*WITH_TEMPERATURE, "ccl", "margin", "triplet")
+# Which kinds read a key; anywhere else a value other than the default would do nothing.
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "temperature": WITH_TEMPERATURE,
+    "initial_temperature": WITH_TEMPERATURE,
+    "min_temperature": WITH_TEMPERATURE,
+    "max_temperature": WITH_TEMPERATURE,
+    "second_temperature": _SOFTMAX,
+    "log_q_strength": _WITH_NEGATIVES,
+    "mask_known_positives": _WITH_NEGATIVES,
+    "negative_weight": ("bce", "ccl"),
+    "margin": ("ccl", "margin", "triplet"),
+    "mining": ("triplet",),
+    "uniformity_weight": ("alignment_uniformity",),
+}
+# What a margin acts on must be what ranks: a cosine, or a distance.
+_SIMILARITIES = {
+    "ccl": ("cosine",),
+    "margin": ("cosine", "euclidean"),
+    "triplet": ("cosine", "euclidean"),
+    "alignment_uniformity": ("cosine",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +51,9 @@ class LossSettings:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    kind: Literal["infonce", "full_softmax"] = "infonce"
+    kind: LossKind = "infonce"
+    """A softmax over negatives (``losses``), or a sum over pairs (``pair_losses``,
+    ``alignment``)."""
     temperature: float | Literal["learned"] = "learned"
     initial_temperature: float = 0.1
     min_temperature: float = 0.02
@@ -25,6 +63,17 @@ class LossSettings:
     log_q_strength: float = 1.0
     """1 corrects the sampling bias in full, 0 not at all."""
     mask_known_positives: bool = True
+    negative_weight: float | None = None
+    """``bce``, ``ccl``: weight of the mean over negatives beside the positive; None: 1 for ``bce``,
+    150 for ``ccl``."""
+    margin: float | None = None
+    """``ccl``: cosine from which a negative costs something, below 1. ``margin``: distance from
+    which it costs nothing. ``triplet``: by how much a negative's distance is to exceed the
+    positive's. None: 0.9, 1 and 0.2."""
+    mining: Literal["all", "semi_hard", "distance_weighted", "hardest"] = "all"
+    """``triplet``: which negatives count, and by how much; see ``pair_losses.Triplet``."""
+    uniformity_weight: float | None = None
+    """``alignment_uniformity``: weight of uniformity beside alignment; None: 1."""
 
     def __post_init__(self) -> None:
         _check(
@@ -35,9 +84,28 @@ class LossSettings:
             max_temperature=(1e-4, 1e4),
             second_temperature=(0.01, 100.0),
             log_q_strength=(0.0, 1.0),
+            negative_weight=(0.0, 1e6),
+            margin=(0.0, 100.0),
+            uniformity_weight=(0.0, 1e4),
         )
         if self.min_temperature > self.max_temperature:
             raise ValueError("min_temperature is above max_temperature")
+        for each in fields(self):
+            kinds = _READ_BY.get(each.name, (self.kind,))
+            if self.kind not in kinds and getattr(self, each.name) != each.default:
+                raise ValueError(
+                    f"{each.name} = {getattr(self, each.name)!r} does nothing with kind = "
+                    f"{self.kind!r}; it is read with {' or '.join(map(repr, kinds))}: leave it out"
+                )
+        if self.kind == "ccl" and self.margin is not None and self.margin >= 1:
+            raise ValueError(
+                f"margin must be below 1 with kind = 'ccl', found {self.margin!r}: no cosine "
+                "exceeds it, so negatives would never count"
+            )
+        if self.kind == "margin" and self.margin == 0:
+            raise ValueError(
+                "margin must be above 0 with kind = 'margin': negatives would never count"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +135,28 @@ class NegativesSettings:
         _check(self, uniform=(0, 1 << 24))
         if not self.in_batch and self.uniform == 0 and self.popularity is None:
             raise ValueError("no source of negatives is left: set in_batch, uniform or popularity")
+
+
+def contradictions(loss: LossSettings, negatives: NegativesSettings, similarity: str) -> list[str]:
+    """What of an objective does not go together, one sentence each; none where all does.
+
+    Args:
+        similarity: as in ``ModelSettings``.
+    """
+    found = []
+    allowed = _SIMILARITIES.get(loss.kind, (similarity,))
+    if loss.mining == "distance_weighted":
+        allowed = ("cosine",)
+    if similarity not in allowed:
+        mined = loss.mining == "distance_weighted" and similarity in _SIMILARITIES["triplet"]
+        what = f"mining = {loss.mining!r}" if mined else f"kind = {loss.kind!r}"
+        found.append(
+            f"loss.{what} needs model.similarity = {' or '.join(map(repr, allowed))}, "
+            f"found {similarity!r}"
+        )
+    if loss.kind not in _WITH_NEGATIVES and negatives != NegativesSettings():
+        found.append(
+            f"loss.kind = {loss.kind!r} has no negatives, so nothing would read [negatives]; leave "
+            "it out"
+        )
+    return found
