@@ -5,6 +5,7 @@ Shape letters: M vectors, D dimension, V items, Q queries, K cut-off.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,12 +54,15 @@ def norm_report(
         counts: int64 [V], interactions of each item in train.
         ranked: int64 [Q, K] item indices of top-k lists, -1 for an empty place.
     """
-    lengths, popularity = item_vectors.float().norm(dim=1), log_popularity(counts)
+    lengths, popularity = item_vectors.double().norm(dim=1), log_popularity(counts)
+    correlation = pearson(lengths, popularity)
+    # Lengths that differ by rounding alone have ranks all the same.
+    by_rank = correlation if math.isnan(correlation) else spearman(lengths, popularity)
     return NormReport(
         norms_of(user_vectors),
         norms_of(item_vectors),
-        pearson(lengths, popularity),
-        spearman(lengths, popularity),
+        correlation,
+        by_rank,
         head_share(ranked, counts),
     )
 
@@ -108,7 +112,8 @@ def head_share(ranked: Tensor, counts: Tensor, *, share: float = 0.01) -> float:
     Returns:
         NaN where all places are empty.
     """
-    size = max(1, -(-round(len(counts) * share * 1e6) // 1_000_000))
+    # 700 hundredths are 7.000000000000001.
+    size = math.ceil(round(len(counts) * share, 6))
     head = torch.zeros(len(counts), dtype=torch.bool, device=counts.device)
     head[counts.argsort(descending=True, stable=True)[:size]] = True
     filled = ranked[ranked >= 0]
@@ -119,4 +124,5 @@ def _ranks(x: Tensor) -> Tensor:
     """From 1 up, float64 [n]."""
     _, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
     last = counts.cumsum(0)
-    return (last - (counts - 1) / 2).double()[inverse]
+    middle: Tensor = (last - (counts - 1) / 2).double()
+    return middle[inverse]

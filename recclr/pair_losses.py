@@ -102,10 +102,11 @@ class Distances:
         """Distance, with no slope below 1e-4, where rounding has left no direction."""
         return self.squared(scores).clamp_min(_SMALLEST_SQUARE).sqrt()
 
-    def slope(self, distances: Tensor) -> Tensor:
-        """Derivative of ``of`` by the score, from its result."""
+    def with_slopes(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """``of``, and its derivative by the score."""
+        squares, distances = self.squared(scores), self.of(scores)
         factor = -1.0 if self.similarity == "cosine" else -0.5
-        return torch.where(distances > _SMALLEST_SQUARE**0.5, factor / distances, 0.0)
+        return distances, torch.where(squares >= _SMALLEST_SQUARE, factor / distances, 0.0)
 
 
 class _All:
@@ -162,9 +163,9 @@ class Within(_All):
         return (self.margin - self.distances.of(scores)).clamp_min(0.0).square()
 
     def slopes(self, scores: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor | None]:
-        distances = self.distances.of(scores)
+        distances, slopes = self.distances.with_slopes(scores)
         inside = (self.margin - distances).clamp_min_(0.0)
-        return -2 * inside * self.distances.slope(distances), None
+        return slopes.mul_(inside).mul_(-2), None
 
 
 @dataclass(frozen=True)
@@ -195,9 +196,9 @@ class Triplet:
         return (self.margin + anchors - self.distances.of(scores)).clamp_min(0.0)
 
     def slopes(self, scores: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor | None]:
-        distances = self.distances.of(scores)
+        distances, slopes = self.distances.with_slopes(scores)
         active = (self.margin + anchors - distances > 0).float()
-        return -active * self.distances.slope(distances), active
+        return slopes.mul_(-active), active
 
     def selected(self, weights: Tensor, scores: Tensor, anchors: Tensor) -> Tensor:
         if self.mining == "hardest":

@@ -113,6 +113,8 @@ def total_pair_loss_reference(
     own_scores, own_log_weights = _checked(
         queries, candidates, log_weights, anchors, row_weights, own_scores, own_log_weights
     )
+    if not len(candidates) + own_scores.shape[1]:
+        return row_weights.new_zeros(())
     scores, column = torch.cat([queries @ candidates.T, own_scores], 1), anchors.unsqueeze(1)
     shared, own = _weights(log_weights, own_log_weights)
     weights = torch.cat([shared.expand(len(queries), -1), own], 1)
@@ -120,8 +122,6 @@ def total_pair_loss_reference(
         weights[:, : len(candidates)][mask.dense(len(candidates))] = 0.0
     elif mask is not None:
         weights[mask.rows, mask.columns] = 0.0
-    if not weights.shape[1]:
-        return row_weights.new_zeros(())
     with torch.no_grad():
         weights = function.selected(weights, scores, column)
         shares = weights / weights.sum(1, keepdim=True).clamp_min(_NOTHING)
@@ -212,7 +212,7 @@ def _hide(weights: Tensor, hidden: Tensor | None, shared: int) -> None:
 
 
 def _weights(log_weights: Tensor, own_log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Exp of both over that of the largest, [C] and [B, M]; 0 for -inf.
+    """Both without their logarithm, over the largest of them, [C] and [B, M]; 0 for -inf.
 
     What weighs less than 1e-30 of the largest weighs nothing.
     """
