@@ -405,6 +405,15 @@ TIMELESS = {"data": {"events": "e", "columns": {"timestamp": ""}}}
         ({"split": {"by": "time", "valid_events": "v"}}, "split.valid_events: is read with"),
         ({"split": {"valid": 0.0}, "train": {"refit": True}}, "train.refit: there is no"),
         ({"negatives": {"in_batch": False, "uniform": 0}}, "no source of negatives"),
+        ({"loss": {"kind": "margin", "temperature": 0.2}}, "does nothing with kind = 'margin'"),
+        (
+            {"loss": {"kind": "ccl"}, "model": {"similarity": "dot"}},
+            "loss.kind = 'ccl' needs model.similarity = 'cosine', found 'dot'",
+        ),
+        (
+            {"loss": {"kind": "alignment_uniformity"}, "negatives": {"uniform": 3}},
+            "loss.kind = 'alignment_uniformity' has no negatives",
+        ),
         (
             {"train": SPLIT_BY_ROWS, "model": {"embedding_dim": 6}},
             "train.sharded_tables: needs a model.embedding_dim that is a multiple of 4, found 6",

@@ -64,12 +64,12 @@ LISTS, HISTORY = (IDS[0], WORDS), (TowerSettings(history=HistorySettings(length=
 BOTH = (TowerSettings(history=HistorySettings(length=3, use="both")), WORDS)
 
 
-def model_of(towers=IDS, *, dim=DIM):
+def model_of(towers=IDS, *, dim=DIM, similarity="cosine"):
     return build_model(
         DATA,
         user=towers[0],
         item=towers[1],
-        model=ModelSettings(embedding_dim=dim),
+        model=ModelSettings(embedding_dim=dim, similarity=similarity),
         loss=LossSettings(),
         seed=0,
     )
@@ -128,13 +128,17 @@ def with_triton(monkeypatch):
         (model_of, {"chunk_size": 5}, "train.chunk_size and"),
         (model_of, {"accumulate": 2}, "train.accumulate run"),
         (lambda: model_of(dim=300), {}, "256 dimensions"),
+        (lambda: model_of(dim=255, similarity="euclidean"), {}, "256 dimensions"),
+        (model_of, {"loss": LossSettings(kind="alignment_uniformity")}, "pairs of one user"),
     ],
-    ids=["own tower", "ranks", "chunks", "accumulated", "wide"],
+    ids=["own tower", "ranks", "chunks", "accumulated", "wide", "lifted", "uniformity"],
 )
 def test_what_stands_against_capture_is_said_or_refused(with_triton, model, options, words):
     said = []
     assert planned(model_of(), said)
     assert planned(model_of(RICH), said)
+    assert planned(model_of(dim=254, similarity="euclidean"), said)
+    assert planned(model_of(), said, loss=LossSettings(kind="bpr"))
     assert said == []
     assert not planned(model(), said, **options)
     (event,) = said

@@ -4,6 +4,8 @@ import math
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
+from functools import partial
+from typing import get_args
 
 import pytest
 
@@ -23,6 +25,10 @@ RANGES = [
     (settings.LossSettings, "temperature", 1e-4, 1e4),
     (settings.LossSettings, "second_temperature", 0.01, 100.0),
     (settings.LossSettings, "log_q_strength", 0.0, 1.0),
+    (partial(settings.LossSettings, kind="bce"), "negative_weight", 0.0, 1e6),
+    (partial(settings.LossSettings, kind="triplet"), "margin", 0.0, 100.0),
+    (partial(settings.LossSettings, kind="alignment_uniformity"), "uniformity_weight", 0.0, 1e4),
+    (settings.ModelSettings, "popularity_bias", -100.0, 100.0),
     (settings.NegativesSettings, "uniform", 0, 1 << 24),
     (settings.TrainSettings, "batch_size", 1, 1 << 24),
     (settings.TrainSettings, "chunk_size", 1, 1 << 24),
@@ -77,6 +83,48 @@ def test_optimizers_without_a_twin_for_parts_of_tables_are_refused():
         for rows in (0, -1):
             with pytest.raises(ValueError, match="sharded_tables must be between 1 and"):
                 settings.TrainSettings(table_optimizer=fine, sharded_tables=rows)
+
+
+# A value other than the default, and the kinds that read it.
+READ_BY = [
+    ("temperature", 0.2, ("infonce", "full_softmax", "bpr", "bce")),
+    ("initial_temperature", 0.3, ("infonce", "full_softmax", "bpr", "bce")),
+    ("min_temperature", 0.01, ("infonce", "full_softmax", "bpr", "bce")),
+    ("max_temperature", 2.0, ("infonce", "full_softmax", "bpr", "bce")),
+    ("second_temperature", 1.2, ("infonce", "full_softmax")),
+    ("negative_weight", 2.0, ("bce", "ccl")),
+    ("margin", 0.4, ("ccl", "margin", "triplet")),
+    ("mining", "hardest", ("triplet",)),
+    ("uniformity_weight", 0.4, ("alignment_uniformity",)),
+]
+KINDS = get_args(settings.LossKind)
+
+
+@pytest.mark.parametrize(("name", "value", "kinds"), READ_BY)
+def test_a_key_that_a_kind_would_not_read_is_refused(name, value, kinds):
+    for kind in KINDS:
+        if kind in kinds:
+            assert getattr(settings.LossSettings(kind=kind, **{name: value}), name) == value
+            continue
+        with pytest.raises(ValueError, match=f"{name} = {value!r} does nothing with kind") as told:
+            settings.LossSettings(kind=kind, **{name: value})
+        assert all(repr(other) in str(told.value) for other in kinds)
+
+
+def test_what_has_no_negatives_reads_neither_their_correction_nor_their_mask():
+    for options in ({"log_q_strength": 0.5}, {"mask_known_positives": False}):
+        settings.LossSettings(kind="triplet", **options)
+        with pytest.raises(ValueError, match="does nothing with kind = 'alignment_uniformity'"):
+            settings.LossSettings(kind="alignment_uniformity", **options)
+
+
+def test_margins_within_which_no_negative_lies():
+    with pytest.raises(ValueError, match="below 1 with kind = 'ccl', found 1.0"):
+        settings.LossSettings(kind="ccl", margin=1.0)
+    with pytest.raises(ValueError, match="above 0 with kind = 'margin'"):
+        settings.LossSettings(kind="margin", margin=0.0)
+    settings.LossSettings(kind="ccl", margin=0.99)
+    settings.LossSettings(kind="triplet", margin=0.0)
 
 
 def test_lists_are_checked_value_by_value():

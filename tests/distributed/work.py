@@ -52,10 +52,14 @@ LOSSES = {
     "bsl": LossSettings(temperature=0.2, second_temperature=1.5),
     "full_softmax": LossSettings(kind="full_softmax", temperature="learned"),
     "own_only": LossSettings(mask_known_positives=False),
+    "bpr": LossSettings(kind="bpr", temperature="learned"),
+    "semi_hard": LossSettings(kind="triplet", margin=0.6, mining="semi_hard"),
+    "spread": LossSettings(kind="alignment_uniformity", uniformity_weight=1.3),
 }
 NEGATIVES = {
     "mixed": NegativesSettings(uniform=5, popularity=PopularitySettings(count=3, alpha=0.7)),
     "not_in_batch": NegativesSettings(in_batch=False, uniform=6),
+    "none": NegativesSettings(),
 }
 IDS = (TowerSettings(), TowerSettings())
 # Everything that draws: dropout of ids, features, histories (of items that drop) and coordinates.
