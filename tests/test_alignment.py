@@ -125,7 +125,7 @@ def test_a_step_is_the_sum_of_both_terms(monkeypatch, gamma):
 def test_batches_of_a_step_count_by_their_weight():
     loss = LossSettings(kind="alignment_uniformity")
     model = model_of(loss)
-    train = TrainSettings(batch_size=13, accumulate=3)
+    train = TrainSettings(batch_size=16, accumulate=3)
     batches = BatchSource(LOG, train, seed=0, time_cells=False).step(0)
     assert len({len(batch.user_idx) for batch in batches.values()}) > 1
     objective = Objective(LOG, loss, NegativesSettings(), seed=3)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from recclr.config import Config, apply_override, dump_toml, load_config, parse_config
 from recclr.errors import ConfigError
-from recclr.settings import METRIC_NAMES, ColumnSettings
+from recclr.settings import METRIC_NAMES, ColumnSettings, LossKind
 from recclr.settings.baselines import BASELINE_NAMES
 
 RECIPES = sorted((Path(__file__).parents[1] / "pipelines" / "recipes").glob("*.toml"))
@@ -136,6 +136,13 @@ def test_what_is_dumped_is_loaded_equal(tmp_path_factory, values):
     written = tomllib.loads(dump_toml(config))
     assert set(written) == set(Config.model_fields)
     assert {f.name for f in fields(config.model)} == set(written["model"])
+
+
+@pytest.mark.parametrize("kind", get_args(LossKind))
+def test_every_kind_of_loss_is_dumped_and_loaded_equal(kind):
+    config = parse_config({"data": {"events": "e"}, "loss": {"kind": kind}})
+    assert parse_config(tomllib.loads(dump_toml(config))) == config
+    assert config.loss.kind == kind
 
 
 def test_a_log_without_time_is_written_down_as_such():

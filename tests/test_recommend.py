@@ -1,5 +1,7 @@
 """Rankings as tables in the caller's ids, against a sort of the score matrix by hand."""
 
+import math
+
 import numpy as np
 import polars as pl
 import pytest
@@ -252,4 +254,4 @@ def test_similar_items_are_the_nearest_under_euclidean_similarity(prepared):
 def test_a_bias_of_items_is_not_what_makes_them_similar(prepared, by_vectors):
     served = torch.cat([torch.from_numpy(VECTORS), torch.tensor([[9.0], [-9], [0], [99], [1]])], 1)
     biased = EmbeddingRanker("planted", torch.zeros(5, 4), served, num_beside=1)
-    pl.testing.assert_frame_equal(similar(prepared, biased), similar(prepared, by_vectors))
+    assert_frame_equal(similar(prepared, biased), similar(prepared, by_vectors))

@@ -119,7 +119,7 @@ def test_what_has_no_negatives_reads_neither_their_correction_nor_their_mask():
 
 
 def test_margins_within_which_no_negative_lies():
-    with pytest.raises(ValueError, match="below 1 with kind = 'ccl', found 1.0"):
+    with pytest.raises(ValueError, match=r"below 1 with kind = 'ccl', found 1\.0"):
         settings.LossSettings(kind="ccl", margin=1.0)
     with pytest.raises(ValueError, match="above 0 with kind = 'margin'"):
         settings.LossSettings(kind="margin", margin=0.0)
