@@ -70,7 +70,8 @@ def total_pair_loss(
 ) -> Tensor:
     """Σ row_weight · mean of the function over the row's negatives, float32 scalar.
 
-    A row without any negative that takes part costs nothing and has no gradient.
+    A row without any negative that takes part costs nothing and has no gradient. Of no rows, or no
+    candidates, the result is a 0 that autograd still follows: a rank may have none.
 
     Args:
         queries: float32 [B, D]. candidates: float32 [C, D]. log_weights: float32 [C], no gradient;
@@ -86,8 +87,6 @@ def total_pair_loss(
     own_scores, own_log_weights = _checked(
         queries, candidates, log_weights, anchors, row_weights, own_scores, own_log_weights
     )
-    if not len(queries) or not len(candidates) + own_scores.shape[1]:
-        return row_weights.new_zeros(())
     inputs = (queries, candidates, anchors, own_scores)
     tracked = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
     weights, own_weights = _weights(log_weights, own_log_weights)
@@ -147,7 +146,7 @@ class _TotalPairLoss(torch.autograd.Function):
         shared, width = len(candidates), len(candidates) + own_scores.shape[1]
         grads = [torch.zeros_like(each) for each in (queries, candidates, anchors, own_scores)]
         grad_queries, grad_candidates, grad_anchors, grad_own = grads
-        costs = torch.empty_like(anchors)
+        costs = torch.zeros_like(anchors)
         for rows, hidden in _tiles(len(queries), shared, width, queries.device, mask):
             scores = queries.new_empty((rows.stop - rows.start, width))
             torch.mm(queries[rows], candidates.T, out=scores[:, :shared])
@@ -184,10 +183,13 @@ class _TotalPairLoss(torch.autograd.Function):
 def _tiles(
     num_rows: int, shared: int, width: int, device: torch.device, mask: Mask | None
 ) -> Iterator[tuple[slice, Tensor | None]]:
-    """Rows of each tile, and what is hidden in it: flat places [P], or bool [R, C].
+    """Rows of each tile, and what is hidden in it: flat places [P], or bool [R, C]; no tile where
+    there are no pairs.
 
     Places count in a tile of ``width`` columns.
     """
+    if not width:
+        return
     height = max(_MIN_ROWS, _TILE_BYTES[device.type] // (4 * width))
     edges = [*range(0, num_rows, height), num_rows]
     if mask is None or isinstance(mask, BitMask):
@@ -216,7 +218,10 @@ def _weights(log_weights: Tensor, own_log_weights: Tensor) -> tuple[Tensor, Tens
 
     What weighs less than 1e-30 of the largest weighs nothing.
     """
-    largest = torch.cat([log_weights, own_log_weights.reshape(-1)]).amax()
+    together = torch.cat([log_weights, own_log_weights.reshape(-1)])
+    if not len(together):
+        return log_weights, own_log_weights
+    largest = together.amax()
     largest = torch.where(largest > -torch.inf, largest, 0.0)
     return (log_weights - largest).exp(), (own_log_weights - largest).exp()
 

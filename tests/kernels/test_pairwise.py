@@ -139,6 +139,17 @@ def test_rows_without_any_negative_cost_nothing_and_pull_at_nothing(name):
     assert total_pair_loss(**(case | nothing | empty), function=FUNCTIONS[name]) == 0
 
 
+def test_what_has_no_pairs_stays_in_the_graph():
+    """A rank without rows has collectives in its backward pass, which the others wait for."""
+    for num_queries, num_candidates in ((0, 7), (5, 0), (0, 0)):
+        case = problem(2, num_queries, num_candidates, 0)
+        case["queries"].requires_grad_()
+        found = total_pair_loss(**case, function=Ranking())
+        found.backward()
+        assert found == 0
+        assert case["queries"].grad.abs().sum() == 0
+
+
 def formula(name, function, score, anchor):
     """What a negative costs, in Python's numbers."""
     if name == "bpr":
