@@ -247,14 +247,14 @@ LOG, ANSWERS = blocks()
 PREPARED = Prepared(LOG, FeatureTable(NUM_USERS), FeatureTable(NUM_ITEMS))
 
 
-def model_of(loss, similarity="cosine", seed=0):
+def model_of(loss, similarity="cosine", mlp=()):
     return build_model(
         PREPARED,
-        user=TowerSettings(),
-        item=TowerSettings(),
+        user=TowerSettings(mlp=mlp),
+        item=TowerSettings(mlp=mlp),
         model=ModelSettings(embedding_dim=8, similarity=similarity),
         loss=loss,
-        seed=seed,
+        seed=0,
     )
 
 
@@ -317,6 +317,24 @@ def test_a_step_of_fixed_shapes_has_the_same_loss_and_gradients(name):
             found[-1].append(torch.zeros_like(table.weight).index_add_(0, *taken))
     assert all(each.abs().sum() > 0 for each in found[0])
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "similarity"), [("bce", "dot"), ("hardest", "euclidean")])
+def test_towers_in_bfloat16_keep_a_float32_loss_near_by(name, similarity):
+    loss = SETTINGS[name]
+    model = model_of(loss, similarity, mlp=(7,)).train()
+    draws = torch.Generator().manual_seed(0)
+    for tower in (model.user_tower, model.item_tower):
+        # A block starts as the identity, in which there is nothing to round.
+        torch.nn.init.normal_(tower.blocks[0].fall.weight, generator=draws)
+    exact, rough = (
+        Objective(LOG, loss, NegativesSettings(uniform=9), seed=3, bfloat16=bfloat16)(
+            model, batch(), 0
+        ).loss.detach()
+        for bfloat16 in (False, True)
+    )
+    assert rough.dtype == torch.float32
+    assert 0 < abs(float(rough / exact) - 1) < 0.02
 
 
 def test_negatives_of_any_mixture_estimate_the_mean_over_all_other_items():

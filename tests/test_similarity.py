@@ -53,6 +53,15 @@ def test_lifted_vectors_rank_as_distances_do(seed, num_queries, num_items, dim, 
     assert torch.equal(found.item_idx, squares.sort(dim=1, stable=True).indices)
 
 
+def test_the_search_by_way_of_bfloat16_is_exact_for_lifted_vectors():
+    draws = torch.Generator().manual_seed(3)
+    users, items = (torch.randn(n, DIM, generator=draws) * 3 for n in (17, 9001))
+    found = top_k(as_queries(users, "euclidean"), as_candidates(items, "euclidean"), 6)
+    nearest = torch.cdist(users.double(), items.double()).square().topk(6, largest=False)
+    torch.testing.assert_close(-found.scores.double(), nearest.values, rtol=0, atol=1e-4)
+    assert (found.item_idx == nearest.indices).float().mean() > 0.97  # but for ties by rounding
+
+
 def test_the_plain_vectors_are_still_there():
     x = torch.randn(6, DIM, generator=torch.Generator().manual_seed(0))
     assert torch.equal(as_candidates(x, "euclidean")[:, :DIM], x)

@@ -45,7 +45,7 @@ def tables(model):
     return [tower.parts[0].table.weight.detach().clone() for tower in towers]
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
 def test_a_model_that_starts_there_knows_the_groups_before_its_first_step(similarity):
     prepared = two_groups()
     model = model_of(prepared, similarity, dim=2)  # one direction for each group
