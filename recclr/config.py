@@ -26,7 +26,7 @@ from recclr.settings import (
     SplitSettings,
     TowerSettings,
     TrainSettings,
-    clash_of,
+    contradictions,
 )
 from recclr.settings.baselines import BaselineSettings
 from recclr.settings.blending import BlendSettings
@@ -57,8 +57,10 @@ class Config(BaseModel):
 
     @property
     def served_similarity(self) -> str:
-        """Of the vectors that a run serves: several models side by side have no unit length."""
-        return "dot" if self.blend.parts else self.model.similarity
+        """Of the vectors that a run serves: several models side by side have no unit length, and
+        with a bias of items among the coordinates the score is neither cosine nor distance.
+        """
+        return "dot" if self.blend.parts or self.model.popularity_bias else self.model.similarity
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -295,12 +297,11 @@ def _cross_check(config: Config, source: str) -> None:
             "train.sharded_tables: needs a model.embedding_dim that is a multiple of 4, found "
             f"{config.model.embedding_dim}"
         )
+    problems += contradictions(config.loss, config.negatives, config.model.similarity)
     if config.data.event_weights and config.data.columns.event is None:
         problems.append(
             "data.event_weights: name the column of the event type in data.columns.event"
         )
-    if (clash := clash_of(config.loss, config.negatives)) is not None:
-        problems.append(clash)
     problems += _explicit_problems(config)
     if split.by == "leave_last" and split.valid % 1 + split.test % 1:
         problems.append(

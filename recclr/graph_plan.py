@@ -94,12 +94,17 @@ def _why_not(
         return "negatives.mined and negatives.explicit draw for each row as many as its user has"
     if loss.top_k is not None or loss.symmetric > 0 or loss.positives > 1:
         return "loss.top_k, symmetric and positives make shapes that differ from step to step"
+    if loss.kind == "alignment_uniformity":
+        return (
+            f"loss.kind = {loss.kind!r} leaves out the pairs of one user or item, which are as "
+            "many as a batch happens to have"
+        )
     for name, module in model.named_modules():
         if type(module) not in _FIXED_TYPES:
             return f"{name} is a {type(module).__name__}, of which nothing is known"
         if isinstance(module, Augmentation) and module.ramps:
             return f"{name} changes its rates from step to step (start and end differ)"
-    reason = why_not_triton(_dim_of(model))
+    reason = why_not_triton(_dim_of(model) + model.num_lifted)
     if reason is not None:
         return reason
     num_candidates = model.num_items

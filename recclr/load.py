@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from recclr.building import build_model
 from recclr.checkpoint import find_checkpoint
 from recclr.co_interactions import co_interactions
 from recclr.config import Config
@@ -21,7 +22,7 @@ from recclr.run_folder import BLEND, BLEND_VECTORS, read_config, read_json
 from recclr.sharded_tables import NewTable
 from recclr.siamese import build_siamese
 from recclr.topk import EmbeddingRanker
-from recclr.towers import TwoTower, build_model
+from recclr.towers import TwoTower
 
 
 def load_run(run: Path) -> tuple[Config, PreparedLog, TwoTower]:
@@ -92,7 +93,13 @@ def load_blend(folder: Path, name: str = "model") -> EmbeddingRanker | None:
 def ranker_of(model: TwoTower, cutoff: int | None, name: str = "model") -> EmbeddingRanker:
     """The model as it would be served from the cut-off on, on the CPU."""
     users, items = model.all_vectors(cutoff)
-    return EmbeddingRanker(name, users.cpu(), items.cpu())
+    return EmbeddingRanker(
+        name,
+        users.cpu(),
+        items.cpu(),
+        similarity=model.similarity,
+        num_beside=model.num_served_beside,
+    )
 
 
 def fresh_model(config: Config, prepared: Prepared, new_table: NewTable = Table) -> TwoTower:

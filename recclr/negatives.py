@@ -140,6 +140,11 @@ class CandidateSampler:
         log_weights = torch.zeros(len(item_idx), device=item_idx.device)
         return Candidates(item_idx, positives, None, log_weights, own_row=own)
 
+    def nothing(self, positives: Tensor) -> Candidates:
+        """No candidates, for a loss without negatives."""
+        item_idx, inverse = torch.unique(positives, return_inverse=True)
+        return Candidates(item_idx, inverse, inverse[:0], torch.empty(0, device=item_idx.device))
+
     def _draws(self, generator: torch.Generator, device: torch.device) -> Tensor:
         """int64 [N]: uniform draws, then draws by popularity."""
         parts = []

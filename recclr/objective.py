@@ -189,6 +189,7 @@ class Objective:
             wanted = replace(wanted, whole=wanted, places=candidates.places)
         user_idx, item_idx, weight = batch.user_idx, batch.item_idx, batch.weight
         positive_row = candidates.positive_row
+        share = 1.0 if total is None else batch.total() / total
         shared, own = self.ranks.size > 1, slice(None)
         if shared:
             own = slice(*self.ranks.part(len(user_idx)))
@@ -223,8 +224,14 @@ class Objective:
             *_own_of(drawn, candidates, own),
             more_row=more_row,
             positive_log_weights=positive_log_weights,
+            similarity=model.similarity,
+            ranks=self.ranks,
+            num_rows=len(batch.user_idx),
+            batch_share=share,
         )
-        loss = scored_loss(scored, self.loss, bfloat16=self.bfloat16)
+        # The lift of distances subtracts large numbers, of which 8 bits would leave nothing.
+        bfloat16 = self.bfloat16 and not model.num_lifted
+        loss = scored_loss(scored, self.loss, bfloat16=bfloat16)
         if self.mirror is not None:
             loss = torch.lerp(loss, self.mirror.loss(scored, batch), self.loss.symmetric)
         num_rows = len(batch.user_idx)
@@ -263,6 +270,8 @@ class Objective:
         own = None if drawn is None else drawn.item_idx.flatten()
         if self.loss.kind == "full_softmax":
             return self.sampler.everything(batch.item_idx, own)
+        if self.loss.kind == "alignment_uniformity":
+            return self.sampler.nothing(batch.item_idx)
         return self.sampler.draw(
             batch.item_idx,
             self._draws(number, _NEGATIVES),

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from recclr.building import build_model
 from recclr.caching import Encoding
 from recclr.config import Config
 from recclr.data.features import FeatureEncoder, fit_encoders
@@ -51,7 +52,7 @@ from recclr.step_stats import StepStats
 from recclr.stepping import use_bfloat16
 from recclr.stopping import signals
 from recclr.topk import top_k
-from recclr.towers import Tower, TwoTower, build_model
+from recclr.towers import Tower, TwoTower
 from recclr.train import run_steps
 from recclr.views import TwoViews
 from recclr.watching import OnEvent

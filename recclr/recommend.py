@@ -6,13 +6,13 @@ import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from recclr.data.log import Csr
 from recclr.data.prepared import PreparedLog
 from recclr.data.vocabulary import Vocabulary
 from recclr.errors import ConfigError, DataError
 from recclr.ranking import Ranker, TopK
+from recclr.similarity import as_candidates, as_queries
 from recclr.topk import EmbeddingRanker, top_k
 
 _USERS = 65_536
@@ -73,28 +73,32 @@ def similar(
     *,
     k: int = 10,
 ) -> pl.DataFrame:
-    """The items whose embeddings point the same way (cosine), the item itself left out.
+    """The items whose embeddings point the same way (cosine), the item itself left out; the nearest
+    ones under Euclidean similarity.
 
     Args:
         items: raw ids to look up, each answered once; None for the whole corpus.
         k: items per item; fewer rows where the corpus is smaller.
 
     Returns:
-        item_id, similar_id (as read), rank (Int32 from 1), score (Float32 in [-1, 1]); by item,
-        then rank. No rows for no items.
+        item_id, similar_id (as read), rank (Int32 from 1), score (Float32: the cosine, or minus the
+        squared distance); by item, then rank. No rows for no items.
 
     Raises:
         ConfigError: k below 1. DataError: an id is not known, or ids of another type.
     """
     _require_positive(k)
-    vectors = normalize(ranker.item_vectors)
+    own = ranker.item_vectors[:, : ranker.item_vectors.shape[1] - ranker.num_beside]
+    # Dot product ranks users' items; of two items it would say more of their lengths.
+    among = "euclidean" if ranker.similarity == "euclidean" else "cosine"
+    queries, vectors = as_queries(own, among), as_candidates(own, among)
     if items is None:
         idx = torch.arange(len(prepared.items))
     else:
         idx = _known(prepared.items, items.unique(maintain_order=True), "item")
     ids = prepared.items.decode(idx.numpy()).rename("item_id")
     itself = Csr(torch.arange(len(idx) + 1), idx.to(torch.int32))
-    found = top_k(vectors[idx], vectors, min(k, len(vectors)), seen=itself)
+    found = top_k(queries[idx], vectors, min(k, len(vectors)), seen=itself)
     table = _table(found, ids.rename("user_id"), prepared.items)
     return table.rename({"item_id": "similar_id"}).rename({"user_id": "item_id"})
 

@@ -15,8 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recclr.alignment import alignment_uniformity
+from recclr.distributed import ALONE, Ranks
 from recclr.kernels import Mask, either, masked_logsumexp, total_contrastive_loss
 from recclr.losses import contrastive_loss
+from recclr.pair_losses import pair_loss
 from recclr.quantiles import top_k_weights
 from recclr.settings import LossSettings
 
@@ -39,6 +42,9 @@ class Scored:
             it has fewer. None for none. No positive of a row may be one of its negatives.
         positive_log_weights: float32 [B, P], what the logits of positives are moved by, minus the
             log of their expected counts in the classic form; None for nothing.
+        similarity: of the embeddings, as in ``ModelSettings``.
+        ranks: who share the batch; the rows are a part of its ``num_rows``, and the items all.
+        batch_share: of the step's weight, where it has several batches.
     """
 
     queries: Tensor
@@ -55,6 +61,23 @@ class Scored:
     own_log_weights: Tensor | None = None
     more_row: Tensor | None = None
     positive_log_weights: Tensor | None = None
+    similarity: str = "cosine"
+    ranks: Ranks = ALONE
+    num_rows: int = 0
+    batch_share: float | Tensor = 1.0
+
+    def own_scores(self, queries: Tensor) -> Tensor | None:
+        """Dot products of each row and the negatives it has for itself, float32 [B, M].
+
+        Args:
+            queries: float32 [B, D], perhaps divided by the temperature.
+
+        Returns:
+            None where no row has any.
+        """
+        if self.own_row is None or self.own_log_weights is None or not self.own_row.numel():
+            return None
+        return logits_of_own(queries, self.items, self.own_row)
 
 
 def scored_loss(scored: Scored, loss: LossSettings, *, bfloat16: bool = False) -> Tensor:
@@ -64,8 +87,13 @@ def scored_loss(scored: Scored, loss: LossSettings, *, bfloat16: bool = False) -
     (L_out of Khosla et al. 2020, with the other positives left out of the denominator).
 
     Args:
-        bfloat16: as ``total_contrastive_loss`` has it.
+        bfloat16: as ``total_contrastive_loss`` has it; losses of pairs multiply in float32.
     """
+    if loss.kind == "alignment_uniformity":
+        weight = 1.0 if loss.uniformity_weight is None else loss.uniformity_weight
+        return alignment_uniformity(scored, weight)
+    if loss.kind not in ("infonce", "full_softmax"):
+        return pair_loss(scored, loss)
     queries = scored.queries / scored.temperature
     positives = scored.items.index_select(0, scored.positive_row)
     logits = (queries * positives).sum(1)
@@ -175,9 +203,10 @@ def own_partition(scored: Scored, queries: Tensor) -> Tensor | None:
     Returns:
         None where no row has any; -inf, with zero gradient, for rows without.
     """
-    if scored.own_row is None or scored.own_log_weights is None or not scored.own_row.numel():
+    scores = scored.own_scores(queries)
+    if scores is None or scored.own_log_weights is None:
         return None
-    logits = logits_of_own(queries, scored.items, scored.own_row) + scored.own_log_weights
+    logits = scores + scored.own_log_weights
     some = (scored.own_log_weights > -torch.inf).any(1)
     # The gradient of a logsumexp over nothing is no number; such a row is taken out before it.
     safe = torch.where(some.unsqueeze(1), logits, 0.0)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from recclr.building import build_tower
 from recclr.co_interactions import last_items
 from recclr.data.log import Prepared
-from recclr.kernels import unit_rows
 from recclr.optim import Table
 from recclr.settings import LossSettings, ModelSettings, TowerSettings
 from recclr.sharded_tables import NewTable
-from recclr.towers import TwoTower, build_tower
+from recclr.similarity import as_queries
+from recclr.towers import TwoTower
 
 
 class Siamese(TwoTower):
@@ -62,12 +63,13 @@ class Siamese(TwoTower):
         """As ``TwoTower.all_vectors``; a user without items is served as unknown ones are, by the
         mean of all items, each as often as train has it.
         """
-        items = self.all_items(cutoff)
-        pooled = embedding_bag(self.last, items, self.offsets[:-1], mode="mean")
-        average = (self.counts @ items / self.counts.sum()).unsqueeze(0)
+        items = self._every(self.embed_items, self.num_items, cutoff)
+        own = items[:, : items.shape[1] - self.num_lifted]
+        pooled = embedding_bag(self.last, own, self.offsets[:-1], mode="mean")
+        average = (self.counts @ own / self.counts.sum()).unsqueeze(0)
         pooled = torch.where((self.offsets.diff() > 0).unsqueeze(1), pooled, average)
-        users = torch.cat([pooled, average])
-        return (unit_rows(users) if self.similarity == "cosine" else users), items
+        users = as_queries(torch.cat([pooled, average]), self.similarity)
+        return self._served(users, items)
 
 
 def build_siamese(

@@ -59,7 +59,8 @@ def spectral_factors(
 def start_from_spectral(model: TwoTower, log: EncodedLog, *, init_std: float, seed: int) -> None:
     """Put the spectral solution into the id tables, in place.
 
-    Under cosine every row gets the length that a fresh one has on average; under dot product all
+    Under cosine and Euclidean distance, which orders rows of one length as the cosine does, every
+    row gets the length that a fresh one has on average; under dot product all
     rows of a table do on average, so that popular items keep their longer vectors. Rows of entities
     without interactions, and the unknown id, keep their draws.
 

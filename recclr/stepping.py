@@ -18,13 +18,13 @@ from recclr.graphs import graph_of
 from recclr.negatives import require_negatives
 from recclr.objective import Objective
 from recclr.optimizers import Optimizers
+from recclr.pair_losses import require_objective
 from recclr.parts import IdPart, StatisticsPart
 from recclr.settings import (
     LossSettings,
     NegativesSettings,
     SelfSupervisionSettings,
     TrainSettings,
-    clash_of,
 )
 from recclr.step_stats import StepStats
 from recclr.towers import TwoTower
@@ -109,9 +109,9 @@ class Stepper:
         ranks: Ranks = ALONE,
         emit: OnEvent = ignore,
     ) -> None:
-        if (clash := clash_of(loss, negatives)) is not None:
-            raise ConfigError(clash)
-        if loss.kind != "full_softmax":
+        num_rows = min(train.batch_size, len(log))
+        require_objective(loss, negatives, model.similarity, num_rows=num_rows)
+        if loss.kind not in ("full_softmax", "alignment_uniformity"):
             require_negatives(negatives, log, batch_size=train.batch_size)
         self.model = model
         self.source = BatchSource(

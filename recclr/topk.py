@@ -120,9 +120,19 @@ class EmbeddingRanker:
         name: shown in reports.
         user_vectors: float32 [num_users + 1, D]; the last row serves every unknown user.
         item_vectors: float32 [V, D].
+        similarity: of the items to each other, see ``similarity``.
+        num_beside: of the D coordinates, how many at the end are not the item's own.
     """
 
-    def __init__(self, name: str, user_vectors: Tensor, item_vectors: Tensor) -> None:
+    def __init__(
+        self,
+        name: str,
+        user_vectors: Tensor,
+        item_vectors: Tensor,
+        *,
+        similarity: str = "cosine",
+        num_beside: int = 0,
+    ) -> None:
         if user_vectors.ndim != 2 or user_vectors.shape[1] != item_vectors.shape[-1]:
             raise ShapeError(
                 f"user and item vectors must share one dimension, found "
@@ -131,6 +141,7 @@ class EmbeddingRanker:
         self.name = name
         self.user_vectors = user_vectors
         self.item_vectors = item_vectors
+        self.similarity, self.num_beside = similarity, num_beside
 
     def top_k(
         self, user_idx: Tensor, k: int, *, seen: Csr | None = None, items: Tensor | None = None

@@ -14,6 +14,7 @@ from scipy.stats import binomtest, chisquare
 
 from recclr.augment import Augmentation, augmentation, correlated_halves
 from recclr.batches import BatchSource
+from recclr.building import build_model
 from recclr.data.log import CategoricalColumn
 from recclr.errors import ConfigError
 from recclr.objective import Objective
@@ -30,7 +31,6 @@ from recclr.settings import (
     TrainSettings,
 )
 from recclr.stepping import Stepper
-from recclr.towers import build_model
 from recclr.train import fit
 
 WORK = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("distributed") / "work.py")))

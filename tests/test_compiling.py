@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 
+from recclr.building import build_model
 from recclr.compiling import _dense_layers, compile_layers
 from recclr.data.log import DenseColumn, EncodedLog, FeatureTable, Prepared
 from recclr.objective import Objective
@@ -20,7 +21,6 @@ from recclr.settings import (
     TrainSettings,
 )
 from recclr.statistics import DAY_S
-from recclr.towers import build_model
 from recclr.train import fit
 
 NUM_USERS, NUM_ITEMS, DIM, NUM_ROWS = 7, 11, 6, 33

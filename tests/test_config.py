@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from recclr.config import Config, apply_override, dump_toml, load_config, parse_config
 from recclr.errors import ConfigError
-from recclr.settings import METRIC_NAMES, ColumnSettings
+from recclr.settings import METRIC_NAMES, ColumnSettings, LossKind
 from recclr.settings.baselines import BASELINE_NAMES
 
 RECIPES = sorted((Path(__file__).parents[1] / "pipelines" / "recipes").glob("*.toml"))
@@ -146,6 +146,13 @@ def test_what_is_dumped_is_loaded_equal(tmp_path_factory, values):
     assert set(written) == {n for n in Config.model_fields if getattr(config, n) is not None}
     names = {f.name for f in fields(config.model) if getattr(config.model, f.name) is not None}
     assert names == set(written["model"])
+
+
+@pytest.mark.parametrize("kind", get_args(LossKind))
+def test_every_kind_of_loss_is_dumped_and_loaded_equal(kind):
+    config = parse_config({"data": {"events": "e"}, "loss": {"kind": kind}})
+    assert parse_config(tomllib.loads(dump_toml(config))) == config
+    assert config.loss.kind == kind
 
 
 def test_a_log_without_time_is_written_down_as_such():
@@ -476,6 +483,15 @@ TIMELESS = {"data": {"events": "e", "columns": {"timestamp": ""}}}
                 "data": {"events": "e", "event_weights": {"buy": 2.0}, "columns": {"event": "k"}},
             },
             "'buy' has a weight in data.event_weights, which makes it a positive",
+        ),
+        ({"loss": {"kind": "margin", "temperature": 0.2}}, "does nothing with kind = 'margin'"),
+        (
+            {"loss": {"kind": "ccl"}, "model": {"similarity": "dot"}},
+            "loss.kind = 'ccl' needs model.similarity = 'cosine', found 'dot'",
+        ),
+        (
+            {"loss": {"kind": "alignment_uniformity"}, "negatives": {"uniform": 3}},
+            "loss.kind = 'alignment_uniformity' has no negatives",
         ),
         (
             {"train": SPLIT_BY_ROWS, "model": {"embedding_dim": 6}},

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import recclr.graph_plan as module
+from recclr.building import build_model
 from recclr.data.log import CategoricalColumn, Csr, EncodedLog, FeatureTable, Prepared, RaggedColumn
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError
@@ -25,7 +26,7 @@ from recclr.settings import (
     ViewSettings,
 )
 from recclr.statistics import DAY_S
-from recclr.towers import TwoTower, build_model
+from recclr.towers import TwoTower
 from recclr.train import fit
 
 NUM_USERS, NUM_ITEMS, DIM, NUM_ROWS = 9, 17, 4, 51
@@ -75,12 +76,12 @@ STEADY, RAMPED = (
 )
 
 
-def model_of(towers=IDS, *, dim=DIM):
+def model_of(towers=IDS, *, dim=DIM, similarity="cosine"):
     return build_model(
         DATA,
         user=towers[0],
         item=towers[1],
-        model=ModelSettings(embedding_dim=dim),
+        model=ModelSettings(embedding_dim=dim, similarity=similarity),
         loss=LossSettings(),
         seed=0,
     )
@@ -155,6 +156,8 @@ def with_triton(monkeypatch):
         (model_of, {"loss": LossSettings(top_k=3)}, "loss.top_k, symmetric and positives make"),
         (model_of, {"loss": LossSettings(symmetric=0.5)}, "shapes that differ"),
         (model_of, {"loss": LossSettings(positives=2)}, "shapes that differ"),
+        (lambda: model_of(dim=255, similarity="euclidean"), {}, "256 dimensions"),
+        (model_of, {"loss": LossSettings(kind="alignment_uniformity")}, "pairs of one user"),
     ],
     ids=[
         "own tower",
@@ -169,6 +172,8 @@ def with_triton(monkeypatch):
         "top k",
         "symmetric",
         "positives",
+        "lifted",
+        "uniformity",
     ],
 )
 def test_what_stands_against_capture_is_said_or_refused(with_triton, model, options, words):
@@ -176,6 +181,8 @@ def test_what_stands_against_capture_is_said_or_refused(with_triton, model, opti
     assert planned(model_of(), said)
     assert planned(model_of(RICH), said)
     assert planned(model_of(STEADY), said)
+    assert planned(model_of(dim=254, similarity="euclidean"), said)
+    assert planned(model_of(), said, loss=LossSettings(kind="bpr"))
     assert said == []
     assert not planned(model(), said, **options)
     (event,) = said

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import recclr.graphs as graphs
 from recclr.batches import BatchSource
+from recclr.building import build_model
 from recclr.checkpoint import find_checkpoint
 from recclr.data.log import (
     CategoricalColumn,
@@ -37,7 +38,6 @@ from recclr.settings import (
 )
 from recclr.statistics import DAY_S
 from recclr.stepping import needs_time_cells
-from recclr.towers import build_model
 from recclr.train import fit
 
 pytestmark = pytest.mark.usefixtures("no_power_cut")

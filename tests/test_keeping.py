@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from recclr.building import build_model
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
 from recclr.errors import CheckpointError
 from recclr.keeping import Keeper, Progress
 from recclr.optimizers import Optimizers
 from recclr.settings import LossSettings, ModelSettings, TowerSettings, TrainSettings
-from recclr.towers import build_model
 
 
 def keeper_of(root, state):

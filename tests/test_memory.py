@@ -18,7 +18,7 @@ from recclr.memory import forget_peak, held_bytes, peak_bytes
 from recclr.objective import Objective
 from recclr.optimizers import Optimizers
 from recclr.settings import *
-from recclr.towers import build_model
+from recclr.building import build_model
 
 size, limit = int(sys.argv[1]), int(sys.argv[2])
 num_items, num_rows = 8 * size, 2 * size

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from recclr.building import build_model
 from recclr.checkpoint import find_checkpoint, load_checkpoint
 from recclr.data.log import Csr, EncodedLog, FeatureTable, Prepared
 from recclr.errors import ConfigError, InterruptedTraining
@@ -19,7 +20,6 @@ from recclr.settings import (
     TrainSettings,
 )
 from recclr.stepping import Stepper
-from recclr.towers import build_model
 from recclr.train import fit
 
 pytestmark = pytest.mark.usefixtures("no_power_cut")

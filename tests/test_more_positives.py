@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recclr.batches import Batch
+from recclr.building import build_model
 from recclr.data.log import Csr, EncodedLog, FeatureTable, Prepared
 from recclr.more_positives import MorePositives, with_items
 from recclr.negatives import Candidates
@@ -21,7 +22,6 @@ from recclr.settings import (
     NegativesSettings,
     TowerSettings,
 )
-from recclr.towers import build_model
 
 NUM_USERS, NUM_ITEMS = 6, 11
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from recclr.batches import Batch
+from recclr.building import build_model
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
 from recclr.objective import Objective
 from recclr.settings import (
@@ -17,7 +18,6 @@ from recclr.settings import (
     PopularitySettings,
     TowerSettings,
 )
-from recclr.towers import build_model
 
 NUM_USERS, NUM_ITEMS = 6, 11
 ROWS = torch.arange(4, 13)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recclr.batches import Batch
+from recclr.building import build_model
 from recclr.data.log import Csr, EncodedLog, FeatureTable, Prepared
 from recclr.errors import ConfigError, ShapeError
 from recclr.known_positives import KnownPositives
@@ -23,7 +24,6 @@ from recclr.settings import (
     PopularitySettings,
     TowerSettings,
 )
-from recclr.towers import build_model
 
 NUM_USERS, NUM_ITEMS = 6, 23
 # The last user has everything: an item that train never saw is served with another vector.

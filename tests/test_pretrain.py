@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from recclr.api import TwoTower, read
+from recclr.building import build_model
 from recclr.config import load_config, parse_config
 from recclr.data.features import fit_encoders
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
@@ -28,7 +29,6 @@ from recclr.rows import Rows
 from recclr.run_folder import fingerprints, require_same_inputs
 from recclr.settings import TowerSettings
 from recclr.starting import start_from_catalogue
-from recclr.towers import build_model
 
 NUM_ITEMS, DIM = 90, 6
 FEATURES = {

@@ -1,5 +1,7 @@
 """Rankings as tables in the caller's ids, against a sort of the score matrix by hand."""
 
+import math
+
 import numpy as np
 import polars as pl
 import pytest
@@ -13,6 +15,7 @@ from recclr.data.prepare import prepare
 from recclr.errors import ConfigError, DataError
 from recclr.recommend import recommend, similar
 from recclr.settings import DataSettings, TowerSettings
+from recclr.similarity import as_candidates
 from recclr.topk import EmbeddingRanker
 
 USERS = [7, 5, 11, 13]
@@ -227,3 +230,28 @@ def test_similar_to_nothing(prepared, by_vectors):
     nothing = similar(prepared, by_vectors, pl.Series("ids", [], dtype=pl.Null))
     assert nothing.height == 0
     assert nothing.schema == similar(prepared, by_vectors).schema
+
+
+def test_similar_items_are_the_nearest_under_euclidean_similarity(prepared):
+    vectors = torch.from_numpy(VECTORS)
+    # The two coordinates of the lift, and one of a bias, which says nothing of two items.
+    bias = torch.tensor([[9.0], [-9], [0], [99], [1]])
+    served = torch.cat([as_candidates(vectors, "euclidean"), bias], 1)
+    ranker = EmbeddingRanker(
+        "planted", torch.zeros(5, 6), served, similarity="euclidean", num_beside=3
+    )
+    squares = (vectors[:, None] - vectors).square().sum(2).fill_diagonal_(math.inf)
+    expected = {
+        ITEMS[place]: [
+            (ITEMS[int(other)], rank, pytest.approx(-float(squares[place, other])))
+            for rank, other in enumerate(squares[place].argsort()[:2], 1)
+        ]
+        for place in range(5)
+    }
+    assert similar_told(prepared, similar(prepared, ranker, k=2)) == expected
+
+
+def test_a_bias_of_items_is_not_what_makes_them_similar(prepared, by_vectors):
+    served = torch.cat([torch.from_numpy(VECTORS), torch.tensor([[9.0], [-9], [0], [99], [1]])], 1)
+    biased = EmbeddingRanker("planted", torch.zeros(5, 4), served, num_beside=1)
+    assert_frame_equal(similar(prepared, biased), similar(prepared, by_vectors))

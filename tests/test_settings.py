@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
 from functools import partial
+from typing import get_args
 
 import pytest
 
@@ -42,6 +43,10 @@ RANGES = [
     (settings.LossSettings, "top_k_temperature", 1e-4, 1e4),
     (settings.LossSettings, "symmetric", 0.0, 1.0),
     (settings.LossSettings, "positives", 1, 64),
+    (partial(settings.LossSettings, kind="bce"), "negative_weight", 0.0, 1e6),
+    (partial(settings.LossSettings, kind="triplet"), "margin", 0.0, 100.0),
+    (partial(settings.LossSettings, kind="alignment_uniformity"), "uniformity_weight", 0.0, 1e4),
+    (settings.ModelSettings, "popularity_bias", -100.0, 100.0),
     (settings.NegativesSettings, "uniform", 0, 1 << 24),
     (settings.ViewSettings, "weight", 1e-6, 1e3),
     (settings.ViewSettings, "temperature", 1e-4, 1e4),
@@ -157,12 +162,12 @@ def test_mining_that_cannot_find_enough_is_refused():
 
 
 def test_mined_negatives_and_a_full_softmax_clash():
-    negatives = settings.NegativesSettings(mined=settings.MinedSettings())
-    clash = settings.clash_of(settings.LossSettings(kind="full_softmax"), negatives)
+    mined = settings.NegativesSettings(mined=settings.MinedSettings())
+    full = settings.LossSettings(kind="full_softmax")
+    (clash,) = settings.contradictions(full, mined, "cosine")
     assert "scores every item" in clash
-    assert settings.clash_of(settings.LossSettings(), negatives) is None
-    plain = settings.NegativesSettings()
-    assert settings.clash_of(settings.LossSettings(kind="full_softmax"), plain) is None
+    assert settings.contradictions(settings.LossSettings(), mined, "cosine") == []
+    assert settings.contradictions(full, settings.NegativesSettings(), "cosine") == []
 
 
 @pytest.mark.parametrize(
@@ -200,6 +205,55 @@ def test_a_bound_follows_from_plain_losses_only(options):
     assert not settings.LossSettings(**options).is_plain
     for kind in ("infonce", "full_softmax"):
         assert settings.LossSettings(kind=kind, positives=3, log_q_strength=0.2).is_plain
+
+
+# A value other than the default, and the kinds that read it.
+READ_BY = [
+    ("temperature", 0.2, ("infonce", "full_softmax", "bpr", "bce")),
+    ("initial_temperature", 0.3, ("infonce", "full_softmax", "bpr", "bce")),
+    ("min_temperature", 0.01, ("infonce", "full_softmax", "bpr", "bce")),
+    ("max_temperature", 2.0, ("infonce", "full_softmax", "bpr", "bce")),
+    ("second_temperature", 1.2, ("infonce", "full_softmax")),
+    ("log_q", "classic", ("infonce",)),
+    ("decoupled", True, ("infonce", "full_softmax")),
+    ("hardness", 0.3, ("infonce", "full_softmax")),
+    ("top_k", 7, ("infonce", "full_softmax")),
+    ("top_k_temperature", 0.5, ("infonce", "full_softmax")),
+    ("symmetric", 0.5, ("infonce", "full_softmax")),
+    ("positives", 2, ("infonce", "full_softmax")),
+    ("negative_weight", 2.0, ("bce", "ccl")),
+    ("margin", 0.4, ("ccl", "margin", "triplet")),
+    ("mining", "hardest", ("triplet",)),
+    ("uniformity_weight", 0.4, ("alignment_uniformity",)),
+]
+KINDS = get_args(settings.LossKind)
+
+
+@pytest.mark.parametrize(("name", "value", "kinds"), READ_BY)
+def test_a_key_that_a_kind_would_not_read_is_refused(name, value, kinds):
+    for kind in KINDS:
+        if kind in kinds:
+            assert getattr(settings.LossSettings(kind=kind, **{name: value}), name) == value
+            continue
+        with pytest.raises(ValueError, match=f"{name} = {value!r} does nothing with kind") as told:
+            settings.LossSettings(kind=kind, **{name: value})
+        assert all(repr(other) in str(told.value) for other in kinds)
+
+
+def test_what_has_no_negatives_reads_neither_their_correction_nor_their_mask():
+    for options in ({"log_q_strength": 0.5}, {"mask_known_positives": False}):
+        settings.LossSettings(kind="triplet", **options)
+        with pytest.raises(ValueError, match="does nothing with kind = 'alignment_uniformity'"):
+            settings.LossSettings(kind="alignment_uniformity", **options)
+
+
+def test_margins_within_which_no_negative_lies():
+    with pytest.raises(ValueError, match=r"below 1 with kind = 'ccl', found 1\.0"):
+        settings.LossSettings(kind="ccl", margin=1.0)
+    with pytest.raises(ValueError, match="above 0 with kind = 'margin'"):
+        settings.LossSettings(kind="margin", margin=0.0)
+    settings.LossSettings(kind="ccl", margin=0.99)
+    settings.LossSettings(kind="triplet", margin=0.0)
 
 
 def test_lists_are_checked_value_by_value():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from recclr.building import build_model
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
 from recclr.errors import ConfigError
 from recclr.settings import (
@@ -13,7 +14,6 @@ from recclr.settings import (
     TowerSettings,
 )
 from recclr.spectral import spectral_factors, start_from_spectral
-from recclr.towers import build_model
 
 
 def two_groups(num_spare=2):
@@ -45,7 +45,7 @@ def tables(model):
     return [tower.parts[0].table.weight.detach().clone() for tower in towers]
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
 def test_a_model_that_starts_there_knows_the_groups_before_its_first_step(similarity):
     prepared = two_groups()
     model = model_of(prepared, similarity, dim=2)  # one direction for each group

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import recclr.towers as towers_module
+from recclr.building import build_model
 from recclr.data.log import (
     CategoricalColumn,
     Csr,
@@ -30,7 +31,7 @@ from recclr.settings import (
     TrainSettings,
 )
 from recclr.statistics import DAY_S
-from recclr.towers import ResidualBlock, Tower, TwoTower, build_model
+from recclr.towers import ResidualBlock, Tower, TwoTower
 from recclr.train import fit
 
 NUM_USERS, NUM_ITEMS, DIM = 7, 11, 5

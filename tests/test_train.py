@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from recclr import files
+from recclr.building import build_model
 from recclr.checkpoint import find_checkpoint, load_checkpoint
 from recclr.data.log import CategoricalColumn, DenseColumn, EncodedLog, FeatureTable, Prepared
 from recclr.errors import (
@@ -32,7 +33,7 @@ from recclr.settings import (
 )
 from recclr.statistics import DAY_S
 from recclr.stepping import needs_time_cells
-from recclr.towers import TwoTower, build_model
+from recclr.towers import TwoTower
 from recclr.train import fit
 
 pytestmark = pytest.mark.usefixtures("no_power_cut")

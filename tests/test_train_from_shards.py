@@ -8,6 +8,7 @@ import torch
 
 import recclr.data.grouping as grouping
 import recclr.windows as windows
+from recclr.building import build_model
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
 from recclr.data.shards import open_shards, write_shards
 from recclr.errors import InterruptedTraining
@@ -25,7 +26,6 @@ from recclr.settings import (
 )
 from recclr.statistics import DAY_S
 from recclr.stepping import needs_time_cells
-from recclr.towers import build_model
 from recclr.train import fit
 
 pytestmark = pytest.mark.usefixtures("no_power_cut")

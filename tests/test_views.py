@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from scipy.stats import binom
 
 from recclr.batches import Batch
+from recclr.building import build_model
 from recclr.data.log import DenseColumn, EncodedLog, FeatureTable, Prepared
 from recclr.keeping import load_weights
 from recclr.ntxent import nt_xent
@@ -27,7 +28,6 @@ from recclr.settings import (
     ViewSettings,
 )
 from recclr.stepping import Stepper
-from recclr.towers import build_model
 from recclr.train import fit
 from recclr.views import EntityDraws
 

@@ -10,9 +10,10 @@ import torch
 from bench import data, machine, memory
 from bench.floors import training_work
 from bench.timing import repeated
+from recclr.building import build_model
 from recclr.settings import LossSettings, ModelSettings, NegativesSettings, TrainSettings
 from recclr.stepping import Stepper
-from recclr.towers import TwoTower, build_model
+from recclr.towers import TwoTower
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:

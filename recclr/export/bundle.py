@@ -17,10 +17,11 @@ from torch import Tensor
 from recclr.data.ids import canonical_ids
 from recclr.data.vocabulary import Vocabulary
 from recclr.errors import ConfigError, DataError, DivergedError, ShapeError
+from recclr.similarity import LIFTED, as_candidates, as_queries
 from recclr.topk import top_k
 
 METRIC = "dot"
-SIMILARITIES = ("cosine", "dot")
+SIMILARITIES = tuple(LIFTED)
 GOLDEN_QUERIES = 100
 GOLDEN_K = 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -69,12 +70,15 @@ class GoldenQueries:
 class EmbeddingBundle:
     """Embeddings ready to be shipped; made by ``build_bundle``, which checks them.
 
-    Served by dot product always: under cosine the vectors have unit length, so it is the same.
+    Served by dot product always, which every store has: under cosine the vectors have unit length,
+    so it is the same; under Euclidean similarity they are lifted by two coordinates (``similarity``
+    says how, and how to have the plain ones), so that it is minus the squared distance.
 
     Attributes:
         name: what the embeddings are called in a store.
         version: hash of similarity, ids and vectors, hex.
-        similarity: of the towers, "cosine" or "dot".
+        similarity: what the scores are, "cosine", "dot" or "euclidean"; "dot" where a bias of items
+            is one of the coordinates.
         item_ids: [V] raw ids in their own type. item_vectors: float32 [V, D].
         user_ids: [U]; may be empty. user_vectors: float32 [U, D].
         unknown_user_vector: float32 [D], for everyone else.
@@ -121,12 +125,12 @@ def build_bundle(
         item_ids, user_ids: integers or strings, distinct, none null.
         item_vectors, user_vectors, unknown_user_vector: floats [V, D], [U, D], [D] on any device;
             V is at least 1. A user's vector may be all zeros (nothing is known), an item's not.
-        similarity: "cosine" demands unit length.
+        similarity: "cosine" demands unit length, "euclidean" lifted vectors.
 
     Raises:
         ConfigError: the name or the similarity. ShapeError: shapes do not fit.
         DataError: ids are null, repeated, or neither integers nor strings.
-        DivergedError: a vector is not finite, not of unit length, or an item's is zero.
+        DivergedError: a vector is not finite, not of unit length, not lifted, or an item's is zero.
     """
     require_name(name)
     if similarity not in SIMILARITIES:
@@ -231,6 +235,19 @@ def _check_vectors(
     if similarity == "cosine":
         wrong = ((norms - 1).abs() > _UNIT_TOLERANCE) & (norms > 0)
         _refuse(wrong, ids, side, "not of unit length, which similarity 'cosine' promises")
+    if similarity == "euclidean":
+        wrong = _unlifted(vectors, side)
+        _refuse(wrong, ids, side, "not lifted, as similarity 'euclidean' needs them to be")
+
+
+def _unlifted(vectors: Tensor, side: str) -> Tensor:
+    """Bool [n]: rows that ``similarity`` did not make of what it would have made them of."""
+    own = vectors[:, : -LIFTED["euclidean"]]
+    lifted = as_candidates(own, "euclidean") if side == "item" else as_queries(own / 2, "euclidean")
+    if lifted.shape != vectors.shape:
+        return torch.ones(len(vectors), dtype=torch.bool)
+    off = (lifted - vectors).abs().amax(1)
+    return ~(off <= _UNIT_TOLERANCE * vectors.abs().amax(1))
 
 
 def _refuse(wrong: Tensor, ids: pl.Series, side: str, what: str) -> None:

@@ -8,7 +8,14 @@ from recclr.settings.augment import AugmentSettings
 from recclr.settings.data import ColumnSettings, DataSettings, SplitSettings
 from recclr.settings.judging import METRIC_NAMES, EvaluateSettings
 from recclr.settings.mining import ExplicitSettings, MinedSettings, MiningSettings
-from recclr.settings.objective import LossSettings, NegativesSettings, PopularitySettings, clash_of
+from recclr.settings.objective import (
+    WITH_TEMPERATURE,
+    LossKind,
+    LossSettings,
+    NegativesSettings,
+    PopularitySettings,
+    contradictions,
+)
 from recclr.settings.self_supervision import SelfSupervisionSettings, ViewSettings
 from recclr.settings.towers import (
     FeatureKind,
@@ -25,6 +32,7 @@ from recclr.settings.tuning import ChoiceSettings, RangeSettings, TuneSettings
 __all__ = [
     "METRIC_NAMES",
     "SHARDED_OPTIMIZERS",
+    "WITH_TEMPERATURE",
     "AugmentSettings",
     "ChoiceSettings",
     "ColumnSettings",
@@ -35,6 +43,7 @@ __all__ = [
     "FeatureSettings",
     "HistorySettings",
     "IdSettings",
+    "LossKind",
     "LossSettings",
     "MinedSettings",
     "MiningSettings",
@@ -49,5 +58,5 @@ __all__ = [
     "TrainSettings",
     "TuneSettings",
     "ViewSettings",
-    "clash_of",
+    "contradictions",
 ]

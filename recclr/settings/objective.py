@@ -2,12 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from recclr.settings.mining import ExplicitSettings, MinedSettings
 from recclr.strict import STRICT
 from recclr.strict import require_ranges as _check
+
+LossKind = Literal[
+    "infonce",
+    "full_softmax",
+    "bpr",
+    "bce",
+    "ccl",
+    "margin",
+    "triplet",
+    "alignment_uniformity",
+]
+_SOFTMAX = ("infonce", "full_softmax")
+WITH_TEMPERATURE = (*_SOFTMAX, "bpr", "bce")
+"""Kinds whose scores are divided by the temperature."""
+_WITH_NEGATIVES = (*WITH_TEMPERATURE, "ccl", "margin", "triplet")
+# Which kinds read a key; anywhere else a value other than the default would do nothing.
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "temperature": WITH_TEMPERATURE,
+    "initial_temperature": WITH_TEMPERATURE,
+    "min_temperature": WITH_TEMPERATURE,
+    "max_temperature": WITH_TEMPERATURE,
+    "second_temperature": _SOFTMAX,
+    "log_q_strength": _WITH_NEGATIVES,
+    "mask_known_positives": _WITH_NEGATIVES,
+    "negative_weight": ("bce", "ccl"),
+    "margin": ("ccl", "margin", "triplet"),
+    "mining": ("triplet",),
+    "log_q": _SOFTMAX,
+    "decoupled": _SOFTMAX,
+    "hardness": _SOFTMAX,
+    "top_k": _SOFTMAX,
+    "top_k_temperature": _SOFTMAX,
+    "symmetric": _SOFTMAX,
+    "positives": _SOFTMAX,
+    "uniformity_weight": ("alignment_uniformity",),
+}
+# What a margin acts on must be what ranks: a cosine, or a distance.
+_SIMILARITIES = {
+    "ccl": ("cosine",),
+    "margin": ("cosine", "euclidean"),
+    "triplet": ("cosine", "euclidean"),
+    "alignment_uniformity": ("cosine",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +59,9 @@ class LossSettings:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    kind: Literal["infonce", "full_softmax"] = "infonce"
+    kind: LossKind = "infonce"
+    """A softmax over negatives (``losses``), or a sum over pairs (``pair_losses``,
+    ``alignment``)."""
     temperature: float | Literal["learned"] = "learned"
     initial_temperature: float = 0.1
     min_temperature: float = 0.02
@@ -41,6 +86,17 @@ class LossSettings:
     """Share of the item -> user direction in the loss."""
     positives: int = 1
     """Items of its user that each row learns from: its own and others of train."""
+    negative_weight: float | None = None
+    """``bce``, ``ccl``: weight of the mean over negatives beside the positive; None: 1 for ``bce``,
+    150 for ``ccl``."""
+    margin: float | None = None
+    """``ccl``: cosine from which a negative costs something, below 1. ``margin``: distance from
+    which it costs nothing. ``triplet``: by how much a negative's distance is to exceed the
+    positive's. None: 0.9, 1 and 0.2."""
+    mining: Literal["all", "semi_hard", "distance_weighted", "hardest"] = "all"
+    """``triplet``: which negatives count, and by how much; see ``pair_losses.Triplet``."""
+    uniformity_weight: float | None = None
+    """``alignment_uniformity``: weight of uniformity beside alignment; None: 1."""
 
     def __post_init__(self) -> None:
         _check(
@@ -56,10 +112,14 @@ class LossSettings:
             top_k_temperature=(1e-4, 1e4),
             symmetric=(0.0, 1.0),
             positives=(1, 64),
+            negative_weight=(0.0, 1e6),
+            margin=(0.0, 100.0),
+            uniformity_weight=(0.0, 1e4),
         )
         if self.min_temperature > self.max_temperature:
             raise ValueError("min_temperature is above max_temperature")
         self._check_softmax()
+        self._check_kind()
 
     @property
     def is_plain(self) -> bool:
@@ -93,6 +153,24 @@ class LossSettings:
             raise ValueError(
                 f"positives = {self.positives} takes other train items of a user for positives, "
                 "which must not be its negatives; set mask_known_positives = true"
+            )
+
+    def _check_kind(self) -> None:
+        for each in fields(self):
+            kinds = _READ_BY.get(each.name, (self.kind,))
+            if self.kind not in kinds and getattr(self, each.name) != each.default:
+                raise ValueError(
+                    f"{each.name} = {getattr(self, each.name)!r} does nothing with kind = "
+                    f"{self.kind!r}; it is read with {' or '.join(map(repr, kinds))}: leave it out"
+                )
+        if self.kind == "ccl" and self.margin is not None and self.margin >= 1:
+            raise ValueError(
+                f"margin must be below 1 with kind = 'ccl', found {self.margin!r}: no cosine "
+                "exceeds it, so negatives would never count"
+            )
+        if self.kind == "margin" and self.margin == 0:
+            raise ValueError(
+                "margin must be above 0 with kind = 'margin': negatives would never count"
             )
 
 
@@ -129,11 +207,31 @@ class NegativesSettings:
             raise ValueError("no source of negatives is left: set in_batch, uniform or popularity")
 
 
-def clash_of(loss: LossSettings, negatives: NegativesSettings) -> str | None:
-    """What in these two cannot go together, in words; None for nothing."""
+def contradictions(loss: LossSettings, negatives: NegativesSettings, similarity: str) -> list[str]:
+    """What of an objective does not go together, one sentence each; none where all does.
+
+    Args:
+        similarity: as in ``ModelSettings``.
+    """
+    found = []
+    allowed = _SIMILARITIES.get(loss.kind, (similarity,))
+    if loss.mining == "distance_weighted":
+        allowed = ("cosine",)
+    if similarity not in allowed:
+        mined = loss.mining == "distance_weighted" and similarity in _SIMILARITIES["triplet"]
+        what = f"mining = {loss.mining!r}" if mined else f"kind = {loss.kind!r}"
+        found.append(
+            f"loss.{what} needs model.similarity = {' or '.join(map(repr, allowed))}, "
+            f"found {similarity!r}"
+        )
+    if loss.kind not in _WITH_NEGATIVES and negatives != NegativesSettings():
+        found.append(
+            f"loss.kind = {loss.kind!r} has no negatives, so nothing would read [negatives]; leave "
+            "it out"
+        )
     if negatives.mined is not None and loss.kind == "full_softmax":
-        return (
+        found.append(
             "negatives.mined: loss.kind = 'full_softmax' scores every item for every row, to which "
             "mined negatives add nothing; leave negatives.mined out, or set loss.kind = 'infonce'"
         )
-    return None
+    return found

@@ -183,7 +183,12 @@ class ModelSettings:
     pairs: PairSettings = field(default_factory=PairSettings)
     """For ``item_item``."""
     embedding_dim: int = 64
-    similarity: Literal["cosine", "dot"] = "cosine"
+    similarity: Literal["cosine", "dot", "euclidean"] = "cosine"
+    """``euclidean``: minus the squared distance, as a dot product of two more coordinates."""
+    popularity_bias: float = 0.0
+    """Times the log of an item's share of train: added to its scores where they are served, by one
+    more coordinate, and not in training. In units of scores: after a training whose log_q was not
+    corrected, the temperature undoes that."""
     init_std: float = 1.0
     """Standard deviation of a freshly drawn embedding row, as a multiple of embedding_dim^-1/2."""
     init: Literal["random", "spectral"] = "random"
@@ -193,4 +198,9 @@ class ModelSettings:
     """Folder that `recclr pretrain-items` wrote: where the item tower's features start."""
 
     def __post_init__(self) -> None:
-        _check(self, embedding_dim=(1, 8192), init_std=(1e-6, 100.0))
+        _check(
+            self,
+            embedding_dim=(1, 8192),
+            init_std=(1e-6, 100.0),
+            popularity_bias=(-100.0, 100.0),
+        )

@@ -18,6 +18,9 @@ CASES = [
     ("rich", "infonce", "own"),
     ("rich", "family", "mixed"),
     ("timed", "both_ways", "mixed"),
+    ("rich", "bpr", "mixed"),
+    ("ids", "semi_hard", "mixed"),
+    ("rich", "spread", "none"),
 ]
 slow = pytest.mark.slow
 
@@ -56,12 +59,15 @@ def test_loss_and_every_gradient_are_those_of_one_process(
         (2, {"accumulate": 3}),
         (3, {"chunk_size": 3, "accumulate": 2}),
         (2, {"chunk_size": 3, "accumulate": 2, "loss": "family"}),
+        (2, {"chunk_size": 3, "accumulate": 2, "loss": "spread", "negatives": "none"}),
     ],
 )
 def test_chunks_and_accumulated_batches_are_those_of_one_process(
     work, spread, tmp_path, size, options
 ):
-    settings = {"towers": "rich", "loss": options.pop("loss", "infonce"), "steps": (0, 1)}
+    options = dict(options)
+    settings = {"towers": "rich", "loss": "infonce", "steps": (0, 1)}
+    settings |= {name: options.pop(name) for name in ("loss", "negatives") if name in options}
     ended = spread("gradients", size, tmp_path, **settings, **options)
     assert ended.codes == [0] * size, ended.texts
     (tmp_path / "one").mkdir()
@@ -77,6 +83,7 @@ def test_chunks_and_accumulated_batches_are_those_of_one_process(
     [(2, {}), (3, {"chunk_size": 2}), pytest.param(3, {"accumulate": 2}, marks=slow)],
 )
 def test_two_views_are_those_of_one_process(work, spread, tmp_path, size, options):
+    options = dict(options)
     settings = {"towers": "rich", "loss": "infonce", "views": {"weight": 0.5, "dropout": 0.3}}
     ended = spread("gradients", size, tmp_path, **settings, **options)
     assert ended.codes == [0] * size, ended.texts
@@ -89,9 +96,11 @@ def test_two_views_are_those_of_one_process(work, spread, tmp_path, size, option
         close(one, load_file(tmp_path / f"gradients-{rank}.safetensors"))
 
 
-@pytest.mark.parametrize("loss", ["infonce", "family"])
-def test_ranks_without_any_row_do_not_stop_the_others(work, spread, tmp_path, loss):
-    settings = {"towers": "rich", "loss": loss, "batch_size": 2}
+@pytest.mark.parametrize(
+    ("loss", "negatives"), [("infonce", "mixed"), ("family", "mixed"), ("spread", "none")]
+)
+def test_ranks_without_any_row_do_not_stop_the_others(work, spread, tmp_path, loss, negatives):
+    settings = {"towers": "rich", "loss": loss, "negatives": negatives, "batch_size": 2}
     ended = spread("gradients", 3, tmp_path, **settings)
     assert ended.codes == [0] * 3, ended.texts
     (tmp_path / "one").mkdir()

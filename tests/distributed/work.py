@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from recclr import sharded_tables
+from recclr.building import build_model
 from recclr.data.log import (
     CategoricalColumn,
     Csr,
@@ -48,7 +49,6 @@ from recclr.spectral import start_from_spectral
 from recclr.statistics import DAY_S
 from recclr.stepping import Stepper
 from recclr.topk import EmbeddingRanker
-from recclr.towers import build_model
 from recclr.train import fit
 
 NUM_USERS, NUM_ITEMS, NUM_ROWS, DIM = 11, 17, 53, 6
@@ -62,6 +62,9 @@ LOSSES = {
         log_q="classic", hardness=0.4, top_k=3, symmetric=0.3, positives=3, temperature=0.3
     ),
     "both_ways": LossSettings(symmetric=0.5, decoupled=True),
+    "bpr": LossSettings(kind="bpr", temperature="learned"),
+    "semi_hard": LossSettings(kind="triplet", margin=0.6, mining="semi_hard"),
+    "spread": LossSettings(kind="alignment_uniformity", uniformity_weight=1.3),
 }
 NEGATIVES = {
     "mixed": NegativesSettings(uniform=5, popularity=PopularitySettings(count=3, alpha=0.7)),
@@ -73,6 +76,7 @@ NEGATIVES = {
         ),
         explicit=ExplicitSettings(events=("shown",), count=2),
     ),
+    "none": NegativesSettings(),
 }
 IDS = (TowerSettings(), TowerSettings())
 # Everything that draws: dropout of ids, features, histories (of items that drop) and coordinates.

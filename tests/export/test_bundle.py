@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from recclr.errors import ConfigError, DataError, DivergedError, ShapeError
 from recclr.export import ModelFacts
+from recclr.similarity import as_candidates, as_queries
 
 BIG = 2**53 + 1
 
@@ -157,6 +158,26 @@ def test_cosine_promises_unit_length_and_dot_does_not(make_bundle, part):
     with pytest.raises(DivergedError, match="not of unit length"):
         make_bundle(**wrong)
     assert make_bundle(**wrong, similarity="dot").similarity == "dot"
+
+
+@pytest.mark.parametrize("part", ["item_vectors", "user_vectors", "unknown_user_vector"])
+def test_euclidean_promises_lifted_vectors(make_bundle, part):
+    draws = torch.Generator().manual_seed(0)
+    items = as_candidates(torch.randn(5, 4, generator=draws) * 9, "euclidean")
+    users = as_queries(torch.randn(4, 4, generator=draws), "euclidean")
+    right = {"item_vectors": items, "user_vectors": users[:3], "unknown_user_vector": users[3]}
+    assert make_bundle(**right, similarity="euclidean").similarity == "euclidean"
+    sides = (items[:4], users)
+    other = sides[0] if part != "item_vectors" else sides[1]
+    for wrong in (torch.eye(4, 6), torch.zeros(4, 6), users * 1.01, items[:4] * 0.99, other):
+        if part == "item_vectors" and not wrong.any():
+            continue
+        given = right | {part: wrong[2] if part == "unknown_user_vector" else wrong}
+        with pytest.raises(DivergedError, match="vectors are not lifted"):
+            make_bundle(**given, similarity="euclidean")
+    narrow = {name: torch.ones(3, 1) for name in ("item_vectors", "user_vectors")}
+    with pytest.raises(DivergedError, match="not lifted"):
+        make_bundle(**narrow, unknown_user_vector=torch.ones(1), similarity="euclidean")
 
 
 def test_a_score_of_what_is_accepted_is_finite(make_bundle):
