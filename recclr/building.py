@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recclr.augment import augmentation
 from recclr.data.log import (
     CategoricalColumn,
     DenseColumn,
+    EncodedLog,
     FeatureTable,
     Prepared,
     RaggedColumn,
@@ -54,9 +55,6 @@ def build_model(
     builder = _Builder(prepared, model, seed, new_table)
     item_tower = builder.tower("item", item, prepared.items)
     user_tower = builder.tower("user", user, prepared.users)
-    bias = None
-    if model.popularity_bias:
-        bias = model.popularity_bias * log_popularity(prepared.train.item_counts())
     return TwoTower(
         user_tower,
         item_tower,
@@ -64,8 +62,15 @@ def build_model(
         num_items=prepared.train.num_items,
         similarity=model.similarity,
         loss=loss,
-        item_bias=bias,
+        item_bias=served_bias(model, prepared.train),
     )
+
+
+def served_bias(model: ModelSettings, log: EncodedLog) -> Tensor | None:
+    """What is added to each item's scores where they are served, float32 [num_items], or None."""
+    if not model.popularity_bias:
+        return None
+    return model.popularity_bias * log_popularity(log.item_counts())
 
 
 def build_tower(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from recclr.building import build_tower
+from recclr.building import build_tower, served_bias
 from recclr.co_interactions import last_items
 from recclr.data.log import Prepared
 from recclr.optim import Table
@@ -29,6 +29,7 @@ class Siamese(TwoTower):
         tower: maps ``Rows`` of items to float32 [M, D].
         prepared: whose users are served.
         query_length: of how many last items a user is the mean.
+        similarity, loss, item_bias: as in ``TwoTower``.
     """
 
     offsets: Tensor
@@ -43,6 +44,7 @@ class Siamese(TwoTower):
         similarity: str,
         loss: LossSettings,
         query_length: int,
+        item_bias: Tensor | None = None,
     ) -> None:
         log = prepared.train
         super().__init__(
@@ -52,6 +54,7 @@ class Siamese(TwoTower):
             num_items=log.num_items,
             similarity=similarity,
             loss=loss,
+            item_bias=item_bias,
         )
         last = last_items(log, query_length)
         self.register_buffer("offsets", last.offsets, persistent=False)
@@ -93,4 +96,5 @@ def build_siamese(
         similarity=model.similarity,
         loss=loss,
         query_length=model.pairs.query_length,
+        item_bias=served_bias(model, prepared.train),
     )
