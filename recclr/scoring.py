@@ -4,13 +4,14 @@ Shape letters: B positives, U embedded items, C candidates, M negatives that a r
 P positives of a row, at most.
 
 With one positive and equal negatives the loss comes with its gradient in one pass
-(``kernels.total_contrastive_loss``). Hardness and several positives compose it from log-sum-exps,
-which costs a third more arithmetic for each.
+(``kernels.total_contrastive_loss``). Several positives compose it from a log-sum-exp, hardness
+from three. On one CPU core, B = 2,048, C = 3,000, D = 64: some 70 ms in one pass, 80 with three
+positives, 140 with the weights of SL@K, 160 with hardness.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -181,7 +182,11 @@ def hardened_partition(
         return plain
     some = plain > -torch.inf
     by_weight = _partition(scored, queries * hardness, bfloat16=bfloat16)
-    shift = _partition(scored, torch.zeros_like(queries)) - by_weight.where(some, 0.0)
+    # With all logits 0 this is the log of Σ ω, for which one column of zeros does.
+    flat = replace(
+        scored, candidates=scored.candidates.detach()[:, :1], items=scored.items.detach()[:, :1]
+    )
+    shift = _partition(flat, torch.zeros_like(queries[:, :1])) - by_weight.where(some, 0.0)
     return torch.where(some, plain + shift.where(some, 0.0), -torch.inf)
 
 

@@ -278,3 +278,24 @@ def test_every_key_of_the_softmax_family_reaches_the_step(options, chunk_size):
         default = LossSettings(temperature=0.4, top_k=3)
         value = objective_of(default)(model_of(default), batch_of(), 2).loss
         assert abs(float(value.detach()) - found[1]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"log_q": "classic"}, {"decoupled": True}, {"hardness": 0.5}, {"hardness": 2.0}],
+    ids=str,
+)
+def test_fixed_shapes_change_nothing(options):
+    loss, found = LossSettings(temperature=0.4, **options), []
+    for fixed in (False, True):
+        model, objective = model_of(loss), objective_of(loss, fixed_shapes=fixed)
+        objective.prepare(2)
+        value = objective(model, batch_of(weight=WEIGHT), 2).loss
+        value.backward()
+        gradients = [
+            torch.zeros_like(table.weight).index_add_(0, look.rows, look.vectors.grad)
+            for table in model.tables().values()
+            for look in table.lookups
+        ]
+        found.append((value.detach(), gradients))
+    torch.testing.assert_close(found[1], found[0])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import recclr.data.grouping as grouping
+import recclr.watching as watching
 import recclr.windows as windows
 from recclr.building import build_model
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
@@ -52,6 +53,7 @@ LOSSES = {
     "infonce": LossSettings(),
     "own_only": LossSettings(mask_known_positives=False),
     "full_softmax": LossSettings(kind="full_softmax", temperature=0.3),
+    "family": LossSettings(symmetric=0.4, positives=3, top_k=3, hardness=0.3, log_q="classic"),
 }
 
 
@@ -103,6 +105,8 @@ def mapped(tmp_path, monkeypatch):
     """The log from files, with many windows and many passes."""
     monkeypatch.setattr(windows, "_LEAST_ROWS", 30)
     monkeypatch.setattr(grouping, "_ROWS", 25)
+    # Every step is told of, however long it took.
+    monkeypatch.setattr(watching, "_LOG_EVERY_S", 0.0)
 
     def make(*, timed=True):
         write_shards(tmp_path / "shards", log(timed=timed).stretches(50))
@@ -119,6 +123,8 @@ CASES = [
     ("history", "infonce", True),
     ("cells", "infonce", True),
     ("cells", "full_softmax", True),
+    ("cells", "family", True),
+    ("history", "family", False),
 ]
 
 
