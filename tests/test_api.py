@@ -200,3 +200,21 @@ def test_names_of_the_package():
     assert recclr.read is recclr.data.interactions.read
     with pytest.raises(AttributeError, match="'TwoTowers'"):
         recclr.TwoTowers  # noqa: B018
+
+
+def test_what_users_refused_comes_with_a_log_in_memory(paths):
+    events = pl.read_parquet(paths["events"])
+    kind = pl.when(pl.int_range(pl.len()) % 4 == 0).then(pl.lit("hide")).otherwise(pl.lit("buy"))
+    settings = {"columns": {"event": "kind"}, "event_weights": {"buy": 1.0}}
+    frame = events.with_columns(kind=kind)
+    log = recclr.read(frame, explicit=["hide"], **settings)
+    explicit = QUICK | {"negatives": {"uniform": 32, "explicit": {"events": ["hide"]}}}
+    found = [
+        recclr.TwoTower.fit(log, config=config, device="cpu", progress=False)
+        for config in (QUICK, explicit)
+    ]
+    assert found[1].prepared.counts["explicit_pairs"] > 50
+    assert not found[0].ranker.item_vectors.equal(found[1].ranker.item_vectors)
+    without = recclr.read(frame, **settings)
+    with pytest.raises(ConfigError, match=r"recclr\.read\(\.\.\., explicit="):
+        recclr.TwoTower.fit(without, config=explicit, device="cpu", progress=False)
