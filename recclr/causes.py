@@ -18,12 +18,14 @@ _SAME_NORMS = 0.1
 # Share of the squared singular values in one direction.
 _ONE_DIRECTION = 0.98
 # Effective rank as a share of what it could be, and the least dimension that is looked at.
-_LOW_RANK, _FEW_DIMENSIONS = 0.15, 8
+_LOW_RANK, _FEW_DIMENSIONS = 0.1, 8
 # Slots that the most recommended items take, what two users' lists share, and rows that as many
 # most taken items have at most: where few items are new or wanted, lists are rightly alike.
 _CONCENTRATED, _ALIKE, _SPREAD_DEMAND = 0.9, 0.75, 0.6
-# A learned temperature within this factor of a bound stands at it, for so many evaluations.
-_AT_BOUND, _EVALUATIONS = 1.001, 3
+# A learned temperature within this factor of a bound stands at it.
+_AT_BOUND = 1.001
+# Evaluations in a row that have to show a cause while the training lasts.
+_EVALUATIONS = 3
 
 
 @dataclass(frozen=True)
@@ -46,24 +48,30 @@ def causes(history: Sequence[Figures], *, final: bool = False) -> list[Cause]:
     low rank of its own, which are then not named as well.
 
     Args:
-        history: figures of each evaluation in order, the last of which is judged. May be empty.
-        final: the training is over, so that a temperature need not have stood at its bound for
-            several evaluations.
+        history: figures of each evaluation in order. A cause is named when each of the last three
+            shows it: popularity is learned first, so that in the beginning lists are alike and
+            vectors are near each other in a healthy training as well. May be empty.
+        final: the training is over, and its last figures speak for themselves.
     """
-    if not history:
+    last = history[-1:] if final else history[-_EVALUATIONS:]
+    if len(last) < (1 if final else _EVALUATIONS):
         return []
+    *before, found = [_named(figures) for figures in last]
+    names = [{cause.name for cause in earlier} for earlier in before]
+    return [cause for cause in found if all(cause.name in earlier for earlier in names)]
+
+
+def _named(figures: Figures) -> list[Cause]:
+    """Every rule on the figures of one evaluation."""
     found: list[Cause] = []
-    figures, collapsed = history[-1], set[str]()
+    collapsed = False
     for side in ("user", "item"):
         named = _constant(side, figures) or _one_direction(side, figures)
-        if named is not None:
-            found.append(named)
-            collapsed.add(side)
-        else:
-            found += _spoken(_low_rank(side, figures))
+        collapsed |= named is not None
+        found += _spoken(named or _low_rank(side, figures))
     if not collapsed:
         found += _spoken(_concentrated(figures))
-    return found + _spoken(_saturated(history, final=final))
+    return found + _spoken(_saturated(figures))
 
 
 def _spoken(cause: Cause | None) -> list[Cause]:
@@ -145,28 +153,25 @@ def _concentrated(figures: Figures) -> Cause | None:
     )
 
 
-def _saturated(history: Sequence[Figures], *, final: bool) -> Cause | None:
-    last = history[-1:] if final else history[-_EVALUATIONS:]
-    if not all(_known(figures, "temperature_low") for figures in last):
+def _saturated(figures: Figures) -> Cause | None:
+    if not _known(figures, "temperature_low"):
         return None
-    low, high, value = (last[-1][f"temperature{name}"] for name in ("_low", "_high", ""))
-    if (len(last) < _EVALUATIONS and not final) or high <= low * _AT_BOUND**2:
+    low, high, value = (figures[f"temperature{name}"] for name in ("_low", "_high", ""))
+    if high <= low * _AT_BOUND**2:
         return None
-    values = [figures["temperature"] for figures in last]
-    since = "" if final else f" for {len(last)} evaluations"
-    if all(v <= low * _AT_BOUND for v in values):
+    if value <= low * _AT_BOUND:
         return Cause(
             "temperature_at_lower_bound",
-            f"the learned temperature stands at its lower bound, {value:.3g}{since}: the loss asks "
-            "for sharper distinctions than it may make, as when it learns train rows by heart",
+            f"the learned temperature stands at its lower bound, {value:.3g}: the loss asks for "
+            "sharper distinctions than it may make, as when it learns train rows by heart",
             "if recall on validation still rises, lower loss.min_temperature; if not, set "
             "loss.temperature to a number such as 0.1, or use more negatives and dropout",
         )
-    if all(v * _AT_BOUND >= high for v in values):
+    if value * _AT_BOUND >= high:
         return Cause(
             "temperature_at_upper_bound",
-            f"the learned temperature stands at its upper bound, {value:.3g}{since}: the scores "
-            "are too far apart for the loss, or too many rows are noise",
+            f"the learned temperature stands at its upper bound, {value:.3g}: the scores are too "
+            "far apart for the loss, or too many rows are noise",
             "raise loss.max_temperature (under dot product scores have no bound), lower the "
             "learning rates, or look at what the rows are",
         )
