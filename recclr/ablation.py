@@ -113,8 +113,8 @@ def _rows(config: Config, parts: Sequence[Part]) -> list[Part]:
     for row in rows[1:]:
         if row.apply(config) == config:
             raise ConfigError(
-                f"part {row.name!r} changes nothing: the configuration has these values already, or "
-                "no such key to leave out"
+                f"part {row.name!r} changes nothing: the configuration has these values already, "
+                "or no such key to leave out"
             )
     if len(rows) == 1:
         raise ConfigError("nothing of the configuration can be switched off; give --part")
