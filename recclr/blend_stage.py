@@ -141,7 +141,8 @@ def _parts(
     found = [Vectors(ranker.user_vectors, ranker.item_vectors)]
     if config.blend.spectral:
         dim, log = config.blend.spectral, prepared.tensors.train
-        users, items = spectral_factors(log, dim=dim, seed=config.seed)
+        power = config.blend.spectral_item_power
+        users, items = spectral_factors(log, dim=dim, item_power=power, seed=config.seed)
         found.append(Vectors(pad(users, (0, 0, 0, 1)), items))
     for run in config.blend.runs:
         found.append(_of_run(Path(run), prepared, of_selection=of_selection))

@@ -20,7 +20,8 @@ def blended(recclr, small_config, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "blended"
     done = recclr(
         *("train", "--config", small_config, "--out", out, "--device", "cpu"),
-        *("--set", "blend.spectral=5", "--set", WEIGHTS),
+        *("--set", "blend.spectral=5", "--set", "blend.spectral_item_power=0.4"),
+        *("--set", WEIGHTS),
     )
     assert done.code == 0, done.err
     return out
@@ -47,7 +48,7 @@ def test_what_is_served_is_the_refitted_model_beside_the_refitted_solution(blend
     config, prepared, ranker = load_ranker(blended)
     _, _, model = load_run(blended)
     own = ranker_of(model, prepared.tensors.cutoff)
-    users, items = spectral_factors(prepared.tensors.train, dim=5, seed=config.seed)
+    users, items = spectral_factors(prepared.tensors.train, dim=5, item_power=0.4, seed=config.seed)
     users = torch.cat([users, torch.zeros(1, 5)])
     pair = [Vectors(own.user_vectors, own.item_vectors), Vectors(users, items)]
     (weight,) = facts_of(blended)["weights"]

@@ -20,16 +20,19 @@ class BlendSettings:
 
     spectral: int = 0
     """Dimensions of the spectral solution of the log beside the model; 0 for none."""
+    spectral_item_power: float = 0.25
+    """By which power of their popularity the items of that solution are scaled: 0.5 ranks by
+    popularity as the log does, 0 by taste alone."""
     runs: tuple[str, ...] = ()
     """Folders of finished runs on the same data and split, whose models stand beside this one."""
-    weights: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5)
+    weights: tuple[float, ...] = (0.0, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
     """Weights that are tried for each of them, where the model has 1 and all have scores of equal
     spread."""
     compress: int | None = None
     """Dimensions that the whole is brought back to; None keeps all of them."""
 
     def __post_init__(self) -> None:
-        _check(self, spectral=(0, 8192), compress=(1, 8192))
+        _check(self, spectral=(0, 8192), spectral_item_power=(-2.0, 2.0), compress=(1, 8192))
         if not self.weights or any(not (math.isfinite(w) and w >= 0) for w in self.weights):
             raise ValueError(f"weights must be at least 0, found {list(self.weights)}")
         if self.compress is not None and not self.parts:
