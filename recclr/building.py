@@ -21,11 +21,13 @@ from recclr.history import HistoryPart
 from recclr.optim import Table
 from recclr.order import generator as keyed_generator
 from recclr.parts import BagPart, CategoryPart, DensePart, IdPart, StatisticsPart
+from recclr.propagation import PropagationPart
 from recclr.settings import (
     FeatureSettings,
     HistorySettings,
     LossSettings,
     ModelSettings,
+    PropagationSettings,
     TowerSettings,
 )
 from recclr.sharded_tables import NewTable
@@ -99,6 +101,8 @@ class _Builder:
         self.generator = keyed_generator("cpu", seed, 0x7AB1E)
         self.shared: dict[str, Table] = {}
         self.indexes: dict[str, TimeIndex] = {}
+        self.id_tables: dict[str, Table] = {}
+        self.num_rows = {"user": prepared.users.num_rows, "item": prepared.items.num_rows}
         self.item_parts: dict[str, nn.Module] = {}
 
     def table(self, num_rows: int, shared: str | None = None) -> Table:
@@ -127,7 +131,7 @@ class _Builder:
             torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=self.generator)))
             parts: dict[str, nn.Module] = {}
             if settings.id.enabled:
-                parts["id"] = self.id_part(side, settings, features.num_rows)
+                parts["id"] = self.id_part(side, settings)
             for name, feature in settings.features.items():
                 parts[f"features.{name}"] = self.feature_part(side, name, feature, features)
             if settings.history is not None:
@@ -135,7 +139,9 @@ class _Builder:
                     raise ConfigError("item.history: only users have a history")
                 parts["history"] = self.history_part(settings.history)
             if side == "item":
-                self.item_parts = parts
+                self.item_parts = dict(parts)
+            if settings.id.propagation is not None:
+                parts["propagation"] = self.propagation_part(side, settings.id.propagation)
             known = {f"features.{name}": column for name, column in features.columns.items()}
             columns = [known.get(name) for name in parts]
             return Tower(
@@ -146,10 +152,10 @@ class _Builder:
                 augment=augmentation(settings.augment, [*parts], columns),
             )
 
-    def id_part(self, side: str, settings: TowerSettings, num_rows: int) -> IdPart:
+    def id_part(self, side: str, settings: TowerSettings) -> IdPart:
         counts = self.log.user_counts() if side == "user" else self.log.item_counts()
         first_seen = self.index(side).first_seen if settings.id.as_of else None
-        table = self.table(num_rows + 1)
+        table = self.id_table(side)
         # The id is the first part.
         hideable = any(0 in unit for unit in settings.augment.units(settings.part_names()))
         return IdPart(
@@ -158,6 +164,25 @@ class _Builder:
             dropout=settings.id.dropout,
             first_seen=first_seen,
             hideable=hideable,
+        )
+
+    def id_table(self, side: str) -> Table:
+        """Of a tower, made when it is first asked for; the other one may add up its rows."""
+        if side not in self.id_tables:
+            self.id_tables[side] = self.table(self.num_rows[side] + 1)
+        return self.id_tables[side]
+
+    def propagation_part(self, side: str, settings: PropagationSettings) -> PropagationPart:
+        """The graph is that of all train, whatever the moment a row is seen at."""
+        items, users = self.log.known_pairs()
+        own, others = (items, users) if side == "user" else (users, items)
+        other = "item" if side == "user" else "user"
+        return PropagationPart(
+            self.id_table(other),
+            own,
+            others.lengths(),
+            weight=settings.weight,
+            most=settings.max_neighbours,
         )
 
     def history_part(self, history: HistorySettings) -> HistoryPart:

@@ -288,6 +288,11 @@ def _cross_check(config: Config, source: str) -> None:
         )
     if config.model.init_from is not None and not config.item.features:
         problems.append("model.init_from: starts item.features, and there are none")
+    if config.model.mode == "item_item" and config.item.id.propagation is not None:
+        problems.append(
+            'item.id.propagation: adds up ids of users, and model.mode = "item_item" has none; '
+            "leave it out"
+        )
     if config.train.time_cells is False and needing["item"]:
         problems.append(
             f"train.time_cells: {needing['item'][0]} needs time cells; leave the key out"

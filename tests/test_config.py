@@ -350,7 +350,7 @@ def test_an_unknown_key_gets_the_closest_name(sections, key, meant):
 
 def test_an_unknown_key_unlike_any_other_gets_the_list():
     line = problem(user={"id": {"zzzzzz": 1}})
-    assert line == "user.id.zzzzzz: unknown key; known here: as_of, dropout, enabled"
+    assert line == "user.id.zzzzzz: unknown key; known here: as_of, dropout, enabled, propagation"
 
 
 def sections_of(hint):

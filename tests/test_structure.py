@@ -37,6 +37,7 @@ FLOORS = {
         "ragged",
         "parts",
         "history",
+        "propagation",
         "towers",
         "losses",
         "co_interactions",

@@ -54,7 +54,9 @@ def wanted_groups(
 ) -> set[str]:
     """What training with these settings asks of the log by entity, of ``grouping.GROUPS``."""
     asked = {
-        "known": loss.mask_known_positives or negatives.mined is not None,
+        "known": loss.mask_known_positives
+        or negatives.mined is not None
+        or any(tower.id.propagation is not None for tower in (user, item)),
         "user_items": user.history is not None,
         "user_times": log.timestamp is not None and (user.history is not None or _in_time(user)),
         "item_times": log.timestamp is not None and _in_time(item),

@@ -24,6 +24,7 @@ from recclr.settings.towers import (
     IdSettings,
     ModelSettings,
     PairSettings,
+    PropagationSettings,
     TowerSettings,
 )
 from recclr.settings.training import SHARDED_OPTIMIZERS, TrainSettings
@@ -51,6 +52,7 @@ __all__ = [
     "NegativesSettings",
     "PairSettings",
     "PopularitySettings",
+    "PropagationSettings",
     "RangeSettings",
     "SelfSupervisionSettings",
     "SplitSettings",

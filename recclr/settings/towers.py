@@ -65,6 +65,21 @@ class FeatureSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PropagationSettings:
+    """An id together with those it stands beside in train: a user's items, an item's users."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    weight: float = 1.0
+    """Of the sum beside the id itself."""
+    max_neighbours: int = 100
+    """So many that training adds up for a row, drawn anew in each step; all count when served."""
+
+    def __post_init__(self) -> None:
+        _check(self, weight=(1e-6, 1e3), max_neighbours=(1, 1 << 20))
+
+
+@dataclass(frozen=True, kw_only=True)
 class IdSettings:
     """The id embedding of a tower."""
 
@@ -77,9 +92,13 @@ class IdSettings:
     as_of: bool = False
     """Use an item's id only where the item had been seen before the moment of the event, so that
     new items look in training as they will at evaluation. Needs timestamps."""
+    propagation: PropagationSettings | None = None
+    """One step of light graph convolution over train, of the ids of the other side."""
 
     def __post_init__(self) -> None:
         _check(self, dropout=(0.0, 0.95))
+        if self.propagation is not None and not self.enabled:
+            raise ValueError("propagation adds to an id, which is not enabled; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +157,14 @@ class TowerSettings:
             raise ValueError(f"mlp widths must be between 1 and 65536, found {list(self.mlp)}")
 
     def part_names(self) -> tuple[str, ...]:
-        """What the tower adds up, in order: "id", "features.<name>", "history"."""
+        """What the tower adds up, in order: "id", "features.<name>", "history",
+        "propagation".
+        """
         return (
             *(("id",) if self.id.enabled else ()),
             *(f"features.{name}" for name in self.features),
             *(("history",) if self.history is not None else ()),
+            *(("propagation",) if self.id.propagation is not None else ()),
         )
 
 
