@@ -174,6 +174,14 @@ def test_a_training_goes_on_wherever_its_rows_are(mapped, tmp_path, towers, firs
     assert same(weights, train(places["memory"], towers=towers)[0])
 
 
+def test_all_that_the_softmax_family_draws_goes_on_too(mapped, tmp_path):
+    options = {"towers": "cells", "loss": "family"}
+    train(mapped(), checkpoints=tmp_path / "checkpoints", num_steps=16, **options)
+    rows = log(timed=True)
+    weights, _ = train(rows, checkpoints=tmp_path / "checkpoints", resume=True, **options)
+    assert same(weights, train(rows, **options)[0])
+
+
 @pytest.mark.parametrize("towers", ["ids", "cells"])
 def test_a_training_that_is_stopped_leaves_no_thread(mapped, tmp_path, towers):
     rows, before, asked = mapped(), threading.active_count(), []
