@@ -181,3 +181,29 @@ def test_a_curve_without_baselines_or_intervals(small_config, tmp_path):
     assert set(point["rankers"]) == {"model"}
     assert set(point["rankers"]["model"]) == {"value"}
     assert "<circle" in (tmp_path / "c" / "curve.html").read_text()
+
+
+def test_a_share_is_evaluated_again_as_it_was_judged(recclr, begun, small_config, tmp_path):
+    folder = begun[0] / "share-0.5"
+    again = recclr("evaluate", folder, "--split", "valid", "--ks", "5,10", "--json")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert json.loads(again.out)["metrics"] == metrics["valid"]["model"]
+    out = tmp_path / "refitted"
+    done = recclr(
+        *("train", "--config", small_config, "--out", out, "--device", "cpu"),
+        *("--set", "split.train_share=0.3", "--set", "train.epochs=1"),
+        *("--set", "baselines.names=[]"),
+    )
+    assert done.code == 0, done.err
+    metrics = json.loads((out / "metrics.json").read_text())
+    again = json.loads(recclr("evaluate", out, "--json").out)
+    assert again["metrics"] == metrics["test"]["model"]
+    # What is ranked, and left out as had, is that of all rows.
+    assert metrics["counts"]["test"]["all"]["candidates"] == 70
+    whole = recclr(
+        *("train", "--config", small_config, "--out", tmp_path / "whole", "--device", "cpu"),
+        *("--set", "train.epochs=1", "--set", "baselines.names=[]"),
+    )
+    assert whole.code == 0, whole.err
+    counts = json.loads((tmp_path / "whole" / "metrics.json").read_text())["counts"]
+    assert counts["test"]["all"] == metrics["counts"]["test"]["all"]
