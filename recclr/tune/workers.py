@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -59,18 +58,19 @@ class Workers:
     """As many processes as were asked for, kept until the block ends.
 
     Args:
-        out: folder with what ``worker`` reads. stop: whether a signal asked to end.
+        out: folder with what ``worker`` reads. threads: of each. stop: whether a signal asked to
+            end.
     """
 
-    def __init__(self, out: Path, processes: int, device: str, stop: Callable[[], bool]) -> None:
-        self.out, self.processes, self.device, self.stop = out, processes, device, stop
-        self.stack = ExitStack()
+    def __init__(
+        self, out: Path, processes: int, device: str, threads: int, stop: Callable[[], bool]
+    ) -> None:
+        self.out, self.processes, self.device = out, processes, device
+        self.threads, self.stop = threads, stop
         self.running: dict[int, subprocess.Popen[str]] = {}
 
     def __enter__(self) -> Workers:
-        wait_for_orphans(self.out)
-        threads = str(max(1, (os.cpu_count() or 1) // self.processes))
-        environment = {"OMP_NUM_THREADS": threads} | dict(os.environ)
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         command = [sys.executable, "-m", "recclr.tune.worker", str(self.out), self.device]
         for number in range(self.processes):
             self.running[number] = subprocess.Popen(
