@@ -15,12 +15,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from recclr.errors import ConfigError, InterruptedTraining, PeerError
+from recclr.errors import ConfigError, InterruptedTraining, PeerError, RankError, RecclrError
 from recclr.tune.bench import Bench, Job
 
 WORKERS_LOCK = ".workers.lock"
@@ -94,7 +95,9 @@ class Workers:
             if error is not None:
                 process.terminate()
             assert process.stdin is not None
-            process.stdin.close()
+            # One that was killed has not read its last line.
+            with suppress(BrokenPipeError):
+                process.stdin.close()
         for process in self.running.values():
             process.wait()
             assert process.stdout is not None
@@ -105,7 +108,7 @@ class Workers:
 
         Raises:
             InterruptedTraining: a signal asked to end; the workers end after their steps.
-            PeerError: a worker failed, and has said why.
+            PeerError: a worker failed, and has said why. RankError: it was killed.
         """
         waiting, busy = list(jobs), dict[int, Job]()
         with selectors.DefaultSelector() as selector:
@@ -136,14 +139,14 @@ class Workers:
             raise self._failed(number) from None
         busy[number] = job
 
-    def _failed(self, number: int) -> PeerError:
+    def _failed(self, number: int) -> RecclrError:
         code = self.running[number].wait()
-        if code < 0:
-            sys.stderr.write(
-                f"error: a worker was ended by signal {-code} (out of memory?); the same command "
-                "with --resume goes on, with fewer --processes if memory is short\n"
-            )
-        return PeerError("a worker failed", exit_code=code if code > 0 else 1)
+        if code > 0:
+            return PeerError("a worker failed, and has said why", exit_code=code)
+        return RankError(
+            f"a worker was ended by signal {-code} (out of memory?); the same command with "
+            "--resume goes on, with fewer --processes if memory is short"
+        )
 
 
 def hold_as_worker(out: Path) -> Any:
