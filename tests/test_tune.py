@@ -264,33 +264,47 @@ def test_killed_it_finds_the_same(searched, command, tmp_path, fault):
     assert result(out) == result(searched[0])
 
 
-@pytest.mark.slow
-def test_processes_make_rounds_and_any_number_of_them_ends_a_round(command, tmp_path):
-    whole = tmp_path / "whole"
-    done = run(command(whole, "--processes", 2))
+@pytest.fixture(scope="module")
+def searched_by_two(command, tmp_path_factory):
+    """A finished search of two processes."""
+    out = tmp_path_factory.mktemp("searches") / "by_two"
+    done = run(command(out, "--processes", 2))
     assert done.returncode == 0, done.stderr
-    assert json.loads((whole / "declared.json").read_text())["round_size"] == 2
-    # The fault is that of each process: workers die in their second trial, then this one ends.
+    assert "Warning" not in done.stderr
+    return out
+
+
+@pytest.mark.slow
+def test_a_round_ends_the_same_whoever_ends_it(searched_by_two, command, tmp_path):
+    declared = json.loads((searched_by_two / "declared.json").read_text())
+    assert declared["round_size"] == 2
+    # The fault is that of each process: a worker dies in its second trial, then this one ends.
     out = tmp_path / "search"
     killed = run(command(out, "--processes", 2), "train.step:9:kill")
-    assert killed.returncode == 1, killed.stderr
+    assert killed.returncode == 75, killed.stderr
     assert "a worker was ended by signal 9" in killed.stderr
-    assert (out / "trials").exists()
     resumed = run(command(out, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
-    assert result(out) == result(whole)
+    assert result(out) == result(searched_by_two)
 
 
 @pytest.mark.slow
-def test_a_signal_ends_all_processes(command, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_workers_end_with_the_one_that_started_them(
+    searched_by_two, command, tmp_path, number, code
+):
     out = tmp_path / "search"
     program = [sys.executable, "-m", "recclr", *map(str, command(out, "--processes", 2))]
     process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if "1 of 7" in line:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
             break
-    process.stderr.read()
-    assert process.wait() == 75
+    assert process.wait() == code
+    process.stderr.close()
+    # Waits for workers that have not noticed yet.
     resumed = run(command(out, "--resume", "--processes", 2))
     assert resumed.returncode == 0, resumed.stderr
+    assert result(out) == result(searched_by_two)

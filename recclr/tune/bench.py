@@ -19,7 +19,7 @@ from recclr.run_folder import read_json
 from recclr.settings import TuneSettings
 from recclr.trials import Place, repeat, share_of, train_once, with_seed
 
-TRIALS, FINAL = "trials", "final"
+TRIALS, FINAL, PREPARED = "trials", "final", "prepared"
 _FEWEST_EPOCHS = 0.001
 
 

@@ -12,6 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from recclr.checking import Data, read_data
 from recclr.config import Config, dump_toml, with_changes
 from recclr.errors import ConfigError
@@ -22,12 +24,11 @@ from recclr.run_folder import fingerprints, read_json
 from recclr.settings import TuneSettings
 from recclr.stopping import signals
 from recclr.trials import OnEvent, Place
-from recclr.tune.bench import FINAL, Bench, Job, Trained, lines_of
+from recclr.tune.bench import FINAL, PREPARED, Bench, Job, Trained, lines_of
 from recclr.tune.propose import require_optuna
 from recclr.tune.results import results
 from recclr.tune.search import Search
 from recclr.tune.space import Space, default_space, read_space
-from recclr.tune.worker import PREPARED
 from recclr.tune.workers import WORKERS_LOCK, Alone, Runner, Workers, wait_for_orphans
 from recclr.work_folder import DECLARED, RUNNING, work_folder
 
@@ -85,7 +86,7 @@ def tune(
             "tune": asdict(settings),
             "seed": config.seed if seed is None else seed,
             "seeds": seeds,
-            "round_size": _round_size(out, processes),
+            **_shape(out, processes),
             "inputs": inputs,
         }
 
@@ -101,7 +102,7 @@ def tune(
         work = read_json(out / DECLARED)
         place = Place(out / RUNNING, out / FINAL, device, stop, on_event=lambda event: None)
         bench = Bench(config, data.prepared.tensors, examples, settings, work["seed"], place)
-        with _runner(bench, data, out, processes) as runner:
+        with _runner(bench, data, out, processes, work["threads"]) as runner:
             search = Search(
                 out=out,
                 space=searched,
@@ -141,10 +142,13 @@ def _with_trials(settings: TuneSettings, trials: int | None) -> TuneSettings:
         raise ConfigError(f"--trials: {error}") from None
 
 
-def _round_size(out: Path, processes: int) -> int:
-    """That of the search that was begun: on it depends which results a proposal knows."""
-    begun = out / DECLARED
-    return int(read_json(begun).get("round_size", processes)) if begun.exists() else processes
+def _shape(out: Path, processes: int) -> dict[str, int]:
+    """Trials of a round and threads of a training, as the search was begun: on the one depends
+    which results a proposal knows, on the other how sums are rounded.
+    """
+    shape = {"round_size": processes, "threads": max(1, torch.get_num_threads() // processes)}
+    begun = read_json(out / DECLARED) if (out / DECLARED).exists() else {}
+    return {name: int(begun.get(name, value)) for name, value in shape.items()}
 
 
 def _validation(data: Data) -> EvaluationSet:
@@ -154,15 +158,21 @@ def _validation(data: Data) -> EvaluationSet:
 
 
 @contextmanager
-def _runner(bench: Bench, data: Data, out: Path, processes: int) -> Iterator[Runner]:
+def _runner(bench: Bench, data: Data, out: Path, processes: int, threads: int) -> Iterator[Runner]:
     wait_for_orphans(out)
-    if processes == 1:
-        yield Alone(bench)
+    if processes > 1:
+        if not (out / PREPARED / "prepared.json").exists():
+            data.prepared.save(out / PREPARED)
+        device, stop = bench.place.device, bench.place.stop
+        with Workers(out, processes, device, threads, stop) as workers:
+            yield workers
         return
-    if not (out / PREPARED / "prepared.json").exists():
-        data.prepared.save(out / PREPARED)
-    with Workers(out, processes, bench.place.device, bench.place.stop) as workers:
-        yield workers
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield Alone(bench)
+    finally:
+        torch.set_num_threads(before)
 
 
 def _repeat(
@@ -183,7 +193,8 @@ def _repeat(
     def done(job: Job) -> None:
         nonlocal count
         count += 1
-        on_event({"kind": "repeated", "done": count, "total": len(jobs)})
+        name = f"{'winner' if job.number else 'default'}, repetition {job.repetition}"
+        on_event({"kind": "repeated", "name": name, "done": count, "total": len(jobs)})
 
     runner(jobs, done)
 

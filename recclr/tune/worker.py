@@ -15,12 +15,10 @@ from recclr.evaluate import EvaluationSet
 from recclr.run_folder import read_config, read_json
 from recclr.stopping import signals
 from recclr.trials import Place
-from recclr.tune.bench import FINAL, Bench, Job
+from recclr.tune.bench import FINAL, PREPARED, Bench, Job
 from recclr.tune.space import tune_settings
 from recclr.tune.workers import hold_as_worker
 from recclr.work_folder import DECLARED, RUNNING
-
-PREPARED = "prepared"
 
 
 def main(out: Path, device: str) -> int:
@@ -29,7 +27,7 @@ def main(out: Path, device: str) -> int:
     # What a library prints is no answer.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(read_json(out / DECLARED)["threads"])
     try:
         with signals() as asked:
             bench = open_bench(

@@ -15,13 +15,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from recclr.errors import ConfigError, InterruptedTraining, PeerError
+from recclr.errors import ConfigError, InterruptedTraining, PeerError, RankError, RecclrError
 from recclr.tune.bench import Bench, Job
 
 WORKERS_LOCK = ".workers.lock"
@@ -59,18 +59,19 @@ class Workers:
     """As many processes as were asked for, kept until the block ends.
 
     Args:
-        out: folder with what ``worker`` reads. stop: whether a signal asked to end.
+        out: folder with what ``worker`` reads. threads: of each. stop: whether a signal asked to
+            end.
     """
 
-    def __init__(self, out: Path, processes: int, device: str, stop: Callable[[], bool]) -> None:
-        self.out, self.processes, self.device, self.stop = out, processes, device, stop
-        self.stack = ExitStack()
+    def __init__(
+        self, out: Path, processes: int, device: str, threads: int, stop: Callable[[], bool]
+    ) -> None:
+        self.out, self.processes, self.device = out, processes, device
+        self.threads, self.stop = threads, stop
         self.running: dict[int, subprocess.Popen[str]] = {}
 
     def __enter__(self) -> Workers:
-        wait_for_orphans(self.out)
-        threads = str(max(1, (os.cpu_count() or 1) // self.processes))
-        environment = {"OMP_NUM_THREADS": threads} | dict(os.environ)
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         command = [sys.executable, "-m", "recclr.tune.worker", str(self.out), self.device]
         for number in range(self.processes):
             self.running[number] = subprocess.Popen(
@@ -94,7 +95,9 @@ class Workers:
             if error is not None:
                 process.terminate()
             assert process.stdin is not None
-            process.stdin.close()
+            # One that was killed has not read its last line.
+            with suppress(BrokenPipeError):
+                process.stdin.close()
         for process in self.running.values():
             process.wait()
             assert process.stdout is not None
@@ -105,7 +108,7 @@ class Workers:
 
         Raises:
             InterruptedTraining: a signal asked to end; the workers end after their steps.
-            PeerError: a worker failed, and has said why.
+            PeerError: a worker failed, and has said why. RankError: it was killed.
         """
         waiting, busy = list(jobs), dict[int, Job]()
         with selectors.DefaultSelector() as selector:
@@ -136,14 +139,14 @@ class Workers:
             raise self._failed(number) from None
         busy[number] = job
 
-    def _failed(self, number: int) -> PeerError:
+    def _failed(self, number: int) -> RecclrError:
         code = self.running[number].wait()
-        if code < 0:
-            sys.stderr.write(
-                f"error: a worker was ended by signal {-code} (out of memory?); the same command "
-                "with --resume goes on, with fewer --processes if memory is short\n"
-            )
-        return PeerError("a worker failed", exit_code=code if code > 0 else 1)
+        if code > 0:
+            return PeerError("a worker failed, and has said why", exit_code=code)
+        return RankError(
+            f"a worker was ended by signal {-code} (out of memory?); the same command with "
+            "--resume goes on, with fewer --processes if memory is short"
+        )
 
 
 def hold_as_worker(out: Path) -> Any:
