@@ -18,6 +18,7 @@ from recclr.load import fresh_model
 from recclr.memory import available_bytes, forget_peak, held_bytes, peak_bytes
 from recclr.objective import StepStats
 from recclr.stepping import Stepper
+from recclr.within import RoomError, item_groups
 
 _FIRST = 256
 _LAST = 1 << 20
@@ -72,7 +73,7 @@ def try_batch_sizes(
     while True:
         try:
             trial = _trial(config, prepared, size, device, seconds)
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, torch.OutOfMemoryError, RoomError):
             return trials
         if trial.peak_bytes is not None and trial.peak_bytes > budget:
             return trials
@@ -106,6 +107,7 @@ def _trial(
         negatives=config.negatives,
         train=settings,
         seed=config.seed,
+        item_group=item_groups(config.negatives, prepared.items),
     )
 
     def step(number: int) -> StepStats:

@@ -18,6 +18,7 @@ from recclr.spectral import start_from_spectral
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
 from recclr.train import FitResult, fit
+from recclr.within import item_groups
 
 Judge = Callable[[EmbeddingRanker], dict[str, float]]
 
@@ -83,5 +84,6 @@ def fit_model(
             on_event=on_event,
             stop=stop,
             ranks=ranks,
+            item_group=item_groups(config.negatives, prepared.items),
         )
     return model, result

@@ -16,6 +16,7 @@ from recclr.distributed import Ranks
 from recclr.errors import ConfigError
 from recclr.graphs import graph_event
 from recclr.kernels.logsumexp import why_not_triton
+from recclr.negatives import most_candidates
 from recclr.optim import Table
 from recclr.parts import BagPart, CategoryPart, DensePart, HistoryPart, IdPart, StatisticsPart
 from recclr.settings import LossSettings, NegativesSettings, TrainSettings
@@ -80,16 +81,17 @@ def _why_not(
         return "several processes share each step, and tell each other of it through the host"
     if train.chunk_size is not None or train.accumulate > 1:
         return "train.chunk_size and train.accumulate run a tower several times in a step"
+    if negatives.queue is not None and negatives.queue.size:
+        return "negatives.queue fills step by step, and a step scores what is in it"
+    if negatives.within is not None:
+        return "negatives.within compares the groups of a step, of which there are more or fewer"
     for name, module in model.named_modules():
         if type(module) not in _FIXED_TYPES:
             return f"{name} is a {type(module).__name__}, of which nothing is known"
     reason = why_not_triton(_dim_of(model))
     if reason is not None:
         return reason
-    num_candidates = model.num_items
-    if loss.kind != "full_softmax":
-        popularity = 0 if negatives.popularity is None else negatives.popularity.count
-        num_candidates = min(num_candidates, batch_size + negatives.uniform + popularity)
+    num_candidates = most_candidates(negatives, loss, model.num_items, batch_size)
     if batch_size * num_candidates // 8 > _MAX_MASK_BYTES:
         return (
             f"one bit for each of {batch_size:,} rows and {num_candidates:,} candidates takes more "

@@ -22,12 +22,14 @@ from recclr.distributed import ALONE, Ranks
 from recclr.kernels import Mask
 from recclr.known_positives import KnownPositives
 from recclr.losses import mean_weights
+from recclr.momentum import MomentumQueue, mask_repeats
 from recclr.negatives import Candidates, CandidateSampler
 from recclr.order import generator, mix
 from recclr.parts import Rows
 from recclr.scoring import Scored, scored_loss
 from recclr.settings import LossSettings, NegativesSettings
 from recclr.towers import TwoTower
+from recclr.within import SameGroup
 
 _NEGATIVES, _DROPOUT = 11, 12
 
@@ -76,6 +78,9 @@ class Objective:
         chunk_size: rows that a tower encodes at once, at most; None for all.
         fixed_shapes: shapes follow from that of the batch alone, and nothing waits for a GPU, so
             that a step can be captured as a CUDA graph. For one rank, and without chunks.
+        item_group: int64 [num_items], what ``negatives.within`` names; None: all are one group. Not
+            with fixed shapes.
+        queue: what ``negatives.queue`` asks for, made of the model. Not with fixed shapes.
     """
 
     def __init__(
@@ -89,6 +94,8 @@ class Objective:
         chunk_size: int | None = None,
         ranks: Ranks = ALONE,
         fixed_shapes: bool = False,
+        item_group: Tensor | None = None,
+        queue: MomentumQueue | None = None,
     ) -> None:
         self.ranks, self.chunk_size, self.fixed_shapes = ranks, chunk_size, fixed_shapes
         self.loss, self.seed, self.bfloat16 = loss, seed, bfloat16
@@ -99,6 +106,13 @@ class Objective:
         self.known_positives = KnownPositives(log, only_own=not loss.mask_known_positives)
         # What steps leave for later ones: kept in checkpoints, by tensors that stay the same ones.
         self.state: dict[str, Tensor] = {}
+        self.queue = queue
+        if queue is not None:
+            self.state |= queue.state
+        if self.sampler.stream is not None:
+            shares = self.sampler.stream.state.items()
+            self.state |= {f"stream/{name}": value for name, value in shares}
+        self.groups = None if item_group is None else SameGroup(item_group.to(self.device))
         self.draws: dict[int, torch.Generator] = {}
         self.renew_draws()
 
@@ -177,7 +191,7 @@ class Objective:
             counts = self.ranks.counts(len(candidates.item_idx))
             items = self.ranks.gather_rows(items, counts, "item embeddings")
         mask, num_masked, num_candidates = self._masked(user_idx, item_idx, candidates)
-        rows = candidates.candidate_row
+        vectors, log_weights = candidates.weighted(items)
         scored = Scored(
             queries,
             items,
@@ -185,13 +199,16 @@ class Objective:
             user_idx,
             item_idx,
             positive_row,
-            items if rows is None else items.index_select(0, rows),
-            candidates.log_weights,
+            vectors,
+            log_weights,
             mask,
             mean_weights(len(queries), weight, device=self.device, total=total),
         )
         loss = scored_loss(scored, self.loss, bfloat16=self.bfloat16)
         num_rows = len(batch.user_idx)
+        if self.sampler.stream is not None:
+            # After its own correction, which has to be independent of what it was drawn from.
+            self.sampler.stream.add(batch.item_idx)
         return StepStats(
             loss,
             num_candidates,
@@ -207,9 +224,19 @@ class Objective:
         """Known positives among the candidates, how many these are, and how many candidates."""
         known, weights = self.known_positives, candidates.log_weights
         if not self.fixed_shapes:
-            mask = known.mask(user_idx, item_idx, candidates.candidate_idx)
-            return mask, len(mask), len(weights)
+            candidate_idx = candidates.candidate_idx
+            if candidates.queued is None:
+                mask = known.mask(user_idx, item_idx, candidate_idx)
+            else:
+                candidate_idx = torch.cat([candidate_idx, candidates.queued.item_idx])
+                mask = mask_repeats(known, user_idx, item_idx, candidate_idx)
+            if self.groups is None:
+                return mask, len(mask), len(candidate_idx)
+            limited = self.groups.limit(mask, item_idx, candidate_idx)
+            return limited, len(mask), len(candidate_idx)
         alive, places = weights > -torch.inf, candidates.places
+        if places is None and self.sampler.availability is not None:
+            places = torch.arange(len(weights), device=weights.device)
         if places is not None:
             places = torch.where(alive.index_select(0, places), places, -1)
         bits, num_masked = known.bits(user_idx, item_idx, candidates.item_idx, places)
@@ -230,11 +257,13 @@ class Objective:
 
     def _candidates(self, batch: Batch, number: int) -> Candidates:
         if self.loss.kind == "full_softmax":
-            return self.sampler.everything(batch.item_idx)
+            return self.sampler.everything(batch.item_idx, batch.item_at)
         return self.sampler.draw(
             batch.item_idx,
             self._draws(number, _NEGATIVES),
             in_batch_counts=None if batch.pool is None else (batch.pool, len(batch.pool)),
+            at=batch.item_at,
+            queued=None if self.queue is None else self.queue.queued(number),
         )
 
 

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recclr.batches import BatchSource
+from recclr.batches import Batch, BatchSource
 from recclr.data.log import EncodedLog
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError
 from recclr.exchange import StepExchange
 from recclr.graph_plan import plan_graph
 from recclr.graphs import graph_of
-from recclr.negatives import require_negatives
+from recclr.momentum import MomentumQueue
+from recclr.negatives import most_candidates, require_negatives, require_sources
 from recclr.objective import Objective, StepStats
 from recclr.optimizers import Optimizers
 from recclr.parts import IdPart, StatisticsPart
 from recclr.settings import LossSettings, NegativesSettings, TrainSettings
 from recclr.towers import TwoTower
 from recclr.watching import OnEvent
+from recclr.within import require_groups
 
 # Steps after which a capture as a CUDA graph is not waited for any more.
 _LAST_WARM_UP = 9
@@ -38,7 +41,8 @@ class Stepper:
         model: in training mode. log: rows to learn from, on the device of the model, in memory or
             mapped.
         ranks: the processes that share every step.
-        emit: told whether steps are captured as a CUDA graph.
+        emit: told whether steps are captured as a CUDA graph, and how stale the queue is.
+        item_group: int64 [num_items], see ``within.item_groups``.
 
     Attributes:
         source, objective, optimizers: the parts. num_steps: of ``train.epochs``.
@@ -58,11 +62,14 @@ class Stepper:
         seed: int,
         ranks: Ranks = ALONE,
         emit: OnEvent = ignore,
+        item_group: Tensor | None = None,
     ) -> None:
         if loss.kind != "full_softmax":
             require_negatives(negatives, log, batch_size=train.batch_size)
         self.model = model
-        self.source = BatchSource(log, train, seed=seed, time_cells=_time_cells(model, train))
+        time_cells = _time_cells(model, train, negatives)
+        require_sources(negatives, loss, time_cells=time_cells)
+        self.source = BatchSource(log, train, seed=seed, time_cells=time_cells)
         captured = plan_graph(
             model,
             loss=loss,
@@ -73,17 +80,44 @@ class Stepper:
             ranks=ranks,
             emit=emit,
         )
+        self.num_steps = max(1, round(train.epochs * self.source.steps_per_epoch))
+        bfloat16 = _use_bfloat16(train, log.device)
+        queue = None
+        if negatives.queue is not None and negatives.queue.size:
+            warm_up = math.ceil(negatives.queue.warmup * self.num_steps)
+            queue = MomentumQueue(
+                model,
+                negatives.queue,
+                starts=self.source.first_batch(warm_up),
+                time_cells=time_cells,
+                bfloat16=bfloat16,
+                chunk_size=train.chunk_size,
+                ranks=ranks,
+            )
+        if negatives.within is not None:
+            size = self.source.batch_size
+            require_groups(
+                negatives,
+                item_group,
+                num_rows=max(ranks.counts(size)),
+                num_candidates=most_candidates(negatives, loss, log.num_items, size),
+                device=log.device,
+            )
         self.objective = Objective(
             log,
             loss,
             negatives,
             seed=seed,
-            bfloat16=_use_bfloat16(train, log.device),
+            bfloat16=bfloat16,
             chunk_size=train.chunk_size,
             ranks=ranks,
             fixed_shapes=captured,
+            item_group=item_group if negatives.within is not None else None,
+            queue=queue,
         )
-        self.num_steps = max(1, round(train.epochs * self.source.steps_per_epoch))
+        self.emit = emit
+        # As often as there may be an evaluation.
+        self.look_every = max(1, round(train.evaluate_every * self.source.steps_per_epoch))
         self.optimizers = Optimizers(model, train, self.num_steps, fixed_shapes=captured)
         self.graph = graph_of(model, self.objective, self.optimizers, emit=emit)
         self.exchange = StepExchange(self.optimizers, ranks) if ranks.size > 1 else None
@@ -108,17 +142,31 @@ class Stepper:
             stats = self.graph(self.source.batch(step), step)
             return stats, stop is not None and stop()
         check = check if self.objective.device.type == "cpu" else None
+        batches = self.source.step(step)
         if self.exchange is None:
-            stats = self.objective.backward(self.model, self.source.step(step), check)
+            stats = self.objective.backward(self.model, batches, check)
             self.optimizers.step(step)
+            self._fill_queue(step, batches)
             return stats, stop is not None and stop()
-        stats = self.objective.backward(self.model, self.source.step(step))
+        stats = self.objective.backward(self.model, batches)
         asked = stop is not None and stop()
         stats, gradients, interrupted = self.exchange(stats, stopped=asked)
         if check is not None:
             check(stats.loss)
         self.optimizers.step(step, gradients)
+        self._fill_queue(step, batches)
         return stats, interrupted
+
+    def _fill_queue(self, step: int, batches: Mapping[int, Batch]) -> None:
+        """Push what an update learned from, and say now and then how old the vectors are."""
+        queue = self.objective.queue
+        if queue is None:
+            return
+        queue.advance(self.model, batches.values())
+        if (step + 1) % self.look_every == 0:
+            cosine = queue.staleness(self.model)
+            said = {"step": step + 1, "filled": queue.num_filled, "cosine": cosine}
+            self.emit({"kind": "queue", **said})
 
     def warm_up(self, step: int) -> int:
         """Train from ``step`` on until nothing is left to capture, or no longer to be waited for.
@@ -154,9 +202,14 @@ def needs_time_cells(model: torch.nn.Module) -> bool:
     )
 
 
-def _time_cells(model: TwoTower, train: TrainSettings) -> bool:
+def _time_cells(model: TwoTower, train: TrainSettings, negatives: NegativesSettings) -> bool:
     if train.time_cells is None:
-        return needs_time_cells(model)
+        return needs_time_cells(model) or negatives.available
+    if not train.time_cells and negatives.available:
+        raise ConfigError(
+            "train.time_cells = false, but negatives.available asks which items there were at the "
+            "moment of a step, which its rows then have to share; leave one of the keys out"
+        )
     if not train.time_cells and needs_time_cells(model.item_tower):
         raise ConfigError(
             "train.time_cells = false, but the item tower has statistics or an 'as_of' id, which "

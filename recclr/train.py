@@ -66,6 +66,7 @@ def fit(
     on_event: OnEvent | None = None,
     stop: Callable[[], bool] | None = None,
     ranks: Ranks = ALONE,
+    item_group: Tensor | None = None,
 ) -> FitResult:
     """Train in place; with ``evaluate``, leave the model at its best evaluation.
 
@@ -81,11 +82,12 @@ def fit(
         num_steps: end after so many steps while the schedule still spans ``train.epochs``, as a
             refit for a selected number of steps does.
         on_event: gets a dict for each logged step and each evaluation; on a GPU, whether steps are
-            captured as a CUDA graph; and why layers could not be compiled.
+            captured as a CUDA graph; why layers could not be compiled; how stale a queue is.
         stop: asked after every step; true writes a checkpoint and raises.
         ranks: the processes that share every step, all of which call this with the same arguments;
             ``evaluate`` must give all of them the same metrics. The weights are those of one
             process up to the order of sums, and the same bits on all ranks.
+        item_group: int64 [num_items], of ``within.item_groups``, where ``negatives.within`` is set.
 
     Raises:
         DivergedError: the loss is not finite. InterruptedTraining: ``stop`` said so.
@@ -105,6 +107,7 @@ def fit(
         seed=seed,
         ranks=ranks,
         emit=emit,
+        item_group=item_group,
     )
     optimizers, per_epoch = stepper.optimizers, stepper.source.steps_per_epoch
     end = stepper.num_steps if num_steps is None else min(num_steps, stepper.num_steps)

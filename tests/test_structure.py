@@ -34,6 +34,10 @@ FLOORS = {
         "losses",
         "scoring",
         "negatives",
+        "availability",
+        "momentum",
+        "streaming",
+        "within",
         "known_positives",
     }
     | {"kernels", "windows", "batches", "objective", "optimizers", "ranking", "exchange"},

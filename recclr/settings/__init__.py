@@ -6,7 +6,12 @@ checked here once, for the TOML file, ``--set`` and Python callers alike.
 
 from recclr.settings.data import ColumnSettings, DataSettings, SplitSettings
 from recclr.settings.judging import METRIC_NAMES, EvaluateSettings
-from recclr.settings.objective import LossSettings, NegativesSettings, PopularitySettings
+from recclr.settings.objective import (
+    LossSettings,
+    NegativesSettings,
+    PopularitySettings,
+    QueueSettings,
+)
 from recclr.settings.towers import (
     FeatureKind,
     FeatureSettings,
@@ -31,6 +36,7 @@ __all__ = [
     "ModelSettings",
     "NegativesSettings",
     "PopularitySettings",
+    "QueueSettings",
     "SplitSettings",
     "TowerSettings",
     "TrainSettings",
