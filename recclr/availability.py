@@ -77,7 +77,7 @@ class Availability:
         count = self.count(at)
         points = torch.rand(size, generator=generator, device=at.device, dtype=torch.float64)
         # A point above the last sum (rounding) would name an item that is not there yet.
-        places = torch.searchsorted(self.sums, points * self.sums[count], right=True) - 1
+        places = torch.searchsorted(self.sums, points * self._sum(count), right=True) - 1
         return self.order[_below(places, count)]
 
     def uniform_share(self, item_idx: Tensor, at: Tensor) -> Tensor:
@@ -88,9 +88,14 @@ class Availability:
     def popular_share(self, item_idx: Tensor, at: Tensor) -> Tensor:
         """The same of a draw by popularity, float32 [M]."""
         assert self.powers is not None
-        assert self.sums is not None
-        share = self.powers.index_select(0, item_idx) / self.sums[self.count(at)].clamp(min=1e-300)
+        share = self.powers.index_select(0, item_idx) / self._sum(self.count(at)).clamp(min=1e-300)
         return torch.where(self.of(item_idx, at), share, 0.0).float()
+
+    def _sum(self, count: Tensor) -> Tensor:
+        """Of the powers of the first ``count`` (int64 scalar) items, float64 [1]."""
+        assert self.sums is not None
+        # An index of no dimensions would be read by the host, which a captured step must not do.
+        return self.sums.index_select(0, count.view(1))
 
 
 def _below(places: Tensor, count: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from recclr.settings import (
     LossSettings,
     ModelSettings,
     NegativesSettings,
+    QueueSettings,
     TowerSettings,
     TrainSettings,
 )
@@ -127,14 +128,19 @@ def with_triton(monkeypatch):
         (model_of, {"ranks": Ranks(0, 2)}, "several processes"),
         (model_of, {"chunk_size": 5}, "train.chunk_size and"),
         (model_of, {"accumulate": 2}, "train.accumulate run"),
+        (model_of, {"negatives": NegativesSettings(queue=QueueSettings())}, "queue fills step by"),
+        (model_of, {"negatives": NegativesSettings(within="kind")}, "within compares the groups"),
         (lambda: model_of(dim=300), {}, "256 dimensions"),
     ],
-    ids=["own tower", "ranks", "chunks", "accumulated", "wide"],
+    ids=["own tower", "ranks", "chunks", "accumulated", "queue", "within", "wide"],
 )
 def test_what_stands_against_capture_is_said_or_refused(with_triton, model, options, words):
     said = []
     assert planned(model_of(), said)
     assert planned(model_of(RICH), said)
+    # What has a fixed shape may be captured.
+    fixed = {"available": True, "counts": "streaming", "queue": QueueSettings(size=0)}
+    assert planned(model_of(), said, negatives=NegativesSettings(uniform=7, **fixed))
     assert said == []
     assert not planned(model(), said, **options)
     (event,) = said

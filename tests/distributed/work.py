@@ -34,6 +34,7 @@ from recclr.settings import (
     ModelSettings,
     NegativesSettings,
     PopularitySettings,
+    QueueSettings,
     TowerSettings,
     TrainSettings,
 )
@@ -56,6 +57,12 @@ LOSSES = {
 NEGATIVES = {
     "mixed": NegativesSettings(uniform=5, popularity=PopularitySettings(count=3, alpha=0.7)),
     "not_in_batch": NegativesSettings(in_batch=False, uniform=6),
+    "queue": NegativesSettings(
+        uniform=5, available=True, queue=QueueSettings(size=19, momentum=0.8, warmup=0.2)
+    ),
+    "streaming": NegativesSettings(
+        uniform=5, counts="streaming", queue=QueueSettings(size=19, momentum=0.0, warmup=0.0)
+    ),
 }
 IDS = (TowerSettings(), TowerSettings())
 # Everything that draws: dropout of ids, features, histories (of items that drop) and coordinates.
@@ -184,6 +191,7 @@ def _train(
     *,
     towers,
     loss="infonce",
+    negatives="mixed",
     checkpoints=None,
     resume=False,
     num_steps=None,
@@ -236,7 +244,7 @@ def _train(
         model,
         log,
         loss=LOSSES[loss],
-        negatives=NEGATIVES["mixed"],
+        negatives=NEGATIVES[negatives],
         train=settings,
         seed=4,
         evaluate=judged,
