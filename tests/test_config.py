@@ -104,6 +104,11 @@ CONFIGS = st.fixed_dictionaries(
         "negatives": section(
             uniform=st.integers(1, 1 << 24),
             popularity=st.fixed_dictionaries({"count": st.integers(1, 1 << 24)}),
+            queue=section(
+                size=st.integers(0, 1 << 24), momentum=between(0, 0.9999), warmup=between(0, 1)
+            ),
+            available=st.booleans(),
+            counts=st.sampled_from(["static", "streaming"]),
         ),
         "train": section(
             batch_size=st.integers(1, 1 << 24),
@@ -405,6 +410,12 @@ TIMELESS = {"data": {"events": "e", "columns": {"timestamp": ""}}}
         ({"split": {"by": "time", "valid_events": "v"}}, "split.valid_events: is read with"),
         ({"split": {"valid": 0.0}, "train": {"refit": True}}, "train.refit: there is no"),
         ({"negatives": {"in_batch": False, "uniform": 0}}, "no source of negatives"),
+        ({"negatives": {"in_batch": False, "counts": "streaming"}}, "set in_batch or queue"),
+        ({"negatives": {"available": True}} | TIMELESS, "negatives.available: needs timestamps"),
+        (
+            {"negatives": {"available": True}, "train": {"time_cells": False}},
+            "train.time_cells: negatives.available needs time cells",
+        ),
         (
             {"train": SPLIT_BY_ROWS, "model": {"embedding_dim": 6}},
             "train.sharded_tables: needs a model.embedding_dim that is a multiple of 4, found 6",

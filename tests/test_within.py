@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import recclr.within as module
+from recclr.batch_size import try_batch_sizes
 from recclr.batches import Batch
 from recclr.config import parse_config
 from recclr.data.log import CategoricalColumn, DenseColumn, EncodedLog, FeatureTable, Prepared
 from recclr.errors import ConfigError
+from recclr.fitting import fit_model
 from recclr.kernels import PairMask
 from recclr.momentum import MomentumQueue
 from recclr.objective import Objective
@@ -166,4 +168,22 @@ def test_a_training_is_handed_the_groups_and_another_without_them():
         assert (stepper.objective.groups is None) == (within is None)
         found.append(float(stepper(0)[0].loss))
     # Fewer negatives: a smaller sum.
+    assert found[1] < found[0]
+
+
+def test_a_configuration_trains_within_the_category():
+    found = []
+    for negatives in ({}, {"within": "kind"}):
+        values = {
+            "data": {"events": "none.parquet"},
+            "item": {"features": {"kind": {"kind": "categorical"}}},
+            "model": {"embedding_dim": 4},
+            "train": {"epochs": 1, "batch_size": 8},
+            "negatives": {"uniform": 5} | negatives,
+        }
+        data = Prepared(LOG, FeatureTable(NUM_USERS), FeatureTable(NUM_ITEMS, COLUMNS))
+        events, config = [], parse_config(values)
+        fit_model(config, data, None, device="cpu", on_event=events.append)
+        found.append(events[0]["loss"])
+        assert len(try_batch_sizes(config, data, device="cpu", seconds=0.0)) == 1
     assert found[1] < found[0]
