@@ -112,13 +112,26 @@ class MomentumQueue:
         filled = self.num_filled
         if number < self.starts or not filled:
             return None
-        counts = None
-        if self.pool_idx is not None and self.pool_count is not None:
-            # In float64, so that the order of sums on a GPU shows in no bit of the result.
-            counts = torch.zeros(self.num_items, dtype=torch.float64, device=self.device)
-            own = self.pool_count[:filled].double().reshape(-1)
-            counts = counts.scatter_add_(0, self.pool_idx[:filled].reshape(-1), own).float()
-        return Queued(self.item_idx[:filled], self.vectors[:filled], filled, counts)
+        items = self.item_idx[:filled]
+        return Queued(items, self.vectors[:filled], filled, self._counts(items))
+
+    def _counts(self, items: Tensor) -> Tensor | None:
+        """Expected counts of all items by the rows around those in the queue, float32 [num_items];
+        None without time cells.
+
+        Args:
+            items: int64 [F], what is in the queue.
+        """
+        if self.pool_idx is None or self.pool_count is None:
+            return None
+        around, own = self.pool_idx[: len(items)], self.pool_count[: len(items)]
+        # In float64, so that the order of sums on a GPU shows in no bit of the result.
+        counts = torch.zeros(self.num_items, dtype=torch.float64, device=self.device)
+        counts = counts.scatter_add_(0, around.reshape(-1), own.double().reshape(-1)).float()
+        # An item in the queue is one of the rows around it, also where those dealt to others have
+        # left: of an expectation of nothing it would weigh without bound.
+        least = counts.new_full(items.shape, 1 / _POOL)
+        return counts.scatter_reduce_(0, items, least, "amax")
 
     @torch.no_grad()
     def advance(self, model: TwoTower, batches: Iterable[Batch]) -> None:

@@ -399,9 +399,22 @@ def test_expected_counts_follow_those_who_are_in_the_queue():
         for around in pushed:
             for item in around:
                 told[item] += 1 / 5
-        found = queue.queued(0).counts
-        torch.testing.assert_close(found, told)
-        assert float(found.sum()) == pytest.approx(len(pushed), rel=1e-5)
+        assert float(told.sum()) == pytest.approx(len(pushed), rel=1e-5)
+        found = queue.queued(0)
+        # Nothing in the queue is expected less than a row around a cell counts.
+        told[found.item_idx] = told[found.item_idx].clamp(min=1 / 5)
+        torch.testing.assert_close(found.counts, told)
+
+
+def test_nothing_in_the_queue_is_unexpected_where_the_rows_around_it_have_left():
+    queue = queue_of(model_of(TIMED), 2, time_cells=True)
+    # A cell at the start of the log: of nine rows around it, those of item 4 are dealt to the
+    # first of its three rows, which is not in the queue any more.
+    pool = torch.tensor([4, 1, 2, 4, 1, 2, 4, 1, 2])
+    queue.push(torch.tensor([1, 2, 4]), torch.zeros(3, DIM), pool)
+    found = queue.queued(0)
+    assert found.item_idx.tolist() == [4, 2]
+    assert found.counts[[1, 2, 4]].tolist() == pytest.approx([1.0, 1.0, 0.2])
 
 
 def test_a_time_cell_and_a_queue_are_one_mixture():
