@@ -2,7 +2,8 @@
 
 Shape letters: B rows, C candidates, G groups that rows of a step are in.
 
-What of B × C pairs is left out is most of them, so the mask has a bit for each: B·C / 8 bytes.
+What of B × C pairs is left out is most of them, so the mask has a bit for each: B·C / 8 bytes. It
+also says which groups it was made of, by which a CPU computes the loss in blocks.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from recclr.data.log import CategoricalColumn, FeatureTable
 from recclr.errors import ConfigError
-from recclr.kernels import BitMask, PairMask
+from recclr.kernels import BitMask, GroupMask, PairMask
 from recclr.kernels.logsumexp import why_not_triton
 from recclr.kernels.reference import WORD_BITS
 from recclr.settings import NegativesSettings
@@ -39,7 +40,7 @@ class SameGroup:
     def __init__(self, item_group: Tensor) -> None:
         self.item_group = item_group
 
-    def limit(self, known: PairMask, positives: Tensor, candidate_idx: Tensor) -> BitMask:
+    def limit(self, known: PairMask, positives: Tensor, candidate_idx: Tensor) -> GroupMask:
         """The mask of known positives and of all candidates outside the group of the row.
 
         Args:
@@ -64,7 +65,8 @@ class SameGroup:
         bits = torch.ones_like(columns) << (columns % WORD_BITS)
         # Bit 31 is the sign of a word: added up as int64, of which the cast keeps the lower half.
         summed = words.long().view(-1).scatter_add_(0, places, bits)
-        return BitMask(summed.view_as(words).int())
+        known = PairMask(rows, columns)
+        return GroupMask(summed.view_as(words).int(), of_row, of_candidate, known)
 
 
 def _others(groups: Tensor, of_candidate: Tensor) -> BitMask:

@@ -8,8 +8,17 @@ normalisation of cosine similarity.
 """
 
 from recclr.kernels.fused import total_contrastive_loss
+from recclr.kernels.grouped import GroupMask
 from recclr.kernels.logsumexp import masked_logsumexp
 from recclr.kernels.reference import BitMask, Mask, PairMask
 from recclr.kernels.unit import unit_rows
 
-__all__ = ["BitMask", "Mask", "PairMask", "masked_logsumexp", "total_contrastive_loss", "unit_rows"]
+__all__ = [
+    "BitMask",
+    "GroupMask",
+    "Mask",
+    "PairMask",
+    "masked_logsumexp",
+    "total_contrastive_loss",
+    "unit_rows",
+]

@@ -10,6 +10,7 @@ cross-entropy, Liger kernels 2024). The backward pass only scales.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recclr.kernels.grouped import GroupMask, sum_over_groups
 from recclr.kernels.logsumexp import masked_logsumexp, require_shapes
 from recclr.kernels.reference import BitMask, Mask
 from recclr.kernels.tiled import (
@@ -62,6 +64,14 @@ def total_contrastive_loss(
     Raises:
         ShapeError: as ``masked_logsumexp`` and ``contrastive_loss``.
     """
+    if isinstance(mask, GroupMask) and queries.device.type == "cpu":
+        return sum_over_groups(
+            partial(
+                total_contrastive_loss, second_temperature=second_temperature, bfloat16=bfloat16
+            ),
+            *(queries, candidates, log_weights, positive_logits, row_weights, mask),
+            own_partition,
+        )
     tracked = torch.is_grad_enabled() and any(
         each is not None and each.requires_grad
         for each in (queries, candidates, positive_logits, own_partition)
