@@ -52,7 +52,9 @@ class SameGroup:
         of_row = self.item_group.index_select(0, positives)
         of_candidate = self.item_group.index_select(0, candidate_idx)
         groups, inverse = torch.unique(of_row, return_inverse=True)
-        words = torch.empty(0, -(-len(candidate_idx) // WORD_BITS), dtype=torch.int32)
+        words = torch.empty(
+            (0, -(-len(candidate_idx) // WORD_BITS)), dtype=torch.int32, device=of_row.device
+        )
         if len(groups):
             size = max(_STRETCH // max(len(candidate_idx), 1), 1)
             hidden = [_others(part, of_candidate).words for part in torch.split(groups, size)]

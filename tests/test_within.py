@@ -14,7 +14,7 @@ from recclr.config import parse_config
 from recclr.data.log import CategoricalColumn, DenseColumn, EncodedLog, FeatureTable, Prepared
 from recclr.errors import ConfigError
 from recclr.fitting import fit_model
-from recclr.kernels import BitMask, PairMask, total_contrastive_loss
+from recclr.kernels import BitMask, PairMask, masked_logsumexp, total_contrastive_loss
 from recclr.momentum import MomentumQueue
 from recclr.objective import Objective
 from recclr.settings import (
@@ -110,6 +110,16 @@ def test_group_by_group_is_the_loss_over_the_bits(seed, num_rows, num_candidates
         told = [n if g is None else g for g, n in zip(gradients, nothing, strict=True)]
         found.append([loss.detach(), *told])
     for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=4e-6, rtol=2e-5)
+    if not num_candidates:
+        return
+    queries, vectors = leaves[0].requires_grad_(True), leaves[1]
+    for each in (mask, BitMask(mask.words)):
+        sums = masked_logsumexp(queries, vectors, log_weights, each)
+        finite = sums.where(sums > -torch.inf, 0.0).sum() + 0.0 * queries.sum()
+        slopes = torch.autograd.grad(finite, queries)
+        found.append([sums.detach(), *slopes])
+    for one, other in zip(*found[2:], strict=True):
         torch.testing.assert_close(one, other, atol=4e-6, rtol=2e-5)
 
 

@@ -10,7 +10,6 @@ cross-entropy, Liger kernels 2024). The backward pass only scales.
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recclr.kernels.grouped import GroupMask, sum_over_groups
+from recclr.kernels.grouped import GroupMask, group_parts
 from recclr.kernels.logsumexp import masked_logsumexp, require_shapes
 from recclr.kernels.reference import BitMask, Mask
 from recclr.kernels.tiled import (
@@ -64,14 +63,26 @@ def total_contrastive_loss(
     Raises:
         ShapeError: as ``masked_logsumexp`` and ``contrastive_loss``.
     """
-    if isinstance(mask, GroupMask) and queries.device.type == "cpu":
-        return sum_over_groups(
-            partial(
-                total_contrastive_loss, second_temperature=second_temperature, bfloat16=bfloat16
-            ),
-            *(queries, candidates, log_weights, positive_logits, row_weights, mask),
-            own_partition,
-        )
+    if isinstance(mask, GroupMask) and queries.device.type == "cpu" and len(queries):
+        by_row = [queries, positive_logits, row_weights]
+        by_row += [] if own_partition is None else [own_partition]
+        parts, _ = group_parts(by_row, candidates, log_weights, mask)
+        losses = []
+        for part in parts:
+            rows, logits, weights, *own = part.by_row
+            loss = total_contrastive_loss(
+                rows,
+                part.candidates,
+                part.log_weights,
+                logits,
+                weights,
+                part.pairs,
+                own_partition=own[0] if own else None,
+                second_temperature=second_temperature,
+                bfloat16=bfloat16,
+            )
+            losses.append(loss)
+        return torch.stack(losses).sum()
     tracked = torch.is_grad_enabled() and any(
         each is not None and each.requires_grad
         for each in (queries, candidates, positive_logits, own_partition)

@@ -1,4 +1,4 @@
-"""A loss over rows that each meet the candidates of their own group, a group at a time.
+"""Rows that each meet the candidates of their own group, a group at a time.
 
 Shape letters: B queries, C candidates, D dimension, G groups, P masked pairs.
 
@@ -8,7 +8,7 @@ PyTorch over a mask of bits takes nine times as long as the same step without gr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,38 +31,42 @@ class GroupMask(BitMask):
     known: PairMask
 
 
-def sum_over_groups(
-    loss: Callable[..., Tensor],
-    queries: Tensor,
-    candidates: Tensor,
-    log_weights: Tensor,
-    positive_logits: Tensor,
-    row_weights: Tensor,
-    mask: GroupMask,
-    own_partition: Tensor | None,
-) -> Tensor:
-    """The sum of a loss over all rows, float32 scalar.
+@dataclass(frozen=True)
+class Part:
+    """The rows of one group, at least one, and the candidates that they meet.
+
+    Attributes:
+        by_row: [b, …] each. candidates: [c, D]. log_weights: [c]. pairs: known ones, by their
+            places in the part.
+    """
+
+    by_row: tuple[Tensor, ...]
+    candidates: Tensor
+    log_weights: Tensor
+    pairs: PairMask
+
+
+def group_parts(
+    by_row: Sequence[Tensor], candidates: Tensor, log_weights: Tensor, mask: GroupMask
+) -> tuple[list[Part], Tensor]:
+    """The blocks of a mask.
 
     Args:
-        loss: of the arguments that follow, for the rows and the candidates of one group, with a
-            ``PairMask``; a sum over rows.
+        by_row: [B, …] each. candidates: float32 [C, D]. log_weights: float32 [C].
+
+    Returns:
+        the parts, and where each of the B rows stands among the rows of all of them, int64 [B].
     """
     groups = torch.unique(torch.cat([mask.row_group, mask.candidate_group]))
     rows, columns = (_Sorted(each, groups) for each in (mask.row_group, mask.candidate_group))
-    by_row = [queries, positive_logits, row_weights]
-    by_row += [] if own_partition is None else [own_partition]
     row_parts = list(zip(*(rows.split(each) for each in by_row), strict=True))
     column_parts = list(zip(columns.split(candidates), columns.split(log_weights), strict=True))
-    found = []
-    for number, pairs in enumerate(_pairs(mask, rows, columns)):
-        if not rows.counts[number]:
-            continue
-        own, logits, weights, *partition = row_parts[number]
-        everything = int(groups[number]) == 0
-        others = (candidates, log_weights) if everything else column_parts[number]
-        part = partition[0] if partition else None
-        found.append(loss(own, *others, logits, weights, pairs, own_partition=part))
-    return torch.stack(found).sum() if found else (queries.sum() * 0.0)
+    pairs, found = _pairs(mask, rows, columns), []
+    for number, group in enumerate(groups.tolist()):
+        if rows.counts[number]:
+            met = column_parts[number] if group else (candidates, log_weights)
+            found.append(Part(row_parts[number], *met, pairs[number]))
+    return found, rows.place
 
 
 class _Sorted:
