@@ -101,7 +101,6 @@ class Stepper:
                 item_group,
                 num_rows=max(ranks.counts(size)),
                 num_candidates=most_candidates(negatives, loss, log.num_items, size),
-                device=log.device,
             )
         self.objective = Objective(
             log,

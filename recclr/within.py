@@ -3,7 +3,8 @@
 Shape letters: B rows, C candidates, G groups that rows of a step are in.
 
 What of B × C pairs is left out is most of them, so the mask has a bit for each: B·C / 8 bytes. It
-also says which groups it was made of, by which a CPU computes the loss in blocks.
+also says which groups it was made of, by which the loss is computed in blocks where Triton's
+kernels do not read the bits.
 """
 
 from __future__ import annotations
@@ -14,14 +15,10 @@ from torch import Tensor
 from recclr.data.log import CategoricalColumn, FeatureTable
 from recclr.errors import ConfigError
 from recclr.kernels import BitMask, GroupMask, PairMask
-from recclr.kernels.logsumexp import why_not_triton
 from recclr.kernels.reference import WORD_BITS
 from recclr.settings import NegativesSettings
 
-# Of a mask, where Triton's kernels read its bits.
 _MAX_MASK_BYTES = 256 << 20
-# Of one B × C matrix of logits, of which the plain kernels hold about five.
-_MAX_LOGIT_BYTES = 512 << 20
 # Pairs of a group and a candidate that are compared at once.
 _STRETCH = 1 << 22
 
@@ -102,7 +99,6 @@ def require_groups(
     *,
     num_rows: int,
     num_candidates: int,
-    device: torch.device,
 ) -> None:
     """Refuse groups that were not handed down, and a step whose pairs take too much memory.
 
@@ -116,14 +112,10 @@ def require_groups(
         raise ConfigError(
             f"negatives.within = {settings.within!r} needs the group of every item; give item_group"
         )
-    pairs = num_rows * num_candidates
-    if device.type == "cuda" and why_not_triton(1) is None:
-        taken, most = pairs // 8, _MAX_MASK_BYTES
-    else:
-        taken, most = 4 * pairs, _MAX_LOGIT_BYTES
-    if taken > most:
+    taken = num_rows * num_candidates // 8
+    if taken > _MAX_MASK_BYTES:
         raise RoomError(
-            f"negatives.within hides candidates row by row: {num_rows:,} rows and "
-            f"{num_candidates:,} candidates take {taken:,} bytes, more than {most:,}; lower "
-            "train.batch_size or the number of negatives"
+            f"negatives.within hides candidates row by row: one bit for each of {num_rows:,} rows "
+            f"and {num_candidates:,} candidates takes {taken:,} bytes, more than "
+            f"{_MAX_MASK_BYTES:,}; lower train.batch_size or the number of negatives"
         )
