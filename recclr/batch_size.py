@@ -18,6 +18,7 @@ from recclr.load import fresh_model, training_log
 from recclr.memory import available_bytes, forget_peak, held_bytes, peak_bytes
 from recclr.step_stats import StepStats
 from recclr.stepping import Stepper
+from recclr.within import RoomError, item_groups
 
 _FIRST = 256
 _LAST = 1 << 20
@@ -72,7 +73,7 @@ def try_batch_sizes(
     while True:
         try:
             trial = _trial(config, prepared, size, device, seconds)
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, torch.OutOfMemoryError, RoomError):
             return trials
         if trial.peak_bytes is not None and trial.peak_bytes > budget:
             return trials
@@ -108,6 +109,7 @@ def _trial(
         self_supervision=config.self_supervision,
         seed=config.seed,
         explicit=prepared.explicit,
+        item_group=item_groups(config.negatives, prepared.items),
     )
 
     def step(number: int) -> StepStats:

@@ -19,7 +19,7 @@ from recclr.statistics import DAY_S
 from recclr.windows import Ahead, permuted_rows, window_length
 
 # Rows on each side of a time cell that stand for the distribution its rows were drawn from.
-_POOL_CELLS = 2
+POOL_CELLS = 2
 # Positions of the permutation that are worked out ahead of their step.
 _WINDOW = 1 << 16
 _ORDER, _OFFSET, _STALENESS = 1, 2, 3
@@ -105,10 +105,15 @@ class BatchSource:
 
         As many as are accumulated; in the last step of an epoch those that are left.
         """
+        first = self.first_batch(step)
+        left = self.batches_per_epoch - first % self.batches_per_epoch
+        numbers = range(first, first + min(self.accumulate, left))
+        return {number: self.batch(number) for number in numbers}
+
+    def first_batch(self, step: int) -> int:
+        """Number of the first batch of a step."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        before, start = epoch * self.batches_per_epoch, position * self.accumulate
-        stop = min(start + self.accumulate, self.batches_per_epoch)
-        return {before + n: self.batch(before + n) for n in range(start, stop)}
+        return epoch * self.batches_per_epoch + position * self.accumulate
 
     def batch(self, number: int) -> Batch:
         """The batch of a number, counted from 0 over all epochs."""
@@ -171,7 +176,7 @@ class BatchSource:
         if start >= stop:
             # The last cell is empty for some offsets; its step takes the newest rows instead.
             start, stop = max(num_rows - size, 0), num_rows
-        low, high = max(start - _POOL_CELLS * size, 0), min(stop + _POOL_CELLS * size, num_rows)
+        low, high = max(start - POOL_CELLS * size, 0), min(stop + POOL_CELLS * size, num_rows)
         columns = [self.log.item_idx, *([self.log.user_idx] if self.user_pools else [])]
         return self.log.rows(slice(start, stop)), *(column[low:high] for column in columns)
 

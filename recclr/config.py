@@ -297,6 +297,7 @@ def _cross_check(config: Config, source: str) -> None:
         problems.append(
             f"train.time_cells: {needing['item'][0]} needs time cells; leave the key out"
         )
+    problems += _contradictions(config)
     if config.train.sharded_tables != "none" and config.model.embedding_dim % 4:
         problems.append(
             "train.sharded_tables: needs a model.embedding_dim that is a multiple of 4, found "
@@ -323,6 +324,24 @@ def _cross_check(config: Config, source: str) -> None:
         problems.append("train.refit: there is no validation to select on; set split.valid")
     if problems:
         raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
+
+
+def _contradictions(config: Config) -> list[str]:
+    """What is wrong with the sources of negatives beside the other sections."""
+    problems, negatives = [], config.negatives
+    if negatives.available and config.data.columns.timestamp is None:
+        problems.append(
+            "negatives.available: needs timestamps, but data.columns.timestamp is not set"
+        )
+    if negatives.available and config.train.time_cells is False:
+        problems.append("train.time_cells: negatives.available needs time cells; leave the key out")
+    feature = config.item.features.get(negatives.within or "")
+    if negatives.within is not None and (feature is None or feature.kind != "categorical"):
+        problems.append(
+            f"negatives.within: expected a categorical feature of [item.features], found "
+            f"{negatives.within!r}"
+        )
+    return problems
 
 
 def _needs_time(side: str, tower: TowerSettings) -> list[str]:

@@ -24,6 +24,7 @@ from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
 from recclr.train import FitResult, fit
 from recclr.watching import temperature_figures
+from recclr.within import item_groups
 
 Judge = Callable[[EmbeddingRanker], dict[str, float]]
 
@@ -137,5 +138,6 @@ def fit_model(
             on_event=on_event,
             stop=stop,
             ranks=ranks,
+            item_group=item_groups(config.negatives, prepared.items),
         )
     return model, result

@@ -18,6 +18,7 @@ from recclr.errors import ConfigError
 from recclr.graphs import graph_event
 from recclr.history import HistoryPart
 from recclr.kernels.logsumexp import why_not_triton
+from recclr.negatives import most_candidates
 from recclr.optim import Table
 from recclr.parts import BagPart, CategoryPart, DensePart, IdPart, StatisticsPart
 from recclr.settings import (
@@ -99,6 +100,10 @@ def _why_not(
             f"loss.kind = {loss.kind!r} leaves out the pairs of one user or item, which are as "
             "many as a batch happens to have"
         )
+    if negatives.queue is not None and negatives.queue.size:
+        return "negatives.queue fills step by step, and a step scores what is in it"
+    if negatives.within is not None:
+        return "negatives.within compares the groups of a step, of which there are more or fewer"
     for name, module in model.named_modules():
         if type(module) not in _FIXED_TYPES:
             return f"{name} is a {type(module).__name__}, of which nothing is known"
@@ -107,10 +112,7 @@ def _why_not(
     reason = why_not_triton(_dim_of(model) + model.num_lifted)
     if reason is not None:
         return reason
-    num_candidates = model.num_items
-    if loss.kind != "full_softmax":
-        popularity = 0 if negatives.popularity is None else negatives.popularity.count
-        num_candidates = min(num_candidates, batch_size + negatives.uniform + popularity)
+    num_candidates = most_candidates(negatives, loss, model.num_items, batch_size)
     if batch_size * num_candidates // 8 > _MAX_MASK_BYTES:
         return (
             f"one bit for each of {batch_size:,} rows and {num_candidates:,} candidates takes more "

@@ -23,6 +23,7 @@ from recclr.distributed import ALONE, Ranks
 from recclr.kernels import Mask
 from recclr.known_positives import KnownPositives
 from recclr.losses import mean_weights
+from recclr.momentum import MomentumQueue, mask_repeats
 from recclr.more_positives import MorePositives, with_items
 from recclr.negatives import Candidates, CandidateSampler
 from recclr.order import generator, mix
@@ -34,6 +35,7 @@ from recclr.step_stats import StepStats, joined
 from recclr.symmetric import Mirror
 from recclr.towers import TwoTower
 from recclr.views import SelfSupervision
+from recclr.within import SameGroup
 
 _NEGATIVES, _DROPOUT, _OWN, _POSITIVES = 11, 12, 13, 41
 
@@ -49,6 +51,9 @@ class Objective:
         fixed_shapes: shapes follow from that of the batch alone, and nothing waits for a GPU, so
             that a step can be captured as a CUDA graph. For one rank, and without chunks.
         self_supervision: terms of two views, for ``backward`` alone; without fixed shapes.
+        item_group: int64 [num_items], what ``negatives.within`` names; None: all are one group. Not
+            with fixed shapes.
+        queue: what ``negatives.queue`` asks for, made of the model. Not with fixed shapes.
     """
 
     def __init__(
@@ -64,6 +69,8 @@ class Objective:
         ranks: Ranks = ALONE,
         fixed_shapes: bool = False,
         self_supervision: SelfSupervision | None = None,
+        item_group: Tensor | None = None,
+        queue: MomentumQueue | None = None,
     ) -> None:
         self.ranks, self.fixed_shapes = ranks, fixed_shapes
         self._embed = Encoding(ranks, chunk_size, bfloat16)
@@ -90,6 +97,13 @@ class Objective:
         self.self_supervision = self_supervision
         if self_supervision is not None:
             self.state |= self_supervision.state()
+        self.queue = queue
+        if queue is not None:
+            self.state |= queue.state
+        if self.sampler.stream is not None:
+            shares = self.sampler.stream.state.items()
+            self.state |= {f"stream/{name}": value for name, value in shares}
+        self.groups = None if item_group is None else SameGroup(item_group.to(self.device))
         self.draws: dict[int, torch.Generator] = {}
         self.renew_draws()
 
@@ -178,7 +192,7 @@ class Objective:
         if self.more_positives is not None:
             positives = self.more_positives.draw(batch, self._draws(number, _POSITIVES))
             candidates, more_row = with_items(candidates, positives[:, 1:])
-        positive_log_weights = self._positive_log_weights(positives, batch)
+        positive_log_weights = self._positive_log_weights(positives, batch, candidates)
         draws, fixed = self._draws(number, _DROPOUT), self.fixed_shapes
         shown = partial(Rows, generator=draws, fixed_shapes=fixed, progress=self.progress(number))
         users = shown(batch.user_idx, batch.user_at, positives)
@@ -209,7 +223,7 @@ class Objective:
             counts = self.ranks.counts(len(candidates.item_idx))
             items = self.ranks.gather_rows(items, counts, "item embeddings")
         mask, num_masked, num_candidates = self._masked(user_idx, item_idx, candidates)
-        rows = candidates.candidate_row
+        vectors, log_weights = candidates.weighted(items)
         scored = Scored(
             queries,
             items,
@@ -217,8 +231,8 @@ class Objective:
             user_idx,
             item_idx,
             positive_row,
-            items if rows is None else items.index_select(0, rows),
-            candidates.log_weights,
+            vectors,
+            log_weights,
             mask,
             mean_weights(len(queries), weight, device=self.device, total=total),
             *_own_of(drawn, candidates, own),
@@ -235,6 +249,9 @@ class Objective:
         if self.mirror is not None:
             loss = torch.lerp(loss, self.mirror.loss(scored, batch), self.loss.symmetric)
         num_rows = len(batch.user_idx)
+        if self.sampler.stream is not None:
+            # After its own correction, which has to be independent of what it was drawn from.
+            self.sampler.stream.add(batch.item_idx)
         return StepStats(
             loss,
             num_candidates,
@@ -242,7 +259,7 @@ class Objective:
             num_masked,
             num_rows,
             _num_distinct(candidates),
-            log_weights=candidates.log_weights if self.loss.is_plain and not self.own else None,
+            log_weights=log_weights if self.loss.is_plain and not self.own else None,
         )
 
     def _masked(
@@ -251,10 +268,19 @@ class Objective:
         """Known positives among the candidates, how many these are, and how many candidates."""
         known, weights = self.known_positives, candidates.log_weights
         if not self.fixed_shapes:
-            wanted = candidates.candidate_idx
-            mask = known.mask(user_idx, item_idx, wanted, also=self.own.mined)
-            return mask, len(mask), len(weights)
+            candidate_idx, mined = candidates.candidate_idx, self.own.mined
+            if candidates.queued is None:
+                mask = known.mask(user_idx, item_idx, candidate_idx, also=mined)
+            else:
+                candidate_idx = torch.cat([candidate_idx, candidates.queued.item_idx])
+                mask = mask_repeats(known, user_idx, item_idx, candidate_idx, also=mined)
+            if self.groups is None:
+                return mask, len(mask), len(candidate_idx)
+            limited = self.groups.limit(mask, item_idx, candidate_idx)
+            return limited, len(mask), len(candidate_idx)
         alive, places = weights > -torch.inf, candidates.places
+        if places is None and self.sampler.availability is not None:
+            places = torch.arange(len(weights), device=weights.device)
         if places is not None:
             places = torch.where(alive.index_select(0, places), places, -1)
         bits, num_masked = known.bits(user_idx, item_idx, candidates.item_idx, places)
@@ -264,28 +290,45 @@ class Objective:
         """For all rows of a batch, on every rank."""
         if not self.own:
             return None
-        return self.own.draw(batch.user_idx, batch.item_idx, self._draws(number, _OWN))
+        drawn = self.own.draw(batch.user_idx, batch.item_idx, self._draws(number, _OWN))
+        if drawn is None or (self.groups is None and self.sampler.availability is None):
+            return drawn
+        # What limits shared candidates limits these.
+        allowed = self.sampler.available(drawn.item_idx, batch.item_at)
+        if self.groups is not None:
+            allowed &= self.groups.same(batch.item_idx, drawn.item_idx)
+        return replace(drawn, log_weights=drawn.log_weights.masked_fill(~allowed, -torch.inf))
 
     def _candidates(self, batch: Batch, number: int, drawn: OwnDraws | None = None) -> Candidates:
         own = None if drawn is None else drawn.item_idx.flatten()
         if self.loss.kind == "full_softmax":
-            return self.sampler.everything(batch.item_idx, own)
+            return self.sampler.everything(batch.item_idx, batch.item_at, own)
         if self.loss.kind == "alignment_uniformity":
             return self.sampler.nothing(batch.item_idx)
         return self.sampler.draw(
             batch.item_idx,
             self._draws(number, _NEGATIVES),
             in_batch_counts=_in_batch_counts(batch),
+            at=batch.item_at,
+            queued=None if self.queue is None else self.queue.queued(number),
             own=own,
         )
 
-    def _positive_log_weights(self, positives: Tensor, batch: Batch) -> Tensor | None:
+    def _positive_log_weights(
+        self, positives: Tensor, batch: Batch, candidates: Candidates
+    ) -> Tensor | None:
         """What moves the logits of positives, [B] or [B, P], in the classic form: [B, P]."""
         if self.loss.log_q == "corrected":
             return None
         # -1, where a row has fewer, takes the place of any item.
         positives = positives.view(len(positives), -1).clamp(min=0)
-        return self.sampler.positive_log_weights(positives, len(positives), _in_batch_counts(batch))
+        return self.sampler.positive_log_weights(
+            positives,
+            len(positives),
+            _in_batch_counts(batch),
+            batch.item_at,
+            candidates.queued,
+        )
 
 
 def _in_batch_counts(batch: Batch) -> tuple[Tensor, int] | None:

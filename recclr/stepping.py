@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from recclr.batches import BatchSource
+from recclr.batches import Batch, BatchSource
 from recclr.data.log import Csr, EncodedLog
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError
 from recclr.exchange import StepExchange
 from recclr.graph_plan import plan_graph
 from recclr.graphs import graph_of
-from recclr.negatives import require_negatives
+from recclr.momentum import MomentumQueue
+from recclr.negatives import most_candidates, require_negatives, require_sources
 from recclr.objective import Objective
 from recclr.optimizers import Optimizers
 from recclr.pair_losses import require_objective
@@ -30,6 +32,7 @@ from recclr.step_stats import StepStats
 from recclr.towers import TwoTower
 from recclr.views import SelfSupervision
 from recclr.watching import OnEvent
+from recclr.within import require_groups
 
 # Steps after which a capture as a CUDA graph is not waited for any more.
 _LAST_WARM_UP = 9
@@ -86,7 +89,8 @@ class Stepper:
             mapped.
         explicit: see ``own_negatives.OwnNegatives``.
         ranks: the processes that share every step.
-        emit: told whether steps are captured as a CUDA graph.
+        emit: told whether steps are captured as a CUDA graph, and how stale the queue is.
+        item_group: int64 [num_items], see ``within.item_groups``.
 
     Attributes:
         source, objective, optimizers: the parts. num_steps: of ``train.epochs``.
@@ -108,18 +112,17 @@ class Stepper:
         explicit: Csr | None = None,
         ranks: Ranks = ALONE,
         emit: OnEvent = ignore,
+        item_group: Tensor | None = None,
     ) -> None:
         num_rows = min(train.batch_size, len(log))
         require_objective(loss, negatives, model.similarity, num_rows=num_rows)
         if loss.kind not in ("full_softmax", "alignment_uniformity"):
             require_negatives(negatives, log, batch_size=train.batch_size)
         self.model = model
+        time_cells = _time_cells(model, train, negatives)
+        require_sources(negatives, loss, time_cells=time_cells)
         self.source = BatchSource(
-            log,
-            train,
-            seed=seed,
-            time_cells=_time_cells(model, train),
-            user_pools=loss.symmetric > 0,
+            log, train, seed=seed, time_cells=time_cells, user_pools=loss.symmetric > 0
         )
         captured = plan_graph(
             model,
@@ -132,6 +135,28 @@ class Stepper:
             emit=emit,
             self_supervision=self_supervision,
         )
+        self.num_steps = max(1, round(train.epochs * self.source.steps_per_epoch))
+        bfloat16 = use_bfloat16(train, log.device)
+        queue = None
+        if negatives.queue is not None and negatives.queue.size:
+            warm_up = math.ceil(negatives.queue.warmup * self.num_steps)
+            queue = MomentumQueue(
+                model,
+                negatives.queue,
+                starts=self.source.first_batch(warm_up),
+                time_cells=time_cells,
+                bfloat16=bfloat16,
+                chunk_size=train.chunk_size,
+                ranks=ranks,
+            )
+        if negatives.within is not None:
+            size = self.source.batch_size
+            require_groups(
+                negatives,
+                item_group,
+                num_rows=max(ranks.counts(size)),
+                num_candidates=most_candidates(negatives, loss, log.num_items, size),
+            )
         views = None
         if self_supervision is not None:
             views = SelfSupervision(self_supervision, model, log, seed=seed, ranks=ranks)
@@ -140,14 +165,18 @@ class Stepper:
             loss,
             negatives,
             seed=seed,
-            bfloat16=use_bfloat16(train, log.device),
+            bfloat16=bfloat16,
             chunk_size=train.chunk_size,
             explicit=explicit,
             ranks=ranks,
             fixed_shapes=captured,
             self_supervision=views,
+            item_group=item_group if negatives.within is not None else None,
+            queue=queue,
         )
-        self.num_steps = max(1, round(train.epochs * self.source.steps_per_epoch))
+        self.emit = emit
+        # As often as there may be an evaluation.
+        self.look_every = max(1, round(train.evaluate_every * self.source.steps_per_epoch))
         self.objective.num_batches = round(train.epochs * self.source.batches_per_epoch)
         self.optimizers = Optimizers(
             model,
@@ -179,17 +208,31 @@ class Stepper:
             stats = self.graph(self.source.batch(step), step)
             return stats, stop is not None and stop()
         check = check if self.objective.device.type == "cpu" else None
+        batches = self.source.step(step)
         if self.exchange is None:
-            stats = self.objective.backward(self.model, self.source.step(step), check)
+            stats = self.objective.backward(self.model, batches, check)
             self.optimizers.step(step)
+            self._fill_queue(step, batches)
             return stats, stop is not None and stop()
-        stats = self.objective.backward(self.model, self.source.step(step))
+        stats = self.objective.backward(self.model, batches)
         asked = stop is not None and stop()
         stats, gradients, interrupted = self.exchange(stats, stopped=asked)
         if check is not None:
             check(stats.loss)
         self.optimizers.step(step, gradients)
+        self._fill_queue(step, batches)
         return stats, interrupted
+
+    def _fill_queue(self, step: int, batches: Mapping[int, Batch]) -> None:
+        """Push what an update learned from, and say now and then how old the vectors are."""
+        queue = self.objective.queue
+        if queue is None:
+            return
+        queue.advance(self.model, batches.values())
+        if (step + 1) % self.look_every == 0:
+            cosine = queue.staleness(self.model)
+            said = {"step": step + 1, "filled": queue.num_filled, "cosine": cosine}
+            self.emit({"kind": "queue", **said})
 
     def warm_up(self, step: int) -> int:
         """Train from ``step`` on until nothing is left to capture, or no longer to be waited for.
@@ -225,9 +268,14 @@ def needs_time_cells(model: torch.nn.Module) -> bool:
     )
 
 
-def _time_cells(model: TwoTower, train: TrainSettings) -> bool:
+def _time_cells(model: TwoTower, train: TrainSettings, negatives: NegativesSettings) -> bool:
     if train.time_cells is None:
-        return needs_time_cells(model)
+        return needs_time_cells(model) or negatives.available
+    if not train.time_cells and negatives.available:
+        raise ConfigError(
+            "train.time_cells = false, but negatives.available asks which items there were at the "
+            "moment of a step, which its rows then have to share; leave one of the keys out"
+        )
     if not train.time_cells and needs_time_cells(model.item_tower):
         raise ConfigError(
             "train.time_cells = false, but the item tower has statistics or an 'as_of' id, which "

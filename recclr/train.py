@@ -78,6 +78,7 @@ def fit(
     on_event: OnEvent | None = None,
     stop: Callable[[], bool] | None = None,
     ranks: Ranks = ALONE,
+    item_group: Tensor | None = None,
 ) -> FitResult:
     """Train in place; with ``evaluate``, leave the model at its best evaluation.
 
@@ -98,12 +99,14 @@ def fit(
         resume: go on from LAST if there is one.
         num_steps: end after so many steps while the schedule still spans ``train.epochs``, as a
             refit for a selected number of steps does.
-        on_event: gets a dict for each logged step, each evaluation and each mining; on a GPU,
-            whether steps are captured as a CUDA graph; and why layers could not be compiled.
+        on_event: gets a dict for each logged step, each evaluation and each mining, and for how
+            stale a queue is; on a GPU, whether steps are captured as a CUDA graph; and why layers
+            could not be compiled.
         stop: asked after every step; true writes a checkpoint and raises.
         ranks: the processes that share every step, all of which call this with the same arguments;
             ``evaluate`` must give all of them the same metrics. The weights are those of one
             process up to the order of sums, and the same bits on all ranks.
+        item_group: int64 [num_items], of ``within.item_groups``, where ``negatives.within`` is set.
 
     Raises:
         DivergedError: the loss is not finite. InterruptedTraining: ``stop`` said so.
@@ -129,6 +132,7 @@ def fit(
         explicit=explicit,
         ranks=ranks,
         emit=on_event or ignore,
+        item_group=item_group,
     )
 
     def mine_if_due(step: int, meter: Meter) -> None:

@@ -12,6 +12,7 @@ from recclr.batch_size import BatchTrial, fastest, try_batch_sizes
 from recclr.config import parse_config
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
 from recclr.errors import ConfigError
+from recclr.within import RoomError
 
 
 def prepared(num_rows=1100):
@@ -130,6 +131,7 @@ def scripted(monkeypatch, peaks):
         ({256: 50, 512: 60, 1024: 80, 1100: 95}, [256, 512, 1024]),  # 80 + 2 * 20 likewise
         ({256: 50, 512: 50, 1024: MemoryError}, [256, 512]),
         ({256: torch.OutOfMemoryError}, []),
+        ({256: 50, 512: 50, 1024: RoomError}, [256, 512]),
         ({256: None, 512: None, 1024: None, 1100: None}, [256, 512, 1024, 1100]),
     ],
 )

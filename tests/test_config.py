@@ -112,6 +112,11 @@ CONFIGS = st.fixed_dictionaries(
         "negatives": section(
             uniform=st.integers(1, 1 << 24),
             popularity=st.fixed_dictionaries({"count": st.integers(1, 1 << 24)}),
+            queue=section(
+                size=st.integers(0, 1 << 24), momentum=between(0, 0.9999), warmup=between(0, 1)
+            ),
+            available=st.booleans(),
+            counts=st.sampled_from(["static", "streaming"]),
         ),
         "self_supervision": st.fixed_dictionaries({"item": VIEWS}, optional={"user": VIEWS}),
         "train": section(
@@ -492,6 +497,12 @@ TIMELESS = {"data": {"events": "e", "columns": {"timestamp": ""}}}
         (
             {"loss": {"kind": "alignment_uniformity"}, "negatives": {"uniform": 3}},
             "loss.kind = 'alignment_uniformity' has no negatives",
+        ),
+        ({"negatives": {"in_batch": False, "counts": "streaming"}}, "set in_batch or queue"),
+        ({"negatives": {"available": True}} | TIMELESS, "negatives.available: needs timestamps"),
+        (
+            {"negatives": {"available": True}, "train": {"time_cells": False}},
+            "train.time_cells: negatives.available needs time cells",
         ),
         (
             {"train": SPLIT_BY_ROWS, "model": {"embedding_dim": 6}},

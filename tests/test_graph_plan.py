@@ -20,6 +20,7 @@ from recclr.settings import (
     MinedSettings,
     ModelSettings,
     NegativesSettings,
+    QueueSettings,
     SelfSupervisionSettings,
     TowerSettings,
     TrainSettings,
@@ -144,6 +145,8 @@ def with_triton(monkeypatch):
         (model_of, {"ranks": Ranks(0, 2)}, "several processes"),
         (model_of, {"chunk_size": 5}, "train.chunk_size and"),
         (model_of, {"accumulate": 2}, "train.accumulate run"),
+        (model_of, {"negatives": NegativesSettings(queue=QueueSettings())}, "queue fills step by"),
+        (model_of, {"negatives": NegativesSettings(within="kind")}, "within compares the groups"),
         (lambda: model_of(dim=300), {}, "256 dimensions"),
         (lambda: model_of(RAMPED), {}, "user_tower.augment changes its rates from step to step"),
         (model_of, {"self_supervision": VIEWS}, "self_supervision draws"),
@@ -164,6 +167,8 @@ def with_triton(monkeypatch):
         "ranks",
         "chunks",
         "accumulated",
+        "queue",
+        "within",
         "wide",
         "ramped",
         "views",
@@ -183,6 +188,9 @@ def test_what_stands_against_capture_is_said_or_refused(with_triton, model, opti
     assert planned(model_of(STEADY), said)
     assert planned(model_of(dim=254, similarity="euclidean"), said)
     assert planned(model_of(), said, loss=LossSettings(kind="bpr"))
+    # What has a fixed shape may be captured.
+    fixed = {"available": True, "counts": "streaming", "queue": QueueSettings(size=0)}
+    assert planned(model_of(), said, negatives=NegativesSettings(uniform=7, **fixed))
     assert said == []
     assert not planned(model(), said, **options)
     (event,) = said

@@ -57,6 +57,10 @@ FLOORS = {
         "more_positives",
         "negatives",
         "own_negatives",
+        "availability",
+        "momentum",
+        "streaming",
+        "within",
         "known_positives",
     }
     | {"kernels", "windows", "batches", "objective", "optimizers", "ranking", "exchange"},

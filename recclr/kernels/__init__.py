@@ -8,12 +8,14 @@ normalisation of cosine similarity.
 """
 
 from recclr.kernels.fused import either, total_contrastive_loss
+from recclr.kernels.grouped import GroupMask
 from recclr.kernels.logsumexp import masked_logsumexp
 from recclr.kernels.reference import BitMask, Mask, PairMask
 from recclr.kernels.unit import unit_rows
 
 __all__ = [
     "BitMask",
+    "GroupMask",
     "Mask",
     "PairMask",
     "either",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recclr.kernels.grouped import GroupMask, Part, group_parts
 from recclr.kernels.logsumexp import masked_logsumexp, require_shapes
 from recclr.kernels.reference import BitMask, Mask
 from recclr.kernels.tiled import (
@@ -62,6 +63,11 @@ def total_contrastive_loss(
     Raises:
         ShapeError: as ``masked_logsumexp`` and ``contrastive_loss``.
     """
+    if isinstance(mask, GroupMask) and queries.device.type == "cpu" and len(queries):
+        by_row = [queries, positive_logits, row_weights]
+        by_row += [] if own_partition is None else [own_partition]
+        parts, _ = group_parts(by_row, candidates, log_weights, mask)
+        return torch.stack([_of_part(part, second_temperature, bfloat16) for part in parts]).sum()
     tracked = torch.is_grad_enabled() and any(
         each is not None and each.requires_grad
         for each in (queries, candidates, positive_logits, own_partition)
@@ -89,6 +95,22 @@ def total_contrastive_loss(
         log_partition = either(log_partition, own_partition)
     loss = contrastive_loss(positive_logits, log_partition, second_temperature=second_temperature)
     return (loss * row_weights).sum()
+
+
+def _of_part(part: Part, second_temperature: float | None, bfloat16: bool) -> Tensor:
+    """The loss of the rows of one group."""
+    queries, logits, weights, *own = part.by_row
+    return total_contrastive_loss(
+        queries,
+        part.candidates,
+        part.log_weights,
+        logits,
+        weights,
+        part.pairs,
+        own_partition=own[0] if own else None,
+        second_temperature=second_temperature,
+        bfloat16=bfloat16,
+    )
 
 
 class _TotalLoss(torch.autograd.Function):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recclr.errors import ShapeError
+from recclr.kernels.grouped import GroupMask, group_parts
 from recclr.kernels.reference import BitMask, Mask, masked_logsumexp_reference
 from recclr.kernels.tiled import masked_logsumexp_tiled
 
@@ -34,7 +35,7 @@ def masked_logsumexp(
 
     On a GPU with Triton, for D up to 256, in Triton's kernels: nothing waits for the device, and
     shapes follow from those of the arguments. Everywhere else in tiles of PyTorch, or plainly with
-    a ``BitMask``, whose B × C logits then lie in memory.
+    a ``BitMask``, whose B × C logits then lie in memory; a ``GroupMask`` in tiles of one group.
 
     Args:
         queries, candidates, log_weights, mask: as there.
@@ -51,6 +52,13 @@ def masked_logsumexp(
     twin = _triton_for(queries.device, queries.shape[1], bfloat16)
     if twin is not None:
         return twin(queries, candidates, log_weights, mask)
+    if isinstance(mask, GroupMask) and len(queries):
+        parts, places = group_parts([queries], candidates, log_weights, mask)
+        found = [
+            masked_logsumexp(part.by_row[0], part.candidates, part.log_weights, part.pairs)
+            for part in parts
+        ]
+        return torch.cat(found).index_select(0, places)
     if isinstance(mask, BitMask):
         return masked_logsumexp_reference(queries, candidates, log_weights, mask)
     return masked_logsumexp_tiled(queries, candidates, log_weights, mask)

@@ -14,6 +14,7 @@ from recclr.settings.objective import (
     LossSettings,
     NegativesSettings,
     PopularitySettings,
+    QueueSettings,
     contradictions,
 )
 from recclr.settings.self_supervision import SelfSupervisionSettings, ViewSettings
@@ -53,6 +54,7 @@ __all__ = [
     "PairSettings",
     "PopularitySettings",
     "PropagationSettings",
+    "QueueSettings",
     "RangeSettings",
     "SelfSupervisionSettings",
     "SplitSettings",

@@ -188,6 +188,24 @@ class PopularitySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QueueSettings:
+    """Positives of earlier steps as further negatives, without gradient (``momentum``)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    size: int = 4096
+    """Vectors that are kept; the oldest go first. 0 for no queue."""
+    momentum: float = 0.999
+    """What is left of the old weights at each step of the average of the item tower that embeds
+    them; 0 for the tower itself."""
+    warmup: float = 0.05
+    """Share of all steps in which the queue fills but is nobody's negative yet."""
+
+    def __post_init__(self) -> None:
+        _check(self, size=(0, 1 << 24), momentum=(0.0, 0.999999), warmup=(0.0, 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
 class NegativesSettings:
     """Sources of negatives, under one log_q: shared by all rows of a batch, but for the last two,
     which each row has for itself.
@@ -200,9 +218,23 @@ class NegativesSettings:
     popularity: PopularitySettings | None = None
     mined: MinedSettings | None = None
     explicit: ExplicitSettings | None = None
+    queue: QueueSettings | None = None
+    available: bool = False
+    """Only items with a train event before the moment of the step; trains on time cells."""
+    within: str | None = None
+    """Categorical item feature: negatives are of the positive's own category. A positive without
+    one meets all."""
+    counts: Literal["static", "streaming"] = "static"
+    """How often an item is expected among the positives: counted in the log, or estimated from the
+    batches so far (``streaming``)."""
 
     def __post_init__(self) -> None:
         _check(self, uniform=(0, 1 << 24))
+        if self.counts == "streaming" and not (self.in_batch or self.queue):
+            raise ValueError(
+                "counts = 'streaming' is about positives that become negatives: set in_batch or "
+                "queue, or leave counts out"
+            )
         if not self.in_batch and self.uniform == 0 and self.popularity is None:
             raise ValueError("no source of negatives is left: set in_batch, uniform or popularity")
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from recclr.checkpoint import find_checkpoint
+
 # Sums in another order: a few float32 roundings (6e-8) of sums of about fifty terms near 1.
 # Probabilities have a relative precision of 2e-6 (``tiled._RANGE``), and ranks tile differently.
 ATOL, RTOL = 4e-6, 2e-5
@@ -140,6 +142,28 @@ def test_a_training_ends_in_the_weights_of_one_process(
     assert told[1][0]["masked_share"] == alone[1][0]["masked_share"]
     assert told[1][0]["duplicate_share"] == alone[1][0]["duplicate_share"]
     assert told[1][0]["num_candidates"] == alone[1][0]["num_candidates"]
+
+
+@pytest.mark.parametrize(
+    ("size", "towers", "negatives"),
+    [(2, "timed", "queue"), pytest.param(3, "rich", "streaming", marks=slow)],
+)
+def test_a_queue_holds_the_same_in_the_same_order_on_all_ranks(
+    work, spread, tmp_path, size, towers, negatives
+):
+    settings = {"towers": towers, "negatives": negatives, "checkpoints": "kept"}
+    # No checkpoint is written unless the ranks agree on every bit of the queue.
+    ended = spread("train", size, tmp_path, **settings)
+    assert ended.codes == [0] * size, ended.texts
+    (tmp_path / "one").mkdir()
+    work.alone("train", tmp_path / "one", **settings)
+    found, one = (
+        find_checkpoint(folder / "kept").tensors for folder in (tmp_path, tmp_path / "one")
+    )
+    items = "objective/queue/item_idx"
+    assert torch.equal(found[items], one[items])
+    assert len(torch.unique(one[items])) > 5
+    close(dict(one), dict(found), atol=2e-5)
 
 
 @pytest.mark.parametrize(("size", "towers"), [(2, "timed"), pytest.param(3, "rich", marks=slow)])

@@ -39,6 +39,7 @@ from recclr.settings import (
     ModelSettings,
     NegativesSettings,
     PopularitySettings,
+    QueueSettings,
     SelfSupervisionSettings,
     TowerSettings,
     TrainSettings,
@@ -77,6 +78,12 @@ NEGATIVES = {
         explicit=ExplicitSettings(events=("shown",), count=2),
     ),
     "none": NegativesSettings(),
+    "queue": NegativesSettings(
+        uniform=5, available=True, queue=QueueSettings(size=19, momentum=0.8, warmup=0.2)
+    ),
+    "streaming": NegativesSettings(
+        uniform=5, counts="streaming", queue=QueueSettings(size=19, momentum=0.0, warmup=0.0)
+    ),
 }
 IDS = (TowerSettings(), TowerSettings())
 # Everything that draws: dropout of ids, features, histories (of items that drop) and coordinates.
