@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from recclr.availability import Availability
 from recclr.batches import Batch
+from recclr.building import build_model
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
 from recclr.errors import ConfigError
 from recclr.negatives import CandidateSampler, Queued
@@ -24,7 +25,6 @@ from recclr.settings import (
 )
 from recclr.statistics import TimeIndex
 from recclr.stepping import Stepper
-from recclr.towers import build_model
 
 # (item, time), rising in time; items 2 and 6 have no event.
 EVENTS = [(4, 10), (0, 10), (4, 13), (1, 17), (0, 17), (5, 21), (5, 22), (3, 30), (4, 31)]

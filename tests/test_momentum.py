@@ -12,6 +12,7 @@ from torch import nn
 
 import recclr.momentum as module
 from recclr.batches import Batch
+from recclr.building import build_model
 from recclr.data.log import CategoricalColumn, DenseColumn, EncodedLog, FeatureTable, Prepared
 from recclr.errors import ConfigError
 from recclr.known_positives import KnownPositives
@@ -20,7 +21,7 @@ from recclr.negatives import CandidateSampler, Queued
 from recclr.objective import Objective
 from recclr.optim import Table
 from recclr.order import generator
-from recclr.parts import Rows
+from recclr.rows import Rows
 from recclr.settings import (
     FeatureSettings,
     IdSettings,
@@ -33,7 +34,6 @@ from recclr.settings import (
 )
 from recclr.statistics import DAY_S
 from recclr.stepping import Stepper
-from recclr.towers import build_model
 from recclr.train import fit
 
 NUM_USERS, NUM_ITEMS, NUM_ROWS, DIM = 7, 13, 41, 5

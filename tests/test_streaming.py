@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recclr.batches import Batch
+from recclr.building import build_model
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
 from recclr.errors import ConfigError
 from recclr.negatives import CandidateSampler, Queued, require_sources
@@ -19,7 +20,6 @@ from recclr.settings import (
     TowerSettings,
 )
 from recclr.streaming import StreamingShares
-from recclr.towers import build_model
 
 NUM_ITEMS = 6
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import recclr.within as module
 from recclr.batch_size import try_batch_sizes
 from recclr.batches import Batch
+from recclr.building import build_model
 from recclr.config import parse_config
 from recclr.data.log import CategoricalColumn, DenseColumn, EncodedLog, FeatureTable, Prepared
 from recclr.errors import ConfigError
@@ -26,7 +27,6 @@ from recclr.settings import (
     TrainSettings,
 )
 from recclr.stepping import Stepper
-from recclr.towers import build_model
 from recclr.within import RoomError, SameGroup, item_groups, require_groups
 
 NUM_USERS, NUM_ITEMS, NUM_ROWS = 5, 14, 37
