@@ -25,7 +25,7 @@ from recclr.known_positives import KnownPositives
 from recclr.losses import mean_weights
 from recclr.momentum import MomentumQueue, mask_repeats
 from recclr.more_positives import MorePositives, with_items
-from recclr.negatives import Candidates, CandidateSampler
+from recclr.negatives import Candidates, CandidateSampler, Queued
 from recclr.order import generator, mix
 from recclr.own_negatives import OwnDraws, OwnNegatives
 from recclr.rows import Rows
@@ -167,7 +167,9 @@ class Objective:
         """Forward and backward passes of the terms of two views, once a step."""
         assert self.self_supervision is not None
         number, batch = next(iter(batches.items()))
-        terms = self.self_supervision.terms(model, batch, number, self._embed)
+        terms = self.self_supervision.terms(
+            model, batch, number, self._embed, self.progress(number)
+        )
         for name, weight, loss in terms:
             if check is not None:
                 check(loss)
@@ -192,7 +194,7 @@ class Objective:
         if self.more_positives is not None:
             positives = self.more_positives.draw(batch, self._draws(number, _POSITIVES))
             candidates, more_row = with_items(candidates, positives[:, 1:])
-        positive_log_weights = self._positive_log_weights(positives, batch, candidates)
+        positive_log_weights = self._positive_log_weights(positives, batch, candidates.queued)
         draws, fixed = self._draws(number, _DROPOUT), self.fixed_shapes
         shown = partial(Rows, generator=draws, fixed_shapes=fixed, progress=self.progress(number))
         users = shown(batch.user_idx, batch.user_at, positives)
@@ -315,7 +317,7 @@ class Objective:
         )
 
     def _positive_log_weights(
-        self, positives: Tensor, batch: Batch, candidates: Candidates
+        self, positives: Tensor, batch: Batch, queued: Queued | None = None
     ) -> Tensor | None:
         """What moves the logits of positives, [B] or [B, P], in the classic form: [B, P]."""
         if self.loss.log_q == "corrected":
@@ -327,7 +329,7 @@ class Objective:
             len(positives),
             _in_batch_counts(batch),
             batch.item_at,
-            candidates.queued,
+            queued,
         )
 
 

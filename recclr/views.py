@@ -56,31 +56,40 @@ class TwoViews:
         self.head = _head(dim, settings.projection, mix(seed, _HEAD, self.key)).to(device)
 
     def loss(
-        self, encode: Encoding, embed: Embed, idx: Tensor, at: Tensor | None, number: int
+        self,
+        encode: Encoding,
+        embed: Embed,
+        idx: Tensor,
+        at: Tensor | None,
+        number: int,
+        progress: float = 0.0,
     ) -> Tensor:
         """This rank's part of the term, float32 scalar; the parts of all ranks sum up to it.
 
         Args:
             encode: how towers are run. embed: the tower, with its normalisation.
             idx: int64 [M], repeats allowed. at: int64 seconds, scalar or [M], or None.
-            number: keys what the views hide.
+            number: keys what the views hide. progress: as ``Rows`` has it.
         """
         num_rows = len(idx)
         part, counts = self.ranks.part(num_rows), self.ranks.counts(num_rows)
         views = []
         for view in range(2):
-            rows = self.rows(idx, at, number, view)
+            rows = self.rows(idx, at, number, view, progress)
             rows = rows if self.ranks.size == 1 else rows.part(*part)
             views.append(self.head(encode(embed, rows, num_rows).float()))
         both = self.ranks.gather_rows(torch.cat(views, dim=1), counts, f"views of {self.side}s")
         first, second = both.chunk(2, dim=1)
         return nt_xent(first, second, self.settings.temperature, entity_idx=idx, part=part)
 
-    def rows(self, idx: Tensor, at: Tensor | None, number: int, view: int) -> Rows:
+    def rows(
+        self, idx: Tensor, at: Tensor | None, number: int, view: int, progress: float = 0.0
+    ) -> Rows:
         """What the tower is asked for in one of the two views."""
         # Two views start from one state, and draw side by side from there.
         draws = generator(idx.device, self.seed, number, _VIEW, self.key)
-        return Rows(idx, at, None, draws, view=view, hide_rate=self.settings.dropout)
+        hide = self.settings.dropout
+        return Rows(idx, at, None, draws, view=view, progress=progress, hide_rate=hide)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Of the head, by names that no weight of a model has."""
@@ -175,16 +184,16 @@ class SelfSupervision:
             self.draws[side] = EntityDraws(side, of, count, counts, seed=seed)
 
     def terms(
-        self, model: TwoTower, batch: Batch, number: int, encode: Encoding
+        self, model: TwoTower, batch: Batch, number: int, encode: Encoding, progress: float = 0.0
     ) -> Iterator[tuple[str, float, Tensor]]:
         """Name, weight and value of each term; the graph of one at a time, if each is used up.
 
         Args:
-            batch: the first one of the step, and ``number`` its number.
+            batch: the first one of the step, and ``number`` its number. progress: of the training.
         """
         for side, views in self.views.items():
             idx, at = self.draws[side](batch, number)
-            loss = views.loss(encode, _tower(model, side), idx, at, number)
+            loss = views.loss(encode, _tower(model, side), idx, at, number, progress)
             yield f"{side}_nt_xent", views.settings.weight, loss
 
     def parameters(self) -> dict[str, nn.Parameter]:

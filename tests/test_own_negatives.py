@@ -314,3 +314,22 @@ def test_a_list_no_longer_than_the_draw_is_taken_whole():
     drawn = own_of(explicit=False).draw(torch.tensor([4]), torch.tensor([22]), generator("cpu", 0))
     assert sorted(drawn.item_idx[0].tolist()) == LISTS[4]
     assert (drawn.log_weights == 0).all()
+
+
+def test_what_limits_shared_candidates_limits_those_of_a_row():
+    groups = torch.arange(NUM_ITEMS) % 3
+    sources = NegativesSettings(mined=MINED, explicit=EXPLICIT, within="kind")
+    objective = Objective(
+        LOG, LossSettings(), sources, seed=3, explicit=csr_of(REFUSED), item_group=groups
+    )
+    objective.own.refill(table_of(LISTS))
+    positives = torch.tensor([1, 4, 9])
+    batch = Batch(torch.tensor([0, 0, 0]), positives, None, None, None, None)
+    drawn = objective._own_draws(batch, 5)
+    alive = drawn.log_weights > -math.inf
+    for row, positive in enumerate(positives.tolist()):
+        for place, item in enumerate(drawn.item_idx[row].tolist()):
+            same = groups[positive] == 0 or groups[positive] == groups[item]
+            # The positive itself stands where there was nothing to draw.
+            assert bool(alive[row, place]) == (bool(same) and item != positive)
+    assert 0 < alive.sum() < alive.numel()
