@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-import recclr.objective as objective_module
+import recclr.scoring as scoring_module
 from recclr.batches import Batch, BatchSource
 from recclr.data.log import EncodedLog
 from recclr.kernels import masked_logsumexp
@@ -79,15 +79,25 @@ def seen(monkeypatch):
     calls = []
 
     def composed(
-        queries, candidates, log_weights, positives, row_weights, mask, *, bfloat16, **options
+        queries,
+        candidates,
+        log_weights,
+        positives,
+        row_weights,
+        mask,
+        *,
+        own_partition,
+        bfloat16,
+        **options,
     ):
         # What ``total_contrastive_loss`` is tested to be, with its parts in the graph.
+        assert own_partition is None
         assert not bfloat16
         partition = masked_logsumexp(queries, candidates, log_weights, mask)
         calls.append((positives, partition))
         return (contrastive_loss(positives, partition, **options) * row_weights).sum()
 
-    monkeypatch.setattr(objective_module, "total_contrastive_loss", composed)
+    monkeypatch.setattr(scoring_module, "total_contrastive_loss", composed)
     return calls
 
 
