@@ -36,6 +36,7 @@ class Batch:
         item_at: int64 scalar: likewise for all items of the step; None outside time cells.
         pool: int32 [P] items of the rows around a time cell, from which the expected counts of
             in-batch negatives are estimated; None where the batch is a sample of the whole log.
+        user_pool: int32 [P] users of the same rows, where the source was asked for them.
     """
 
     user_idx: Tensor
@@ -44,6 +45,7 @@ class Batch:
     user_at: Tensor | None
     item_at: Tensor | None
     pool: Tensor | None
+    user_pool: Tensor | None = None
 
     def total(self) -> float | Tensor:
         """Sum of the weights of the rows, scalar."""
@@ -62,14 +64,20 @@ class BatchSource:
         log: train rows, on the training device, or mapped: then a thread reads the rows of coming
             steps, and ``close`` ends it. Sorted by time for time cells.
         settings: batch size, staleness.
-        time_cells: see above.
+        time_cells: see above. user_pools: time cells come with the users of their pool.
 
     Raises:
         ConfigError: time cells of a log without time. DataError: a log without rows.
     """
 
     def __init__(
-        self, log: EncodedLog, settings: TrainSettings, *, seed: int, time_cells: bool
+        self,
+        log: EncodedLog,
+        settings: TrainSettings,
+        *,
+        seed: int,
+        time_cells: bool,
+        user_pools: bool = False,
     ) -> None:
         if time_cells and log.timestamp is None:
             raise ConfigError(
@@ -78,7 +86,7 @@ class BatchSource:
             )
         if not len(log):
             raise DataError("the train log has no rows to make batches of")
-        self.log, self.seed, self.time_cells = log, seed, time_cells
+        self.log, self.seed, self.time_cells, self.user_pools = log, seed, time_cells, user_pools
         self.batch_size = min(settings.batch_size, len(log))
         self.staleness_s = settings.staleness_d * DAY_S
         whole = math.ceil(len(log) / self.batch_size)
@@ -109,13 +117,14 @@ class BatchSource:
             rows = self._shuffled(*divmod(number, self.batches_per_epoch))
             user_at = None if rows.timestamp is None else rows.timestamp - stale_s
             return _batch(rows, user_at, None, None)
-        rows, pool = self._cell(number) if self._cells is None else self._cells.get(number)
-        rows, pool = rows.to(self.log.device), pool.to(self.log.device)
+        rows, *pools = self._cell(number) if self._cells is None else self._cells.get(number)
+        rows = rows.to(self.log.device)
+        pool, *user_pool = (pool.to(self.log.device) for pool in pools)
         assert rows.timestamp is not None
         item_at = rows.timestamp[0] - stale_s
         # With staleness the whole step stands at one frozen moment, as an evaluation does.
         user_at = rows.timestamp if not stale_s else item_at.expand(len(rows))
-        return _batch(rows, user_at, item_at, pool)
+        return _batch(rows, user_at, item_at, pool, *user_pool)
 
     def close(self) -> None:
         """End the thread that reads ahead, if there is one; ``batch`` starts another."""
@@ -149,8 +158,8 @@ class BatchSource:
         stop = min(start + self.window_length, len(self.log))
         return permuted_rows(self.log, start, stop, self.seed, epoch, _ORDER)
 
-    def _cell(self, number: int) -> tuple[EncodedLog, Tensor]:
-        """Rows of the cell of a batch, and its pool; views of the log."""
+    def _cell(self, number: int) -> tuple[EncodedLog, *tuple[Tensor, ...]]:
+        """Rows of the cell of a batch, and its pools; views of the log."""
         epoch, position = divmod(number, self.batches_per_epoch)
         size, num_rows = self.batch_size, len(self.log)
         cells = self.batches_per_epoch
@@ -163,12 +172,13 @@ class BatchSource:
             # The last cell is empty for some offsets; its step takes the newest rows instead.
             start, stop = max(num_rows - size, 0), num_rows
         low, high = max(start - _POOL_CELLS * size, 0), min(stop + _POOL_CELLS * size, num_rows)
-        return self.log.rows(slice(start, stop)), self.log.item_idx[low:high]
+        columns = [self.log.item_idx, *([self.log.user_idx] if self.user_pools else [])]
+        return self.log.rows(slice(start, stop)), *(column[low:high] for column in columns)
 
-    def _read_cell(self, number: int) -> tuple[EncodedLog, Tensor]:
+    def _read_cell(self, number: int) -> tuple[EncodedLog, *tuple[Tensor, ...]]:
         """As ``_cell``, in memory."""
-        rows, pool = self._cell(number)
-        return rows.with_columns(torch.clone), pool.clone()
+        rows, *pools = self._cell(number)
+        return rows.with_columns(torch.clone), *(pool.clone() for pool in pools)
 
     def _staleness(self, number: int) -> int:
         """Seconds before the event at which a batch sees its entities; uniform, 0 if not set."""
@@ -179,7 +189,11 @@ class BatchSource:
 
 
 def _batch(
-    rows: EncodedLog, user_at: Tensor | None, item_at: Tensor | None, pool: Tensor | None
+    rows: EncodedLog,
+    user_at: Tensor | None,
+    item_at: Tensor | None,
+    pool: Tensor | None,
+    user_pool: Tensor | None = None,
 ) -> Batch:
     users, items = rows.user_idx.long(), rows.item_idx.long()
-    return Batch(users, items, rows.weight, user_at, item_at, pool)
+    return Batch(users, items, rows.weight, user_at, item_at, pool, user_pool)

@@ -80,6 +80,8 @@ def _why_not(
         return "several processes share each step, and tell each other of it through the host"
     if train.chunk_size is not None or train.accumulate > 1:
         return "train.chunk_size and train.accumulate run a tower several times in a step"
+    if loss.top_k is not None or loss.symmetric > 0 or loss.positives > 1:
+        return "loss.top_k, symmetric and positives make shapes that differ from step to step"
     for name, module in model.named_modules():
         if type(module) not in _FIXED_TYPES:
             return f"{name} is a {type(module).__name__}, of which nothing is known"

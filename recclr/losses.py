@@ -6,14 +6,19 @@ With s the positive logit and Z = log Σ_j exp(logit_j - log_q_j) over candidate
 positives of the row (``kernels.masked_logsumexp``):
 
 * InfoNCE / sampled softmax: log(exp(s) + exp(Z)) - s. The positive is in the denominator with
-  probability 1 and gets no correction (Khrylchenko et al., RecSys 2025, who drop it from the
-  denominator instead); Z estimates the rest of the full softmax over the items that are not known
-  positives, without bias in exp(Z).
-* BSL (Wu et al. 2024): t₂·Z - s. The denominator holds negatives only and is raised to the power
-  t₂, the ratio of the two temperatures.
+  probability 1 and gets no correction; Z estimates the rest of the full softmax over the items that
+  are not known positives, without bias in exp(Z). Khrylchenko et al. (RecSys 2025) write the
+  same gradient as that of sg(1 - p)·(Z - s), with p the probability of the positive.
+* The classic form (Yi et al. 2019): the same with s - log_q of the positive in place of s, as if
+  it had been sampled too. Biased: a popular positive is told that it is likely enough.
+* DCL (Yeh et al. 2022): Z - s. The positive is left out of the denominator.
+* BSL (Wu et al. 2024): t₂·Z - s. As DCL, with the denominator raised to the power t₂, the ratio of
+  the two temperatures; DCL is t₂ = 1.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -53,6 +58,26 @@ def contrastive_slopes(
         return -share, share
     some = log_partition_B > -torch.inf
     return torch.full_like(positive_logits_B, -1.0), second_temperature * some.float()
+
+
+def information_bound(loss: float, num_alternatives: float) -> float:
+    """log(alternatives) - loss, in nats: what a query tells of its positive, at least.
+
+    With negatives drawn in proportion to popularity and no correction (``log_q_strength`` 0) this
+    bounds the mutual information of query and positive from below (van den Oord et al. 2018, 2.3)
+    and can never say more than log(alternatives). With the full correction, or the full softmax,
+    the alternatives are those items that the sources reach, and it says how much better than a
+    guess among these, all alike, the model knows the positive: popularity is then part of it.
+
+    Args:
+        loss: mean of plain InfoNCE over positives, in nats; no bound follows from any other.
+        num_alternatives: what the denominator sums up to where all logits are 0: the positive, and
+            each candidate by its weight. At least 1, which tells nothing.
+
+    Returns:
+        At most log(num_alternatives); below 0 where the model is worse than the guess.
+    """
+    return math.log(num_alternatives) - loss
 
 
 def mean_weights(

@@ -116,6 +116,17 @@ class CandidateSampler:
         log_weights = draws.log() - self.strength * expected.log()
         return Candidates(item_idx, inverse[num_draws:], candidate_row, log_weights, places)
 
+    def positive_log_weights(
+        self, item_idx: Tensor, batch_size: int, in_batch_counts: tuple[Tensor, int] | None
+    ) -> Tensor:
+        """Minus strength · log expected count: what classic logQ adds to the logit of a positive.
+
+        Args:
+            item_idx: int64 of any shape. batch_size, in_batch_counts: as ``draw`` has them.
+        """
+        expected = self._expected(item_idx.reshape(-1), batch_size, in_batch_counts)
+        return -self.strength * expected.log().view(item_idx.shape)
+
     def everything(self, positives: Tensor) -> Candidates:
         """All items as candidates: the full softmax."""
         item_idx = torch.arange(self.num_items, device=positives.device)

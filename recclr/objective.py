@@ -21,15 +21,17 @@ from recclr.data.log import EncodedLog
 from recclr.distributed import ALONE, Ranks
 from recclr.kernels import Mask
 from recclr.known_positives import KnownPositives
-from recclr.losses import mean_weights
+from recclr.losses import information_bound, mean_weights
+from recclr.more_positives import MorePositives, with_items
 from recclr.negatives import Candidates, CandidateSampler
 from recclr.order import generator, mix
 from recclr.parts import Rows
 from recclr.scoring import Scored, scored_loss
 from recclr.settings import LossSettings, NegativesSettings
+from recclr.symmetric import Mirror
 from recclr.towers import TwoTower
 
-_NEGATIVES, _DROPOUT = 11, 12
+_NEGATIVES, _DROPOUT, _POSITIVES = 11, 12, 41
 
 
 @dataclass
@@ -44,6 +46,8 @@ class StepStats:
         num_candidates: of each batch, on average. num_pairs: scored, masked ones included.
         num_rows: positives. num_distinct: of their items, int64 scalar; the others are one
             candidate with one of these, counted as often as it was drawn.
+        log_weights: float32 [C] of the candidates (of the last batch) where the loss is plain
+            InfoNCE, None elsewhere.
     """
 
     loss: Tensor
@@ -52,6 +56,19 @@ class StepStats:
     num_masked: int | Tensor
     num_rows: int
     num_distinct: Tensor
+    log_weights: Tensor | None = None
+
+    @property
+    def information(self) -> float | None:
+        """What a query tells of its positive, in nats: see ``information_bound``.
+
+        Masked pairs are counted as if they were like all others. None for a loss of which no bound
+        follows. Waits for a GPU.
+        """
+        if self.log_weights is None:
+            return None
+        negatives = float(self.log_weights.exp().sum()) * (1 - self.masked_share)
+        return information_bound(float(self.loss.detach()), 1 + negatives)
 
     @property
     def masked_share(self) -> float:
@@ -97,6 +114,13 @@ class Objective:
             log, negatives, log_q_strength=loss.log_q_strength, fixed_shapes=fixed_shapes
         )
         self.known_positives = KnownPositives(log, only_own=not loss.mask_known_positives)
+        self.more_positives: MorePositives | None = None
+        if loss.positives > 1:
+            lists = self.known_positives.user_items
+            self.more_positives = MorePositives(lists, loss.positives - 1)
+        self.mirror: Mirror | None = None
+        if loss.symmetric > 0:
+            self.mirror = Mirror(log, loss, ranks=ranks, bfloat16=bfloat16)
         # What steps leave for later ones: kept in checkpoints, by tensors that stay the same ones.
         self.state: dict[str, Tensor] = {}
         self.draws: dict[int, torch.Generator] = {}
@@ -152,8 +176,13 @@ class Objective:
             total: weight of the rows of all batches of the step, where there are more.
         """
         candidates = self._candidates(batch, number)
+        positives, more_row = batch.item_idx, None
+        if self.more_positives is not None:
+            positives = self.more_positives.draw(batch, self._draws(number, _POSITIVES))
+            candidates, more_row = with_items(candidates, positives[:, 1:])
+        positive_log_weights = self._positive_log_weights(positives, batch)
         draws, fixed = self._draws(number, _DROPOUT), self.fixed_shapes
-        users = Rows(batch.user_idx, batch.user_at, batch.item_idx, draws, fixed_shapes=fixed)
+        users = Rows(batch.user_idx, batch.user_at, positives, draws, fixed_shapes=fixed)
         wanted = Rows(candidates.item_idx, batch.item_at, None, draws, fixed_shapes=fixed)
         if candidates.places is not None:
             # A spare place is what it repeats in all, in what dropout hides as well: the same rows
@@ -168,7 +197,10 @@ class Objective:
             users = users.part(own.start, own.stop)
             wanted = wanted.part(*self.ranks.part(len(wanted.idx)))
             user_idx, item_idx, positive_row = user_idx[own], item_idx[own], positive_row[own]
-            weight = None if weight is None else weight[own]
+            weight, more_row, positive_log_weights = (
+                None if each is None else each[own]
+                for each in (weight, more_row, positive_log_weights)
+            )
         queries = self._embed(model.embed_users, users, len(batch.user_idx))
         items = self._embed(model.embed_items, wanted, len(candidates.item_idx))
         # Loss in float32 whatever the towers compute in.
@@ -189,8 +221,12 @@ class Objective:
             candidates.log_weights,
             mask,
             mean_weights(len(queries), weight, device=self.device, total=total),
+            more_row=more_row,
+            positive_log_weights=positive_log_weights,
         )
         loss = scored_loss(scored, self.loss, bfloat16=self.bfloat16)
+        if self.mirror is not None:
+            loss = torch.lerp(loss, self.mirror.loss(scored, batch), self.loss.symmetric)
         num_rows = len(batch.user_idx)
         return StepStats(
             loss,
@@ -199,6 +235,7 @@ class Objective:
             num_masked,
             num_rows,
             _num_distinct(candidates),
+            candidates.log_weights if self.loss.is_plain else None,
         )
 
     def _masked(
@@ -234,8 +271,21 @@ class Objective:
         return self.sampler.draw(
             batch.item_idx,
             self._draws(number, _NEGATIVES),
-            in_batch_counts=None if batch.pool is None else (batch.pool, len(batch.pool)),
+            in_batch_counts=_in_batch_counts(batch),
         )
+
+    def _positive_log_weights(self, positives: Tensor, batch: Batch) -> Tensor | None:
+        """What moves the logits of positives, [B] or [B, P], in the classic form: [B, P]."""
+        if self.loss.log_q == "corrected":
+            return None
+        # -1, where a row has fewer, takes the place of any item.
+        positives = positives.view(len(positives), -1).clamp(min=0)
+        return self.sampler.positive_log_weights(positives, len(positives), _in_batch_counts(batch))
+
+
+def _in_batch_counts(batch: Batch) -> tuple[Tensor, int] | None:
+    """Items of the rows that a batch is drawn from, and their number; None for the whole log."""
+    return None if batch.pool is None else (batch.pool, len(batch.pool))
 
 
 def _num_distinct(candidates: Candidates) -> Tensor:
@@ -253,4 +303,5 @@ def _joined(found: list[StepStats]) -> StepStats:
         sum(stats.num_masked for stats in found),
         sum(stats.num_rows for stats in found),
         torch.stack([stats.num_distinct for stats in found]).sum(),
+        found[-1].log_weights,
     )

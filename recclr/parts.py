@@ -30,7 +30,8 @@ class Rows:
     Attributes:
         idx: int64 [M]; at or above the number of entities: unknown.
         at: int64 seconds, scalar or [M]; None in a log without time.
-        without: int64 [M] item left out of the row's own history (its target), or None.
+        without: int64 [M], item left out of the row's own history where that has no time: its
+            target; or [M, P], items left out of it in any case: all its positives; or None.
         generator: source of dropout; None at inference, when nothing is dropped.
         whole: the rows of a step of which these are a part, or None. places: where these stand
             among them. Draws are made for the whole, so that what is dropped does not depend on the
@@ -266,7 +267,9 @@ class HistoryPart(nn.Module):
         owner = positions.row_numbers()
         items = self.items[positions.values]
         weights = self._weights(positions.values, (stop - 1)[owner])
-        if rows.without is not None and self._timeless(rows):
+        if rows.without is not None and rows.without.ndim == 2:
+            weights = weights * (items[:, None] != rows.without[owner]).all(1)
+        elif rows.without is not None and self._timeless(rows):
             weights = weights * (items != rows.without[owner])
         return self._pooled(Csr(positions.offsets, items), weights, rows)
 

@@ -62,7 +62,13 @@ class Stepper:
         if loss.kind != "full_softmax":
             require_negatives(negatives, log, batch_size=train.batch_size)
         self.model = model
-        self.source = BatchSource(log, train, seed=seed, time_cells=_time_cells(model, train))
+        self.source = BatchSource(
+            log,
+            train,
+            seed=seed,
+            time_cells=_time_cells(model, train),
+            user_pools=loss.symmetric > 0,
+        )
         captured = plan_graph(
             model,
             loss=loss,

@@ -46,6 +46,7 @@ class Meter:
                 "masked_share": stats.masked_share,
                 "duplicate_share": stats.duplicate_share,
                 "num_candidates": float(stats.num_candidates),
+                "information": stats.information,
             }
         )
         self.since, self.rows = time.perf_counter(), 0

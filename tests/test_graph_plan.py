@@ -128,8 +128,11 @@ def with_triton(monkeypatch):
         (model_of, {"chunk_size": 5}, "train.chunk_size and"),
         (model_of, {"accumulate": 2}, "train.accumulate run"),
         (lambda: model_of(dim=300), {}, "256 dimensions"),
+        (model_of, {"loss": LossSettings(top_k=3)}, "loss.top_k, symmetric and positives make"),
+        (model_of, {"loss": LossSettings(symmetric=0.5)}, "shapes that differ"),
+        (model_of, {"loss": LossSettings(positives=2)}, "shapes that differ"),
     ],
-    ids=["own tower", "ranks", "chunks", "accumulated", "wide"],
+    ids=["own tower", "ranks", "chunks", "accumulated", "wide", "top k", "symmetric", "positives"],
 )
 def test_what_stands_against_capture_is_said_or_refused(with_triton, model, options, words):
     said = []

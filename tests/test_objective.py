@@ -227,3 +227,75 @@ def test_the_slope_of_a_learned_temperature_equals_finite_differences():
     slope = float(model.log_temperature.grad)
     # The error is about step² times the logits, of which the largest is 1 / 0.3.
     assert slope == pytest.approx((moved(step) - moved(-step)) / (2 * step), abs=4e-4)
+
+
+@pytest.mark.parametrize("kind", ["infonce", "full_softmax"])
+def test_information_is_log_of_the_alternatives_less_the_loss(kind):
+    loss = LossSettings(kind=kind, temperature=0.4, mask_known_positives=False)
+    model, batch = model_of(loss), batch_of()
+    objective = objective_of(loss, NegativesSettings(in_batch=False, uniform=7))
+    found = objective(model, batch, 6)
+    candidates = objective._candidates(batch, 6)
+    # Each row's own item is masked: what it stands for is no alternative, but the positive is.
+    weights = candidates.log_weights.exp().sum()
+    alternatives = 1 + float(weights) * (1 - found.num_masked / (found.num_candidates * len(ROWS)))
+    assert found.information == pytest.approx(
+        math.log(alternatives) - float(found.loss.detach()), abs=1e-6
+    )
+    if kind == "full_softmax":
+        assert alternatives == pytest.approx(NUM_ITEMS)
+    other = LossSettings(temperature=0.4, hardness=0.1)
+    assert objective_of(other)(model, batch, 6).information is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"log_q": "classic"},
+        {"decoupled": True},
+        {"hardness": 0.5},
+        {"top_k": 3},
+        {"top_k": 3, "top_k_temperature": 0.3},
+        {"symmetric": 0.5},
+        {"positives": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_every_key_of_the_softmax_family_reaches_the_step(options, chunk_size):
+    found = []
+    for settings in ({}, options):
+        loss = LossSettings(temperature=0.4, **settings)
+        model = model_of(loss)
+        value = objective_of(loss, chunk_size=chunk_size)(model, batch_of(), 2).loss
+        value.backward()
+        assert value.isfinite()
+        for table in model.tables().values():
+            assert all(each.vectors.grad.isfinite().all() for each in table.lookups)
+        found.append(float(value.detach()))
+    assert abs(found[0] - found[1]) > 1e-3
+    if "top_k_temperature" in options:
+        default = LossSettings(temperature=0.4, top_k=3)
+        value = objective_of(default)(model_of(default), batch_of(), 2).loss
+        assert abs(float(value.detach()) - found[1]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"log_q": "classic"}, {"decoupled": True}, {"hardness": 0.5}, {"hardness": 2.0}],
+    ids=str,
+)
+def test_fixed_shapes_change_nothing(options):
+    loss, found = LossSettings(temperature=0.4, **options), []
+    for fixed in (False, True):
+        model, objective = model_of(loss), objective_of(loss, fixed_shapes=fixed)
+        objective.prepare(2)
+        value = objective(model, batch_of(weight=WEIGHT), 2).loss
+        value.backward()
+        gradients = [
+            torch.zeros_like(table.weight).index_add_(0, look.rows, look.vectors.grad)
+            for table in model.tables().values()
+            for look in table.lookups
+        ]
+        found.append((value.detach(), gradients))
+    torch.testing.assert_close(found[1], found[0])

@@ -23,6 +23,11 @@ RANGES = [
     (settings.LossSettings, "temperature", 1e-4, 1e4),
     (settings.LossSettings, "second_temperature", 0.01, 100.0),
     (settings.LossSettings, "log_q_strength", 0.0, 1.0),
+    (settings.LossSettings, "hardness", 0.0, 10.0),
+    (settings.LossSettings, "top_k", 1, 1 << 24),
+    (settings.LossSettings, "top_k_temperature", 1e-4, 1e4),
+    (settings.LossSettings, "symmetric", 0.0, 1.0),
+    (settings.LossSettings, "positives", 1, 64),
     (settings.NegativesSettings, "uniform", 0, 1 << 24),
     (settings.TrainSettings, "batch_size", 1, 1 << 24),
     (settings.TrainSettings, "chunk_size", 1, 1 << 24),
@@ -77,6 +82,43 @@ def test_optimizers_without_a_twin_for_parts_of_tables_are_refused():
         for rows in (0, -1):
             with pytest.raises(ValueError, match="sharded_tables must be between 1 and"):
                 settings.TrainSettings(table_optimizer=fine, sharded_tables=rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"decoupled": True, "second_temperature": 1.2}, "decoupled is second_temperature = 1"),
+        ({"log_q": "classic", "decoupled": True}, "corrects the positive in the denominator"),
+        ({"log_q": "classic", "second_temperature": 2.0}, "corrects the positive in the denom"),
+        ({"log_q": "classic", "kind": "full_softmax"}, "samples nothing"),
+        ({"positives": 3, "mask_known_positives": False}, "positives = 3 takes other train items"),
+    ],
+    ids=str,
+)
+def test_losses_that_contradict_themselves_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        settings.LossSettings(**options)
+    for name in options:
+        fine = {key: value for key, value in options.items() if key != name}
+        settings.LossSettings(**fine)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"log_q": "classic"},
+        {"second_temperature": 1.0},
+        {"decoupled": True},
+        {"hardness": 0.1},
+        {"top_k": 9},
+        {"symmetric": 0.1},
+    ],
+    ids=str,
+)
+def test_a_bound_follows_from_plain_losses_only(options):
+    assert not settings.LossSettings(**options).is_plain
+    for kind in ("infonce", "full_softmax"):
+        assert settings.LossSettings(kind=kind, positives=3, log_q_strength=0.2).is_plain
 
 
 def test_lists_are_checked_value_by_value():

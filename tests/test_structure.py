@@ -33,6 +33,9 @@ FLOORS = {
         "towers",
         "losses",
         "scoring",
+        "quantiles",
+        "symmetric",
+        "more_positives",
         "negatives",
         "known_positives",
     }

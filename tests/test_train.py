@@ -605,6 +605,7 @@ def test_events_tell_of_the_first_step_and_of_every_evaluation(tmp_path):
     assert step["positives_per_s"] > 0
     assert 0 < step["masked_share"] < 1
     assert 0 < step["num_candidates"] <= NUM_ITEMS
+    assert step["information"] < math.log(NUM_ITEMS + 1)
     assert [event["best"] for event in evaluations] == [True, True, False]
     kept = [{k: event[k] for k in ("step", "epoch", "metrics")} for event in evaluations]
     assert kept == result.evaluations == find_checkpoint(tmp_path).state["evaluations"]

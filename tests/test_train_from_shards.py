@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import recclr.data.grouping as grouping
+import recclr.watching as watching
 import recclr.windows as windows
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
 from recclr.data.shards import open_shards, write_shards
@@ -52,6 +53,7 @@ LOSSES = {
     "infonce": LossSettings(),
     "own_only": LossSettings(mask_known_positives=False),
     "full_softmax": LossSettings(kind="full_softmax", temperature=0.3),
+    "family": LossSettings(symmetric=0.4, positives=3, top_k=3, hardness=0.3, log_q="classic"),
 }
 
 
@@ -103,6 +105,8 @@ def mapped(tmp_path, monkeypatch):
     """The log from files, with many windows and many passes."""
     monkeypatch.setattr(windows, "_LEAST_ROWS", 30)
     monkeypatch.setattr(grouping, "_ROWS", 25)
+    # Every step is told of, however long it took.
+    monkeypatch.setattr(watching, "_LOG_EVERY_S", 0.0)
 
     def make(*, timed=True):
         write_shards(tmp_path / "shards", log(timed=timed).stretches(50))
@@ -119,6 +123,8 @@ CASES = [
     ("history", "infonce", True),
     ("cells", "infonce", True),
     ("cells", "full_softmax", True),
+    ("cells", "family", True),
+    ("history", "family", False),
 ]
 
 
@@ -166,6 +172,14 @@ def test_a_training_goes_on_wherever_its_rows_are(mapped, tmp_path, towers, firs
     train(places[first], towers=towers, checkpoints=checkpoints, num_steps=16)
     weights, _ = train(places[then], towers=towers, checkpoints=checkpoints, resume=True)
     assert same(weights, train(places["memory"], towers=towers)[0])
+
+
+def test_all_that_the_softmax_family_draws_goes_on_too(mapped, tmp_path):
+    options = {"towers": "cells", "loss": "family"}
+    train(mapped(), checkpoints=tmp_path / "checkpoints", num_steps=16, **options)
+    rows = log(timed=True)
+    weights, _ = train(rows, checkpoints=tmp_path / "checkpoints", resume=True, **options)
+    assert same(weights, train(rows, **options)[0])
 
 
 @pytest.mark.parametrize("towers", ["ids", "cells"])

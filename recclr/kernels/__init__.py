@@ -7,9 +7,17 @@ its tiles in a GPU's registers; ``reference`` is plain PyTorch, the oracle of th
 normalisation of cosine similarity.
 """
 
-from recclr.kernels.fused import total_contrastive_loss
+from recclr.kernels.fused import either, total_contrastive_loss
 from recclr.kernels.logsumexp import masked_logsumexp
 from recclr.kernels.reference import BitMask, Mask, PairMask
 from recclr.kernels.unit import unit_rows
 
-__all__ = ["BitMask", "Mask", "PairMask", "masked_logsumexp", "total_contrastive_loss", "unit_rows"]
+__all__ = [
+    "BitMask",
+    "Mask",
+    "PairMask",
+    "either",
+    "masked_logsumexp",
+    "total_contrastive_loss",
+    "unit_rows",
+]

@@ -86,7 +86,7 @@ def total_contrastive_loss(
             return result
     log_partition = masked_logsumexp(queries, candidates, log_weights, mask, bfloat16=bfloat16)
     if own_partition is not None:
-        log_partition = _either(log_partition, own_partition)
+        log_partition = either(log_partition, own_partition)
     loss = contrastive_loss(positive_logits, log_partition, second_temperature=second_temperature)
     return (loss * row_weights).sum()
 
@@ -127,7 +127,7 @@ class _TotalLoss(torch.autograd.Function):
             result = joined(sums[rows], shifts[rows])
             partition = result.squeeze(1)
             if own_partition is not None:
-                partition = _either(partition, own_partition[rows])
+                partition = either(partition, own_partition[rows])
             pair = positive_logits[rows], partition
             losses[rows] = contrastive_loss(*pair, second_temperature=second_temperature)
             by_positive, by_partition = contrastive_slopes(
@@ -161,7 +161,7 @@ class _TotalLoss(torch.autograd.Function):
         return queries, candidates, None, positives, None, own, None, None, None
 
 
-def _either(log_partition: Tensor, own_partition: Tensor) -> Tensor:
+def either(log_partition: Tensor, own_partition: Tensor) -> Tensor:
     """Log of the sum of both; -inf, without a gradient that is no number, where both are."""
     some = (log_partition > -torch.inf) | (own_partition > -torch.inf)
     joint = torch.logaddexp(log_partition.where(some, 0.0), own_partition.where(some, 0.0))

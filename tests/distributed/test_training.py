@@ -14,6 +14,8 @@ CASES = [
     ("rich", "bsl", "mixed"),
     ("timed", "full_softmax", "mixed"),
     ("rich", "own_only", "not_in_batch"),
+    ("rich", "family", "mixed"),
+    ("timed", "both_ways", "mixed"),
 ]
 slow = pytest.mark.slow
 
@@ -47,12 +49,17 @@ def test_loss_and_every_gradient_are_those_of_one_process(
 
 @pytest.mark.parametrize(
     ("size", "options"),
-    [(2, {"chunk_size": 2}), (2, {"accumulate": 3}), (3, {"chunk_size": 3, "accumulate": 2})],
+    [
+        (2, {"chunk_size": 2}),
+        (2, {"accumulate": 3}),
+        (3, {"chunk_size": 3, "accumulate": 2}),
+        (2, {"chunk_size": 3, "accumulate": 2, "loss": "family"}),
+    ],
 )
 def test_chunks_and_accumulated_batches_are_those_of_one_process(
     work, spread, tmp_path, size, options
 ):
-    settings = {"towers": "rich", "loss": "infonce", "steps": (0, 1)}
+    settings = {"towers": "rich", "loss": options.pop("loss", "infonce"), "steps": (0, 1)}
     ended = spread("gradients", size, tmp_path, **settings, **options)
     assert ended.codes == [0] * size, ended.texts
     (tmp_path / "one").mkdir()
@@ -63,8 +70,9 @@ def test_chunks_and_accumulated_batches_are_those_of_one_process(
     close(one, load_file(tmp_path / "gradients-1.safetensors"))
 
 
-def test_ranks_without_any_row_do_not_stop_the_others(work, spread, tmp_path):
-    settings = {"towers": "rich", "loss": "infonce", "batch_size": 2}
+@pytest.mark.parametrize("loss", ["infonce", "family"])
+def test_ranks_without_any_row_do_not_stop_the_others(work, spread, tmp_path, loss):
+    settings = {"towers": "rich", "loss": loss, "batch_size": 2}
     ended = spread("gradients", 3, tmp_path, **settings)
     assert ended.codes == [0] * 3, ended.texts
     (tmp_path / "one").mkdir()

@@ -52,6 +52,10 @@ LOSSES = {
     "bsl": LossSettings(temperature=0.2, second_temperature=1.5),
     "full_softmax": LossSettings(kind="full_softmax", temperature="learned"),
     "own_only": LossSettings(mask_known_positives=False),
+    "family": LossSettings(
+        log_q="classic", hardness=0.4, top_k=3, symmetric=0.3, positives=3, temperature=0.3
+    ),
+    "both_ways": LossSettings(symmetric=0.5, decoupled=True),
 }
 NEGATIVES = {
     "mixed": NegativesSettings(uniform=5, popularity=PopularitySettings(count=3, alpha=0.7)),
