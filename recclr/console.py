@@ -151,25 +151,31 @@ class CompareProgress:
         self.bar.stop()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
-        """One event: a ``stage``, a ``note``, or something ``trained`` or ``repeated`` with
-        ``done`` of ``total``; others are passed over.
+        """One event: a ``stage``, a ``note``, something ``known`` from an earlier call, or
+        ``trained`` or ``repeated`` with ``done`` of ``total``; others are passed over.
         """
         if event["kind"] == "stage":
             self._clear()
             self.console.print(f"[bold]{escape(str(event['name']))}[/bold]")
         elif event["kind"] == "note":
             self.console.print(f"  note: {escape(event['text'])}")
+        elif event["kind"] == "known":
+            self._compare(event)
         elif event["kind"] == "trained":
             self._trained(event)
         elif event["kind"] == "repeated":
             self._shown(event, str(event.get("name", "")))
 
-    def _trained(self, event: Mapping[str, Any]) -> None:
-        rung, value, name = event["rung"], event["value"], f"trial {event['number']}"
+    def _compare(self, event: Mapping[str, Any]) -> None:
+        rung, value = event["rung"], event["value"]
         if value is not None and (self.best is None or (rung, value) > self.best[:2]):
-            self.best = (rung, value, name)
+            self.best = (rung, value, f"trial {event['number']}")
+
+    def _trained(self, event: Mapping[str, Any]) -> None:
+        self._compare(event)
+        value = event["value"]
         shown = "came to nothing" if value is None else f"{self.select} {value:.4f}"
-        text = f"{name}, rung {rung}: {shown}"
+        text = f"trial {event['number']}, rung {event['rung']}: {shown}"
         if self.best is not None:
             text += f"; best: {self.best[1]:.4f} (rung {self.best[0]}, {self.best[2]})"
         self._shown(event, text)

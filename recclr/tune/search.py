@@ -141,6 +141,8 @@ class Search:
 
         if missing:
             self.runner(missing, done)
+            # Processes end in any order; what is drawn from results must not depend on it.
+            self.trained = dict(sorted(self.trained.items()))
         self.rounds_s.append(max(self.trained[job.number, job.rung].seconds for job in jobs))
 
     def _planned(self) -> int:

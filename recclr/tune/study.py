@@ -115,6 +115,8 @@ def tune(
                 on_trained=lambda *facts: on_event(_event(*facts)),
             )
             on_event({"kind": "stage", "name": f"search of {settings.trials} configurations"})
+            for trained in search.trained.values():
+                on_event({**_event(trained, 0, 0), "kind": "known"})
             best = search.run()
             params = search.trained[best].params
             winner = with_changes(config, params)

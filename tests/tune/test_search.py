@@ -38,14 +38,14 @@ def formula(job):
 
 
 class Fake:
-    """Writes what a training would leave behind."""
+    """Writes what a training would leave behind; of a round, the last one ends first."""
 
     def __init__(self, out, value=formula, seconds=2.0):
         self.out, self.value, self.seconds, self.rounds = out, value, seconds, []
 
     def __call__(self, jobs, done):
         self.rounds.append([(job.number, job.rung) for job in jobs])
-        for job in jobs:
+        for job in reversed(jobs):
             value = self.value(job)
             trained = Trained(
                 number=job.number,
@@ -129,6 +129,7 @@ def test_a_search_cut_off_anywhere_goes_on_as_if_it_had_not_been(tmp_path, round
         assert files(out) == expected
         assert [key for jobs in search.runner.rounds for key in jobs] == order[kept:]
         assert search.spent_s == whole.spent_s
+        assert list(search.trained) == list(whole.trained) == sorted(whole.trained)
 
 
 def test_trials_of_a_round_are_chosen_before_any_of_it_is_known(tmp_path):
