@@ -21,7 +21,7 @@ _ONE_DIRECTION = 0.98
 _LOW_RANK, _FEW_DIMENSIONS = 0.1, 8
 # Slots that the most recommended items take, what two users' lists share, and rows that as many
 # most taken items have at most: where few items are new or wanted, lists are rightly alike.
-_CONCENTRATED, _ALIKE, _SPREAD_DEMAND = 0.9, 0.75, 0.6
+_CONCENTRATED, _ALIKE, _SPREAD_DEMAND = 0.9, 0.8, 0.4
 # A learned temperature within this factor of a bound stands at it.
 _AT_BOUND = 1.001
 # Evaluations in a row that have to show a cause while the training lasts.
