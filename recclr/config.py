@@ -56,6 +56,13 @@ class Config(BaseModel):
     """Stores written at the end of a run, "lancedb:store" for example; relative to the run."""
 
     @property
+    def served_beside(self) -> str | None:
+        """What makes served vectors longer than those of the towers, by its key."""
+        if self.model.similarity == "euclidean":
+            return 'model.similarity = "euclidean"'
+        return "model.popularity_bias" if self.model.popularity_bias else None
+
+    @property
     def served_similarity(self) -> str:
         """Of the vectors that a run serves: several models side by side have no unit length, and
         with a bias of items among the coordinates the score is neither cosine nor distance.
@@ -292,6 +299,11 @@ def _cross_check(config: Config, source: str) -> None:
         problems.append(
             'item.id.propagation: adds up ids of users, and model.mode = "item_item" has none; '
             "leave it out"
+        )
+    if config.blend.parts and config.served_beside:
+        problems.append(
+            f"blend: lays vectors side by side, and {config.served_beside} has coordinates that "
+            "are no part of an item; leave one of them out"
         )
     if config.train.time_cells is False and needing["item"]:
         problems.append(

@@ -218,7 +218,8 @@ def _profile(facts: Facts, log: Log, train: EncodedLog, config: Config) -> Itera
             f"a vector of {config.model.embedding_dim} coordinates asks for more rows than "
             f"{facts.rows:,} in all",
         )
-    if has["item"] and "self_supervision" in Config.model_fields:
+    views = config.self_supervision
+    if has["item"] and (views is None or views.item is None):
         yield Line(
             "self_supervision.item",
             {"weight": 0.1},

@@ -30,8 +30,9 @@ def test_version_and_help_are_results(recclr):
     shown = recclr("--help")
     assert shown.code == 0
     for command in app.registered_commands:
-        assert command.callback.__name__ in shown.out
-        own = recclr(command.callback.__name__, "--help")
+        name = command.callback.__name__.replace("_", "-")
+        assert name in shown.out
+        own = recclr(name, "--help")
         assert own.code == 0
         assert own.out
     assert recclr().code == 2

@@ -476,6 +476,18 @@ TIMELESS = {"data": {"events": "e", "columns": {"timestamp": ""}}}
         ({"split": {"valid": 0.0}, "train": {"refit": True}}, "train.refit: there is no"),
         ({"negatives": {"in_batch": False, "uniform": 0}}, "no source of negatives"),
         ({"self_supervision": {}}, "self_supervision names no tower: set item = {}"),
+        (
+            {"blend": {"spectral": 4}, "model": {"popularity_bias": 0.5}},
+            "blend: lays vectors side by side, and model.popularity_bias has coordinates",
+        ),
+        (
+            {"blend": {"spectral": 4}, "model": {"similarity": "euclidean"}},
+            'blend: lays vectors side by side, and model.similarity = "euclidean" has',
+        ),
+        (
+            {"model": {"mode": "item_item"}, "item": {"id": {"propagation": {}}}},
+            "item.id.propagation: adds up ids of users",
+        ),
         ({"model": {"init_from": "w"}}, "model.init_from: starts item.features, and there are"),
         (
             {"negatives": {"mined": {}}, "loss": {"kind": "full_softmax"}},

@@ -60,7 +60,7 @@ REFUSED = {
     '"train.table_lr" = 0.1': r"expected \{ low, high \} or \{ choices \}, found 0.1",
     '"negatives.uniform" = { low = 8, high = 64 }': "for whole numbers, add int = true",
     '"negatives.uniform" = { low = 8.5, high = 64, int = true }': "int = true needs whole numbers",
-    '"model.similarity" = { choices = ["cosine", "cos"] }': "'cosine' or 'dot', found 'cos'",
+    '"model.similarity" = { choices = ["cosine", "cos"] }': "'dot' or 'euclidean', found 'cos'",
     '"model.similarity" = { choices = ["dot"] }': "at least two values",
     '"model.similarity" = { choices = ["dot", "dot"] }': "a value twice",
     '"split.valid" = { low = 0.1, high = 0.2 }': "split.valid cannot be tuned: all trials",
