@@ -288,18 +288,10 @@ def _cross_check(config: Config, source: str) -> None:
             problems.append(f"{names[0]}: needs timestamps, but data.columns.timestamp is not set")
     if config.item.history is not None:
         problems.append("item.history: only users have a history")
-    if config.model.mode == "item_item" and config.user != TowerSettings():
-        problems.append(
-            'user: model.mode = "item_item" has one tower, that of items, and serves users by '
-            "their last items; leave [user] out"
-        )
     if config.model.init_from is not None and not config.item.features:
         problems.append("model.init_from: starts item.features, and there are none")
-    if config.model.mode == "item_item" and config.item.id.propagation is not None:
-        problems.append(
-            'item.id.propagation: adds up ids of users, and model.mode = "item_item" has none; '
-            "leave it out"
-        )
+    if config.model.mode == "item_item":
+        problems += _siamese_problems(config)
     if config.blend.parts and config.served_beside:
         problems.append(
             f"blend: lays vectors side by side, and {config.served_beside} has coordinates that "
@@ -360,6 +352,25 @@ def _needs_time(side: str, tower: TowerSettings) -> list[str]:
     """Keys of a tower that make sense with timestamps only."""
     names = [f"{side}.features.{n}" for n, f in tower.features.items() if f.kind == "statistics"]
     return names + ([f"{side}.id.as_of"] if tower.id.as_of else [])
+
+
+def _siamese_problems(config: Config) -> list[str]:
+    """What is about users, of whom one tower of items knows nothing."""
+    views, negatives = config.self_supervision, config.negatives
+    about_users = {
+        "user": config.user != TowerSettings(),
+        "item.id.propagation": config.item.id.propagation is not None,
+        "negatives.mined": negatives.mined is not None,
+        "negatives.explicit": negatives.explicit is not None,
+        "loss.positives": config.loss.positives > 1,
+        "self_supervision.user": views is not None and views.user is not None,
+    }
+    return [
+        f'{key}: model.mode = "item_item" has one tower, that of items, and serves users by their '
+        "last items; leave it out"
+        for key, is_set in about_users.items()
+        if is_set
+    ]
 
 
 def _explicit_problems(config: Config) -> list[str]:

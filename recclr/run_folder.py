@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -355,18 +355,22 @@ def what_of(config: Config) -> dict[str, str]:
     return {key: value for key, value in _flat(dump_toml(config)).items() if key not in _FREE}
 
 
+def changed_keys(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Keys whose values differ, one line each with both values, sorted."""
+    return [
+        f"{key} = {before.get(key, 'nothing')} there, {now.get(key, 'nothing')} here"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
 def require_same_config(stored: Path, config: Config) -> None:
     """Refuse to go on in a folder with another configuration than the one it was begun with.
 
     Raises:
         ConfigError: names the keys that differ, and both values.
     """
-    before, now = what_of(load_config(stored)), what_of(config)
-    changed = [
-        f"{key} = {before.get(key, 'nothing')} there, {now.get(key, 'nothing')} here"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
+    changed = changed_keys(what_of(load_config(stored)), what_of(config))
     if changed:
         raise ConfigError(
             f"the configuration differs from the one in {stored}; resume with that one, or start "

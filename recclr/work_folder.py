@@ -22,7 +22,7 @@ from recclr.files import (
     write_bytes_atomic,
     write_json_atomic,
 )
-from recclr.run_folder import CONFIG, locked, read_json, what_of
+from recclr.run_folder import CONFIG, changed_keys, locked, read_json, what_of
 
 DECLARED = "declared.json"
 RUNNING = "running"
@@ -81,12 +81,7 @@ def work_folder(
 
 
 def _refuse_changes(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    old, new = _flat(before), _flat(now)
-    changed = [
-        f"{key} = {old.get(key, 'nothing')} there, {new.get(key, 'nothing')} here"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+    changed = changed_keys(_flat(before), _flat(now))
     if changed:
         raise ConfigError(
             f"this is not the work that was begun in {out}; resume it with what it was begun with, "

@@ -486,7 +486,16 @@ TIMELESS = {"data": {"events": "e", "columns": {"timestamp": ""}}}
         ),
         (
             {"model": {"mode": "item_item"}, "item": {"id": {"propagation": {}}}},
-            "item.id.propagation: adds up ids of users",
+            'item.id.propagation: model.mode = "item_item" has one tower',
+        ),
+        *(
+            ({"model": {"mode": "item_item"}, **section}, f'{key}: model.mode = "item_item"')
+            for key, section in (
+                ("user", {"user": {"dropout": 0.1}}),
+                ("negatives.mined", {"negatives": {"mined": {}}}),
+                ("loss.positives", {"loss": {"positives": 2}}),
+                ("self_supervision.user", {"self_supervision": {"user": {}}}),
+            )
         ),
         ({"model": {"init_from": "w"}}, "model.init_from: starts item.features, and there are"),
         (

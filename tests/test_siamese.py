@@ -147,4 +147,4 @@ def test_a_tower_of_users_is_refused(recclr, small_config, tmp_path):
         *("--set", "model.mode=item_item"),
     )
     assert done.code == 2
-    assert 'model.mode = "item_item" has one tower' in done.err
+    assert 'user: model.mode = "item_item" has one tower' in done.err
