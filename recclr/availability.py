@@ -1,8 +1,12 @@
 """Which items there were at a moment, and draws among these.
 
-An item counts from its first train event on. One that was launched later was nobody's to refuse at
-the moment of the step; taken as a negative all the same, it learns that it is disliked before it is
-seen, which is what an evaluation on later events then finds.
+An item counts from its first train event on, or from some time before it. One that was launched
+later was nobody's to refuse at the moment of the step; taken as a negative all the same, it learns
+that it is disliked before it is seen, which is what an evaluation on later events then finds.
+
+Without such a lead an item that has no history yet is only ever a positive, and where the towers
+can tell that it has none (statistics, ids as of the moment) they learn that what is new is always
+right. With one, what is about to be launched stands among the negatives as well.
 
 Items in the order of their launch make "available at a moment" the first so many of them, so a draw
 costs a binary search and its share of the available ones one look-up, whatever the catalogue.
@@ -28,21 +32,24 @@ class Availability:
         log: train rows, in memory or mapped.
         powers: float64 [num_items], what popularity draws in proportion to; 0 where an item has no
             train event. None where there are no such draws.
+        lead_s: by how much sooner than its first event an item counts.
 
     Attributes:
-        first_seen: int64 seconds [num_items]; later than any event where an item has none.
+        first_seen: int64 seconds [num_items], that moment; later than any event where an item has
+            none.
 
     Raises:
         ConfigError: a log without time.
     """
 
-    def __init__(self, log: EncodedLog, powers: Tensor | None = None) -> None:
+    def __init__(self, log: EncodedLog, powers: Tensor | None = None, *, lead_s: int = 0) -> None:
         if log.timestamp is None:
             raise ConfigError(
                 "negatives.available needs timestamps, and the log has none; name its column in "
                 "data.columns.timestamp or leave negatives.available out"
             )
-        self.first_seen = _first_seen(log, log.timestamp).to(log.device)
+        first = _first_seen(log, log.timestamp).to(log.device)
+        self.first_seen = torch.where(first < _NEVER, first - lead_s, first)
         self.launches, self.order = self.first_seen.sort(stable=True)
         self.powers = powers
         # Sums over the items launched so far, [num_items + 1].
@@ -52,7 +59,7 @@ class Availability:
             self.sums = torch.cat([rising.new_zeros(1), rising])
 
     def of(self, item_idx: Tensor, at: Tensor) -> Tensor:
-        """Whether each item had an event strictly before ``at``, bool [M].
+        """Whether each item counts strictly before ``at``, bool [M].
 
         Args:
             item_idx: int64 [M]. at: int64 seconds, scalar.
@@ -60,7 +67,7 @@ class Availability:
         return self.first_seen.index_select(0, item_idx) < at
 
     def count(self, at: Tensor) -> Tensor:
-        """How many items had an event strictly before ``at`` (int64 scalar), int64 scalar."""
+        """How many items count strictly before ``at`` (int64 scalar), int64 scalar."""
         return torch.searchsorted(self.launches, at)
 
     def uniform(self, size: int, at: Tensor, generator: torch.Generator) -> Tensor:

@@ -28,6 +28,7 @@ from recclr.data.log import EncodedLog
 from recclr.distinct import counted, padded_distinct
 from recclr.errors import ConfigError
 from recclr.settings import LossSettings, NegativesSettings, TrainSettings
+from recclr.statistics import DAY_S
 from recclr.streaming import StreamingShares
 
 
@@ -129,7 +130,10 @@ class CandidateSampler:
             self.share[self.drawable] = (power / power.sum()).float()
             powers = torch.zeros(log.num_items, dtype=torch.float64, device=counts.device)
             powers[self.drawable] = power
-        self.availability = Availability(log, powers) if settings.available else None
+        self.availability: Availability | None = None
+        if settings.available:
+            lead_s = round(settings.available_lead_d * DAY_S)
+            self.availability = Availability(log, powers, lead_s=lead_s)
 
     def draw(
         self,

@@ -68,6 +68,20 @@ def test_an_item_is_there_after_its_first_event(at):
     assert int(found.count(moment)) == len(told)
 
 
+@pytest.mark.parametrize("at", MOMENTS)
+def test_with_a_lead_it_is_there_that_much_sooner(at):
+    found = sampler(available_lead_d=6 / 86_400).availability
+    told = there_at(at + 6)
+    # Items without any event are never there.
+    assert found.of(torch.arange(NUM_ITEMS), torch.tensor(at)).nonzero().squeeze(1).tolist() == told
+    assert int(found.count(torch.tensor(at))) == len(told)
+
+
+def test_a_lead_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="read with available = true"):
+        NegativesSettings(available_lead_d=3.0)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize("at", [11, 18, 25, 40])
 def test_draws_are_among_what_there_is_with_the_shares_that_are_told(at, alpha):

@@ -51,6 +51,7 @@ RANGES = [
     (partial(settings.LossSettings, kind="alignment_uniformity"), "uniformity_weight", 0.0, 1e4),
     (settings.ModelSettings, "popularity_bias", -100.0, 100.0),
     (settings.NegativesSettings, "uniform", 0, 1 << 24),
+    (partial(settings.NegativesSettings, available=True), "available_lead_d", 0.0, 1e5),
     (settings.ViewSettings, "weight", 1e-6, 1e3),
     (settings.ViewSettings, "temperature", 1e-4, 1e4),
     (settings.ViewSettings, "batch_size", 2, 1 << 24),

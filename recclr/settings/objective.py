@@ -221,6 +221,10 @@ class NegativesSettings:
     queue: QueueSettings | None = None
     available: bool = False
     """Only items with a train event before the moment of the step; trains on time cells."""
+    available_lead_d: float = 0.0
+    """With ``available``: an item counts so many days before its first train event. With 0 an item
+    without history is only ever a positive, so towers that see that it has none learn that what is
+    new is always right; on MovieTweetings that ruins the ranking."""
     within: str | None = None
     """Categorical item feature: negatives are of the positive's own category. A positive without
     one meets all."""
@@ -229,7 +233,9 @@ class NegativesSettings:
     batches so far (``streaming``)."""
 
     def __post_init__(self) -> None:
-        _check(self, uniform=(0, 1 << 24))
+        _check(self, uniform=(0, 1 << 24), available_lead_d=(0.0, 1e5))
+        if self.available_lead_d and not self.available:
+            raise ValueError("available_lead_d is read with available = true; leave it out")
         if self.counts == "streaming" and not (self.in_batch or self.queue):
             raise ValueError(
                 "counts = 'streaming' is about positives that become negatives: set in_batch or "
