@@ -242,6 +242,7 @@ def test_what_is_shown(compared):
     assert "item.features.category at its default" in page
 
 
+@pytest.mark.slow
 def test_it_goes_on_by_row_and_seed(compared, recclr, command, tmp_path, monkeypatch):
     out = tmp_path / "ablation"
     monkeypatch.setattr("recclr.files._reached", {})

@@ -182,6 +182,7 @@ def test_the_report_is_what_loops_over_items_give(made):
     assert found["uniformity"] == pytest.approx(uniformity, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_one_that_is_stopped_goes_on_to_the_same_bytes(made, tmp_path, monkeypatch):
     _, out, report = made
     copy = config_of(tmp_path)

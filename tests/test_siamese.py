@@ -118,6 +118,7 @@ def test_planted_companions_are_found():
     assert scores.argmax(1).tolist() == [item ^ 1 for item in range(14)]
 
 
+@pytest.mark.slow
 def test_a_whole_run_serves_users_by_their_items(recclr, small_config, tmp_path):
     config = tmp_path / "items.toml"
     text = small_config.read_text()

@@ -137,6 +137,7 @@ def test_means_and_differences_belong_together(searched):
     assert found["low"] <= found["difference"] <= found["high"]
 
 
+@pytest.mark.slow
 def test_stopped_by_a_signal_and_resumed_it_finds_the_same(
     searched, recclr, command, tmp_path, monkeypatch
 ):
@@ -168,6 +169,7 @@ class Poison:
         raise AssertionError(f"test rows were looked at: {name}")
 
 
+@pytest.mark.slow
 def test_test_rows_are_never_read(
     searched, recclr, command, small_data, small_config, tmp_path, monkeypatch
 ):

@@ -80,6 +80,7 @@ def close(one, other, path=""):
         assert other == one, path
 
 
+@pytest.mark.slow
 def test_two_processes_come_to_the_metrics_of_one(
     torchrun_train, small_config, small_run, tmp_path
 ):

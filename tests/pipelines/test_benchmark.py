@@ -371,6 +371,7 @@ def test_asking_for_peers_adds_them_to_the_sections(bench, command, monkeypatch)
     assert asked == [SECTIONS - {"peers"}, SECTIONS, {"tables", "peers"}, {"peers"}]
 
 
+@pytest.mark.slow
 def test_the_script_runs_as_it_is_called(pipelines, tmp_path):
     """Real child processes; their memory is theirs alone."""
     path = tmp_path / "rows.json"
