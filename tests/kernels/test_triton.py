@@ -75,11 +75,14 @@ def in_bfloat16(*arguments):
 def assert_twins(case, function=masked_logsumexp_triton, oracle=None, error=2e-5):
     expected, expected_grads = value_and_gradients(masked_logsumexp_reference, *(oracle or case))
     found, found_grads = value_and_gradients(function, *case)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    # Both sides round logits of this size, each in its own order of sums; exp passes that on.
+    # Both sides round logits of this size, each in its own order of sums, whatever is left of them
+    # where they cancel; exp passes that on.
     queries, candidates = case[:2]
+    rounding = 0.0
     if len(queries) and len(candidates):
-        error += 5e-7 * float(queries.norm(dim=1).max() * candidates.norm(dim=1).max())
+        rounding = 5e-7 * float(queries.norm(dim=1).max() * candidates.norm(dim=1).max())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 + rounding)
+    error += rounding
     for ours, theirs in zip(found_grads, expected_grads, strict=True):
         scale = float(theirs.abs().max().clamp_min(1.0)) if theirs.numel() else 1.0
         torch.testing.assert_close(ours, theirs, rtol=5 * error, atol=error * scale)
