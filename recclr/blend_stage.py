@@ -24,7 +24,7 @@ from recclr.errors import ConfigError
 from recclr.evaluate import EvaluationSet
 from recclr.files import sha256_of, write_bytes_atomic, write_json_atomic
 from recclr.keeping import digest_of
-from recclr.load import load_blend, load_model, ranker_of
+from recclr.load import stage_ranker
 from recclr.run_folder import BLEND, BLEND_VECTORS, METRICS, read_config, read_json
 from recclr.spectral import spectral_factors
 from recclr.topk import EmbeddingRanker
@@ -159,10 +159,7 @@ def _of_run(run: Path, prepared: PreparedLog, *, of_selection: bool) -> Vectors:
     selected = run / "selection"
     folder = selected if of_selection and selected.is_dir() else run
     config, other = read_config(run), PreparedLog.load(folder)
-    ranker = load_blend(folder)
-    if ranker is None:
-        model = load_model(config, other.tensors, folder / "checkpoints")
-        ranker = ranker_of(model, other.tensors.cutoff)
+    ranker = stage_ranker(config, other, folder)
     users = _matched(ranker.user_vectors, prepared.users, other.users, run)
     items = _matched(ranker.item_vectors, prepared.items, other.items, run)
     return Vectors(torch.cat([users, ranker.user_vectors[-1:]]), items)

@@ -63,13 +63,22 @@ def load_ranker(run: Path) -> tuple[Config, PreparedLog, EmbeddingRanker]:
     """
     config = read_config(run)
     prepared = PreparedLog.load(run)
+    return config, prepared, stage_ranker(config, prepared, run)
+
+
+def stage_ranker(config: Config, prepared: PreparedLog, folder: Path) -> EmbeddingRanker:
+    """What a stage of a run serves, selection or the run itself.
+
+    Raises:
+        CheckpointError: as ``load_ranker``.
+    """
     if config.blend.parts:
-        blended = load_blend(run)
+        blended = load_blend(folder)
         if blended is None:
-            raise CheckpointError(f"{run} has no {BLEND}; has the run trained to its end?")
-        return config, prepared, blended
-    model = load_model(config, prepared.tensors, run / "checkpoints")
-    return config, prepared, ranker_of(model, prepared.tensors.cutoff)
+            raise CheckpointError(f"{folder} has no {BLEND}; has the run trained to its end?")
+        return blended
+    model = load_model(config, prepared.tensors, folder / "checkpoints")
+    return ranker_of(model, prepared.tensors.cutoff)
 
 
 def load_blend(folder: Path, name: str = "model") -> EmbeddingRanker | None:

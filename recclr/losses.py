@@ -97,3 +97,13 @@ def mean_weights(
     if weight_B is None:
         return torch.full((num_rows,), 1.0, device=device) / (num_rows if total is None else total)
     return weight_B / (weight_B.sum() if total is None else total)
+
+
+def products_of_own(queries: Tensor, items: Tensor, rows: Tensor) -> Tensor:
+    """Products of each query with items of its own, float32 [B, M].
+
+    Args:
+        queries: float32 [B, D]. items: float32 [U, D]. rows: int64 [B, M], each below U.
+    """
+    vectors = items.index_select(0, rows.reshape(-1)).view(*rows.shape, items.shape[1])
+    return (queries.unsqueeze(1) * vectors).sum(2)

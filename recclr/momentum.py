@@ -31,7 +31,7 @@ from recclr.negatives import Queued
 from recclr.rows import Rows
 from recclr.settings import LossSettings, QueueSettings
 from recclr.sharded_tables import ShardedTable
-from recclr.towers import TwoTower
+from recclr.towers import TwoTower, saved_weights
 
 # Vectors that are embedded again to see how far they are from today's.
 _LOOKED_AT = 512
@@ -79,7 +79,7 @@ class MomentumQueue:
         self.bfloat16, self.chunk_size = bfloat16, chunk_size
         self.device = model.log_temperature.device
         self.tower = averaged_copy(model.item_tower) if self.momentum else model.item_tower
-        self.weights = _weights_of(self.tower)
+        self.weights = saved_weights(self.tower)
         self.embedder = _embedder(model, self.tower)
         self.at = torch.tensor(0, device=self.device) if time_cells else None
         first = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -141,7 +141,7 @@ class MomentumQueue:
             batches: of the step, in order; the same on all ranks.
         """
         if self.momentum:
-            move_average(self.weights, _weights_of(model.item_tower), self.momentum)
+            move_average(self.weights, saved_weights(model.item_tower), self.momentum)
         for batch in batches:
             if self.at is not None and batch.item_at is not None:
                 self.at.copy_(batch.item_at)
@@ -269,13 +269,6 @@ def _embedder(model: TwoTower, tower: nn.Module) -> TwoTower:
         similarity=model.similarity,
         loss=LossSettings(),
     )
-
-
-def _weights_of(tower: nn.Module) -> dict[str, Tensor]:
-    """Each parameter and saved buffer once, however shared."""
-    saved = tower.state_dict(keep_vars=True).keys()
-    buffers = {name: value for name, value in tower.named_buffers() if name in saved}
-    return {**dict(tower.named_parameters()), **buffers}
 
 
 def _refuse_sharded(tower: nn.Module) -> None:

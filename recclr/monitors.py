@@ -15,6 +15,7 @@ from torch import Tensor
 from recclr.data.log import Csr, EncodedLog
 from recclr.errors import ShapeError
 from recclr.kernels import unit_rows
+from recclr.norms import pearson, points_of
 from recclr.order import permuted
 from recclr.topk import top_k
 
@@ -128,16 +129,8 @@ def first_share(values: Tensor) -> float:
 
 
 def quartiles(values: Tensor) -> list[float]:
-    """The three quartiles of float [N], N at least 1, interpolated as ``torch.quantile`` does.
-
-    That function refuses what has more than 16 million values.
-    """
-    ordered = values.sort().values
-    places = [share * (len(values) - 1) for share in (0.25, 0.5, 0.75)]
-    low = ordered[[math.floor(place) for place in places]].double()
-    high = ordered[[math.ceil(place) for place in places]].double()
-    found: list[float] = low.lerp(high, torch.tensor(places).double() % 1).tolist()
-    return found
+    """The three quartiles of float [N], N at least 1."""
+    return points_of(values, (0.25, 0.5, 0.75))
 
 
 def correlation(a: Tensor, b: Tensor) -> float | None:
@@ -146,8 +139,7 @@ def correlation(a: Tensor, b: Tensor) -> float | None:
     for x in (a, b):
         if len(x) < 2 or float(x.std()) <= _EQUAL * float(x.abs().mean()):
             return None
-    stacked = torch.corrcoef(torch.stack([a, b]))
-    return float(stacked[0, 1])
+    return pearson(a, b)
 
 
 def concentration(item_idx_QK: Tensor, num_items: int) -> dict[str, float]:

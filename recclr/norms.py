@@ -6,6 +6,7 @@ Shape letters: M vectors, D dimension, V items, Q queries, K cut-off.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,13 +76,24 @@ def norms_of(vectors: Tensor) -> Norms:
     """
     if not len(vectors):
         return Norms(*[float("nan")] * 5)
-    lengths = vectors.double().norm(dim=1).sort().values
-    places = torch.linspace(0, len(lengths) - 1, 5, dtype=torch.float64)
-    # torch.quantile takes 16 million numbers at most.
-    low = places.floor().long()
-    high = places.ceil().long()
-    part = (places - low).to(lengths.device)
-    return Norms(*(lengths[low] + part * (lengths[high] - lengths[low])).tolist())
+    return Norms(*points_of(vectors.double().norm(dim=1), (0.0, 0.25, 0.5, 0.75, 1.0)))
+
+
+def points_of(values: Tensor, shares: Sequence[float]) -> list[float]:
+    """Quantiles of float [n], n at least 1, interpolated as ``torch.quantile`` does.
+
+    That function refuses what has more than 16 million values.
+
+    Args:
+        shares: from 0 for the smallest value to 1 for the largest.
+    """
+    ordered = values.sort().values
+    places = [share * (len(values) - 1) for share in shares]
+    low = ordered[[math.floor(place) for place in places]].double()
+    high = ordered[[math.ceil(place) for place in places]].double()
+    parts = torch.tensor(places, dtype=torch.float64, device=low.device) % 1
+    found: list[float] = low.lerp(high, parts).tolist()
+    return found
 
 
 def pearson(x: Tensor, y: Tensor) -> float:
@@ -97,7 +109,7 @@ def pearson(x: Tensor, y: Tensor) -> float:
 
 def spearman(x: Tensor, y: Tensor) -> float:
     """Correlation of the ranks of two vectors [n]; equal numbers share the mean of their ranks."""
-    return pearson(_ranks(x), _ranks(y))
+    return pearson(ranks_of(x), ranks_of(y))
 
 
 def head_share(ranked: Tensor, counts: Tensor, *, share: float = 0.01) -> float:
@@ -120,8 +132,8 @@ def head_share(ranked: Tensor, counts: Tensor, *, share: float = 0.01) -> float:
     return float(head[filled].double().mean())
 
 
-def _ranks(x: Tensor) -> Tensor:
-    """From 1 up, float64 [n]."""
+def ranks_of(x: Tensor) -> Tensor:
+    """From 1 up, float64 [n]; equal numbers share the mean of theirs."""
     _, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
     last = counts.cumsum(0)
     middle: Tensor = (last - (counts - 1) / 2).double()

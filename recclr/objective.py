@@ -151,11 +151,9 @@ class Objective:
             stats.loss = stats.loss.detach()
             found.append(stats)
         stats = found[0] if len(found) == 1 else joined(found)
-        return (
-            stats
-            if self.self_supervision is None
-            else self._with_views(model, batches, stats, check)
-        )
+        if self.self_supervision is None:
+            return stats
+        return self._with_views(model, batches, stats, check)
 
     def _with_views(
         self,

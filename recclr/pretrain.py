@@ -31,6 +31,7 @@ from recclr.errors import ConfigError
 from recclr.files import sha256_of, write_bytes_atomic, write_json_atomic
 from recclr.kernels import unit_rows
 from recclr.load import pick_device
+from recclr.monitors import alignment, uniformity
 from recclr.ntxent import nt_xent
 from recclr.optimizers import Optimizers
 from recclr.order import permuted
@@ -288,20 +289,11 @@ def judge_views(stepper: CatalogueStepper, seed: int) -> dict[str, float]:
     model.train()
     return {
         "loss": float(loss),
-        "alignment": float((one - corpus[queries]).square().sum(1).mean()),
-        "uniformity": _uniformity(one),
+        "alignment": alignment(one, corpus[queries]),
+        "uniformity": uniformity(one) if count > 1 else 0.0,
         "recall@1": float(hits[:, :1].any(1).float().mean()),
         "recall@10": float(hits.any(1).float().mean()),
     }
-
-
-def _uniformity(one: Tensor) -> float:
-    """Of unit vectors [Q, D], over pairs of different rows; 0 of a single one."""
-    if len(one) < 2:
-        return 0.0
-    spread = (-2 * (2 - 2 * one @ one.T)).double().exp()
-    pairs = len(one) * (len(one) - 1)
-    return float(((spread.sum() - spread.diagonal().sum()) / pairs).log())
 
 
 def _pretrained(context: Context, catalogue: Catalogue) -> dict[str, Any]:

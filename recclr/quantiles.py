@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from recclr.kernels.reference import BitMask, Mask
+from recclr.losses import products_of_own
 
 # Scores of a block of rows; on a CPU they stay in cache between their product and their top.
 _BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
@@ -95,10 +96,8 @@ def top_k_quantiles(
         weights = shared.expand(len(scores), -1)
         if own is not None:
             vectors, own_row, own_log_weights = own
-            near = vectors.index_select(0, own_row[rows].reshape(-1))
-            near = near.view(*own_row[rows].shape, vectors.shape[1])
             own_weights = own_log_weights[rows].exp()
-            own_scores = (queries[rows].unsqueeze(1) * near).sum(2)
+            own_scores = products_of_own(queries[rows], vectors, own_row[rows])
             own_scores.masked_fill_(own_weights == 0, -torch.inf)
             scores = torch.cat([scores, own_scores], 1)
             weights = torch.cat([weights, own_weights], 1)

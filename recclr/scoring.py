@@ -19,7 +19,7 @@ from torch import Tensor
 from recclr.alignment import alignment_uniformity
 from recclr.distributed import ALONE, Ranks
 from recclr.kernels import Mask, either, masked_logsumexp, total_contrastive_loss
-from recclr.losses import contrastive_loss
+from recclr.losses import contrastive_loss, products_of_own
 from recclr.pair_losses import pair_loss
 from recclr.quantiles import top_k_weights
 from recclr.settings import LossSettings
@@ -78,7 +78,7 @@ class Scored:
         """
         if self.own_row is None or self.own_log_weights is None or not self.own_row.numel():
             return None
-        return logits_of_own(queries, self.items, self.own_row)
+        return products_of_own(queries, self.items, self.own_row)
 
 
 def scored_loss(scored: Scored, loss: LossSettings, *, bfloat16: bool = False) -> Tensor:
@@ -134,7 +134,7 @@ def _several(scored: Scored, queries: Tensor, logits: Tensor) -> tuple[Tensor, T
     """Logits of all positives of each row, and what their losses count, float32 [B, P] each."""
     logits_BP, alive = logits.unsqueeze(1), torch.ones_like(logits, dtype=torch.bool).unsqueeze(1)
     if scored.more_row is not None:
-        more = logits_of_own(queries, scored.items, scored.more_row.clamp(min=0))
+        more = products_of_own(queries, scored.items, scored.more_row.clamp(min=0))
         some = scored.more_row >= 0
         logits_BP = torch.cat([logits_BP, more.where(some, 0.0)], 1)
         alive = torch.cat([alive, some], 1)
@@ -216,13 +216,3 @@ def own_partition(scored: Scored, queries: Tensor) -> Tensor | None:
     # The gradient of a logsumexp over nothing is no number; such a row is taken out before it.
     safe = torch.where(some.unsqueeze(1), logits, 0.0)
     return torch.where(some, safe.logsumexp(1), -torch.inf)
-
-
-def logits_of_own(queries: Tensor, items: Tensor, rows: Tensor) -> Tensor:
-    """Products of each query with items of its own, float32 [B, M].
-
-    Args:
-        queries: float32 [B, D]. items: float32 [U, D]. rows: int64 [B, M], each below U.
-    """
-    vectors = items.index_select(0, rows.reshape(-1)).view(*rows.shape, items.shape[1])
-    return (queries.unsqueeze(1) * vectors).sum(2)

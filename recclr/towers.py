@@ -167,12 +167,8 @@ class TwoTower(nn.Module):
         return {name: part for name, part in self.named_modules() if isinstance(part, Table)}
 
     def weights(self) -> dict[str, Tensor]:
-        """What is saved and each rank has whole: each parameter and persistent buffer once, however
-        shared.
-        """
-        saved = self.state_dict(keep_vars=True).keys()
-        buffers = {name: value for name, value in self.named_buffers() if name in saved}
-        return {**dict(self.named_parameters()), **buffers}
+        """What is saved and each rank has whole."""
+        return saved_weights(self)
 
     def shards(self) -> dict[str, RowShard]:
         """What is saved and split over ranks, named as ``weights`` names whole tables."""
@@ -218,3 +214,10 @@ class TwoTower(nn.Module):
         vectors = torch.cat([part.to(kept_on) for part in parts])
         self.train(was_training)
         return vectors
+
+
+def saved_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Each parameter and persistent buffer once, however shared."""
+    saved = module.state_dict(keep_vars=True).keys()
+    buffers = {name: value for name, value in module.named_buffers() if name in saved}
+    return {**dict(module.named_parameters()), **buffers}

@@ -24,6 +24,7 @@ from recclr.files import fault_point
 from recclr.keeping import Keeper, Progress
 from recclr.settings import (
     LossSettings,
+    MinedSettings,
     NegativesSettings,
     SelfSupervisionSettings,
     TrainSettings,
@@ -136,8 +137,9 @@ def fit(
     )
 
     def mine_if_due(step: int, meter: Meter) -> None:
-        if _mining_is_due(step, negatives, meter.per_epoch):
-            assert refresh_negatives is not None
+        assert negatives.mined is not None
+        assert refresh_negatives is not None
+        if _mining_is_due(step, negatives.mined, meter.per_epoch):
             ranks.unwatch()
             _refresh(stepper, refresh_negatives, step, meter)
 
@@ -237,12 +239,10 @@ def run_steps(
     )
 
 
-def _mining_is_due(step: int, negatives: NegativesSettings, per_epoch: int) -> bool:
+def _mining_is_due(step: int, mined: MinedSettings, per_epoch: int) -> bool:
     """Whether mined negatives are to be found anew before a step, counted from 0."""
-    if negatives.mined is None:
-        return False
-    since = step - round(negatives.mined.warmup_epochs * per_epoch)
-    return since >= 0 and since % max(1, round(negatives.mined.refresh_epochs * per_epoch)) == 0
+    since = step - round(mined.warmup_epochs * per_epoch)
+    return since >= 0 and since % max(1, round(mined.refresh_epochs * per_epoch)) == 0
 
 
 def _refresh(stepper: Stepper, mine: RefreshNegatives, step: int, meter: Meter) -> None:

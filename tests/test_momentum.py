@@ -148,7 +148,7 @@ def test_saved_buffers_are_averaged_integers_copied_and_constants_shared():
         tower.vectors.fill_(9.0)
         tower.mean.fill_(6.0)
         tower.seen.fill_(8)
-    move_average(module._weights_of(made), module._weights_of(tower), 0.75)
+    move_average(module.saved_weights(made), module.saved_weights(tower), 0.75)
     assert (made.vectors == 3.0).all()
     assert (made.mean == 3.0).all()
     assert int(made.seen) == 8

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from recclr import norms
 from recclr.settings import ChoiceSettings
 from recclr.tune.propose import Tried, require_optuna, told
 from recclr.tune.space import Space
@@ -47,7 +50,8 @@ def rank_association(space: Space, tried: Sequence[Tried]) -> dict[str, float]:
     """Of each key alone: |Spearman's correlation| with the value for numbers; for choices, the
     correlation ratio of the values' ranks, which for two choices is the same.
     """
-    ranks = _ranks(np.array([trial.value for trial in tried], dtype=np.float64))
+    values = torch.tensor([trial.value for trial in tried], dtype=torch.float64)
+    ranks = norms.ranks_of(values).numpy()
     found = {}
     for key, parameter in space.parameters.items():
         given = [trial.params[key] for trial in tried]
@@ -60,17 +64,8 @@ def rank_association(space: Space, tried: Sequence[Tried]) -> dict[str, float]:
 
 def spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     """Rank correlation, equal values sharing their mean rank; 0 where one side is constant."""
-    a, b = _ranks(first), _ranks(second)
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / scale if scale else 0.0
-
-
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    means: NDArray[np.float64] = ends - (counts - 1) / 2
-    return means[which]
+    found = norms.spearman(torch.from_numpy(first), torch.from_numpy(second))
+    return 0.0 if math.isnan(found) else found
 
 
 def _correlation_ratio(groups: Sequence[str], values: NDArray[np.float64]) -> float:
