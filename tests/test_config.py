@@ -397,7 +397,8 @@ def test_no_section_takes_unknown_keys_or_casts_silently():
         ({"negatives": {"popularity": {}}}, "negatives.popularity.count: this key is required"),
         (
             {"split": {"by": "tiem"}},
-            "split.by: expected 'auto', 'time', 'given', 'leave_last' or 'random', found 'tiem'",
+            "split.by: expected 'auto', 'time', 'given', 'leave_last', 'random' or 'items', "
+            "found 'tiem'",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Holding out validation and test rows: by time, by given files, the last rows, or at random.
+"""Holding out validation and test rows: by time, given files, the last rows, at random, by item.
 
 Every way is independent of the order of rows and files (``leave_last`` without time excepted,
 where that order is the time), and cuts rows into parts without losing or repeating one.
@@ -34,7 +34,7 @@ class Split:
         train: the rows to learn from.
         valid, test: held-out rows; None where none were asked for.
         left_out: train rows that are not in the sample of ``split.train_share``; None for all.
-        by: ``time``, ``given``, ``leave_last`` or ``random``.
+        by: ``time``, ``given``, ``leave_last``, ``random`` or ``items``.
         cutoffs: ``valid`` / ``test`` -> the first second (UTC) of that part; of splits by time.
         counts: per part, ``left_out`` included, ``rows``, ``users``, ``items``, and for held-out
             parts, against train alone (``test`` also against train + validation, under
@@ -86,6 +86,7 @@ def split_log(log: Log, settings: SplitSettings, *, seed: int | None = None) -> 
         "given": _given,
         "leave_last": _leave_last,
         "random": _random,
+        "items": _by_items,
     }
     split = ways[by](log, settings)
     _refuse_empty(split, settings)
@@ -201,6 +202,34 @@ def _by_rank(frame: pl.DataFrame, rank: pl.Expr, valid: pl.Expr, test: pl.Expr) 
     return frame.filter(which == 0), frame.filter(which == 1), frame.filter(which == 2)
 
 
+# --- by item --------------------------------------------------------------------------------------
+
+
+def _by_items(log: Log, settings: SplitSettings) -> Split:
+    parts = cut_by_items(log.events, valid=settings.valid, test=settings.test, seed=settings.seed)
+    return _of_parts(log, parts, settings, "items", {})
+
+
+def cut_by_items(events: pl.DataFrame, *, valid: float, test: float, seed: int) -> Parts:
+    """Hold out all rows of a share of the items, so that each of them is new to what is trained.
+
+    Which items says a hash of (seed, item); a share that is not 0 rounds up to one item at least.
+    Users all of whose items are held out have no row in train.
+
+    Args:
+        events: canonical columns.
+        valid: share of the items, at least 0. test: as well; together below 1. seed: at least 0.
+    """
+    items = events.select(pl.col("item_id").unique().sort())
+    drawn = pl.struct(pl.Series("_hash", mix(hash_ids(items["item_id"], seed + 4))), "item_id")
+    place = drawn.rank("ordinal").cast(pl.Int64) - 1
+    num_test, num_valid = (math.ceil(round(items.height * share, 6)) for share in (test, valid))
+    items = items.select("item_id", _place=place)
+    frame = events.join(items, on="item_id", how="left", maintain_order="left")
+    train, held, last = _by_rank(frame, pl.col("_place"), pl.lit(num_valid), pl.lit(num_test))
+    return train.select(events.columns), held.select(events.columns), last.select(events.columns)
+
+
 # --- given files ----------------------------------------------------------------------------------
 
 
@@ -288,6 +317,7 @@ def _refuse_empty(split: Split, settings: SplitSettings) -> None:
             "leave_last": "no user has rows enough",
             "random": "users have too few rows",
             "given": "the train file is too small for the share",
+            "items": "the log has too few items",
         }[split.by]
         raise DataError(
             f"the {name} part is empty (split.by = {split.by!r}: {told}): {advice}; change "

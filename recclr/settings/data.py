@@ -87,10 +87,12 @@ class SplitSettings:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    by: Literal["auto", "time", "given", "leave_last", "random"] = "auto"
-    """``auto``: by global time where there is a timestamp, else random per user."""
+    by: Literal["auto", "time", "given", "leave_last", "random", "items"] = "auto"
+    """``auto``: by global time where there is a timestamp, else random per user. ``items``: all
+    rows of a share of the items, which judges how items that nobody has had yet are ranked."""
     valid: float = 0.1
-    """Share of rows (``leave_last``: number of rows per user, a whole number of at least 1)."""
+    """Share of rows (``leave_last``: number of rows per user, a whole number of at least 1;
+    ``items``: share of the items)."""
     test: float = 0.1
     """As ``valid``; 0 for none."""
     valid_events: str | None = None
@@ -105,7 +107,7 @@ class SplitSettings:
 
     def __post_init__(self) -> None:
         _check(self, valid=(0.0, 1e6), test=(0.0, 1e6), train_share=(1e-6, 1.0), seed=(0, 1 << 62))
-        if self.by in ("auto", "time", "random") and not self.valid + self.test < 1:
+        if self.by in ("auto", "time", "random", "items") and not self.valid + self.test < 1:
             raise ValueError(f"valid + test must leave rows for train: {self.valid} + {self.test}")
         if self.by == "given" and self.test_events is None:
             raise ValueError("split.by = 'given' needs split.test_events")

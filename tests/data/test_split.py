@@ -19,7 +19,7 @@ ROWS = st.lists(ROW, min_size=1, max_size=40)
 SETTINGS = st.one_of(
     st.builds(
         SplitSettings,
-        by=st.sampled_from(["time", "random", "auto"]),
+        by=st.sampled_from(["time", "random", "items", "auto"]),
         valid=st.sampled_from([0.0, 0.1, 0.3]),
         test=st.sampled_from([0.0, 0.2, 0.4]),
         seed=st.integers(0, 9),
@@ -59,7 +59,7 @@ def test_parts_partition_the_rows(rows, settings, policy):
         if part is not None:
             assert len(part)
             assert part.events["timestamp"].is_sorted()
-    if split.by != "time":  # nobody loses the last row that training has of them
+    if split.by not in ("time", "items"):  # nobody loses the last row that training has of them
         assert split.train.num_users == log.num_users
 
 
@@ -235,6 +235,38 @@ def write(path, rows, time=False, ids=pl.Int64):
 
 TRAIN = [(u, i, 10 * i + u) for u in range(6) for i in range(20)]
 TEST = [(u, i, 500) for u in range(7) for i in (50, 51)]
+
+
+@given(rows=ROWS, seed=st.integers(0, 5), time=st.booleans())
+def test_items_are_held_out_whole(rows, seed, time):
+    log = log_of(rows, time=time, deduplicate="none")
+    num_items = log.num_items
+    settings = SplitSettings(by="items", valid=0.2, test=0.3, seed=seed)
+    num_test, num_valid = -(-num_items * 3 // 10), -(-num_items * 2 // 10)
+    if num_test + num_valid >= num_items:
+        with pytest.raises(DataError, match="too few items"):
+            log.split(settings)
+        return
+    split = log.split(settings)
+    found = [set(part.events["item_id"]) for part in (split.train, split.valid, split.test)]
+    assert [len(items) for items in found] == [
+        num_items - num_test - num_valid,
+        num_valid,
+        num_test,
+    ]
+    assert sum(map(len, found)) == len(set.union(*found))
+    assert split.counts["test"]["unknown_items"] == num_test
+    assert split.counts["test_after_refit"]["rows_of_unknown_items"] == len(split.test)
+
+
+def test_which_items_are_held_out_depends_on_the_seed_and_on_no_rows():
+    rows = [(user, item, user + item) for user in range(9) for item in range(40)]
+    held = [
+        set(log_of(some).split(SplitSettings(by="items", seed=seed)).test.events["item_id"])
+        for some, seed in ((rows, 0), (rows[:80], 0), (rows, 1))
+    ]
+    assert held[0] == held[1] != held[2]
+    assert len(held[0]) == 4
 
 
 def test_given_files_cut_validation_from_train(tmp_path):
