@@ -181,11 +181,13 @@ def _trained(
         examples = EvaluationSet.from_prepared(
             prepared.tensors, keep_seen=settings.evaluate.keep_seen
         )
+        examples.require_slice(settings.evaluate.select_slice)
 
     def judge(ranker: EmbeddingRanker) -> dict[str, float]:
         assert examples is not None
-        found = evaluate(ranker, examples, ks=settings.evaluate.ks, slices=("all",))
-        return found.metrics["all"]
+        part = settings.evaluate.select_slice
+        found = evaluate(ranker, examples, ks=settings.evaluate.ks, slices=(part,))
+        return found.metrics[part]
 
     shown({"kind": "stage", "name": "training" if num_steps is None else "refit"})
     model, result = fit_model(

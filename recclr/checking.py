@@ -73,6 +73,7 @@ def read_data(config: Config, inputs: Mapping[str, Any], *, with_test: bool = Tr
     examples = None
     if split.valid is not None:
         _, examples = judged_by(prepared, split.valid, config, also=split.had_before("valid"))
+        examples.require_slice(config.evaluate.select_slice)
     if with_test and split.test is not None:
         # Hours of training are a high price for a test that turns out to be empty.
         judged_by(prepared, split.test, config, also=split.had_before("test"))

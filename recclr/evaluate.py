@@ -18,18 +18,8 @@ from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, DivergedError
 from recclr.metrics import ranking_metrics
 from recclr.ranking import Ranker
+from recclr.settings.judging import SLICES
 
-SLICES = (
-    "all",
-    "warm_items",
-    "cold_items",
-    "cold_items_among_cold",
-    "warm_users",
-    "cold_users",
-    "head",
-    "torso",
-    "tail",
-)
 _CHUNK = 8192
 # Queries that stay together on one rank: a tile of ``topk``, so that every tile is scored by the
 # same multiplication, to the bit, on any number of ranks.
@@ -133,6 +123,25 @@ class EvaluationSet:
         rows, values = self.relevant.row_numbers()[inside], self.relevant.values[inside]
         queries, dense = torch.unique(rows, return_inverse=True)
         return queries, Csr.from_pairs(dense, values, len(queries))
+
+    def require_slice(self, name: str) -> None:
+        """Refuse to select by a slice that nobody is in, before hours of training.
+
+        Raises:
+            ConfigError: no query has anything relevant in the slice.
+        """
+        if name in ("warm_users", "cold_users"):
+            some = bool(((self.user_counts > 0) == (name == "warm_users")).any())
+        elif name == "all":
+            some = True
+        else:
+            band = name.removesuffix("_among_cold")
+            some = bool(len(self.restricted(self.bands()[band])[0]))
+        if not some:
+            raise ConfigError(
+                f"evaluate.select_slice = {name!r}: nobody of validation is in that slice; "
+                "expected one that somebody is in, for example 'all'"
+            )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from recclr.data.log import Prepared
 from recclr.data.prepare import PreparedLog, prepare
 from recclr.data.split import Split
 from recclr.distributed import ALONE, LONG_S, Ranks
-from recclr.evaluate import SLICES, Evaluation, EvaluationSet, evaluate
+from recclr.evaluate import Evaluation, EvaluationSet, evaluate
 from recclr.files import write_bytes_atomic, write_json_atomic
 from recclr.fitting import fit_model
 from recclr.joining import restarts_are_safe
@@ -47,6 +47,7 @@ from recclr.run_folder import (
     require_same_inputs,
     require_shared,
 )
+from recclr.settings.judging import SLICES
 from recclr.sharded_tables import table_maker
 from recclr.stopping import signals
 from recclr.topk import EmbeddingRanker
@@ -209,8 +210,9 @@ def _blend_selected(
 
     def value(candidate: EmbeddingRanker) -> float:
         assert examples is not None
-        found = _evaluated(context, candidate, examples, ("all",), ranks=context.ranks)
-        return found.metrics["all"][context.config.evaluate.select]
+        part = context.config.evaluate.select_slice
+        found = _evaluated(context, candidate, examples, (part,), ranks=context.ranks)
+        return found.metrics[part][context.config.evaluate.select]
 
     return blend_selected(context.config, prepared, ranker, folder, value, context.ranks)
 
@@ -319,8 +321,8 @@ def _fit(
 
     def judge(ranker: Ranker) -> dict[str, float]:
         assert examples is not None
-        found = _evaluated(context, ranker, examples, ("all",), ranks=context.ranks)
-        return found.metrics["all"]
+        part = config.evaluate.select_slice
+        return _evaluated(context, ranker, examples, (part,), ranks=context.ranks).metrics[part]
 
     model, result = fit_model(
         config,
@@ -353,15 +355,16 @@ def _choose_baselines(
         stored = read_json(path)
         return [BaselineChoice(**choice) for choice in stored["choices"]], stored["skipped"], {}
     context.enter("baselines")
-    select, best = config.evaluate.select, dict[str, Evaluation]()
+    select, part = config.evaluate.select, config.evaluate.select_slice
+    best: dict[str, Evaluation] = {}
 
     def judge(ranker: Ranker) -> float:
         if examples is None:
             return 0.0
         found = _evaluated(context, ranker, examples)
-        value = found.metrics["all"][select]
+        value = found.metrics[part][select]
         # The first of the best, as ``build_baselines`` chooses.
-        if ranker.name not in best or value > best[ranker.name].metrics["all"][select]:
+        if ranker.name not in best or value > best[ranker.name].metrics[part][select]:
             best[ranker.name] = found
         context.on_event({"kind": "baseline", "name": ranker.name, "value": value})
         return value

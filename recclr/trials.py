@@ -20,12 +20,13 @@ from recclr.bootstrap import paired_differences
 from recclr.config import Config, with_changes
 from recclr.data.log import EncodedLog, Prepared
 from recclr.errors import CheckpointError
-from recclr.evaluate import SLICES, Evaluation, EvaluationSet, evaluate
+from recclr.evaluate import Evaluation, EvaluationSet, evaluate
 from recclr.files import write_bytes_atomic
 from recclr.fitting import fit_model
 from recclr.load import ranker_of
 from recclr.order import permuted
 from recclr.run_folder import config_digest
+from recclr.settings.judging import SLICES
 from recclr.topk import EmbeddingRanker
 from recclr.train import FitResult
 
@@ -87,8 +88,8 @@ def train_once(
     """
 
     def judge(ranker: EmbeddingRanker) -> dict[str, float]:
-        found = evaluate(ranker, examples, ks=config.evaluate.ks, slices=("all",))
-        return found.metrics["all"]
+        part = config.evaluate.select_slice
+        return evaluate(ranker, examples, ks=config.evaluate.ks, slices=(part,)).metrics[part]
 
     folder = place.running / name
     folder.mkdir(parents=True, exist_ok=True)

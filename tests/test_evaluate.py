@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import recclr.evaluate as evaluate_module
 from recclr.data.log import Csr, EncodedLog, FeatureTable, Prepared
 from recclr.errors import ConfigError, DivergedError
-from recclr.evaluate import SLICES, Evaluation, EvaluationSet, evaluate, with_intervals
+from recclr.evaluate import Evaluation, EvaluationSet, evaluate, with_intervals
+from recclr.settings.judging import SLICES
 from recclr.topk import top_k_of_scores
 
 NUM_USERS, NUM_ITEMS = 6, 9
@@ -160,6 +161,12 @@ def test_every_slice_equals_a_brute_force_loop(
         return
     examples = EvaluationSet.from_prepared(prepared, **options)
     require_equal(evaluate(Planted(scores), examples, ks=KS), expected)
+    for name in SLICES:
+        if name in expected[0]:
+            examples.require_slice(name)
+        else:
+            with pytest.raises(ConfigError, match="nobody of validation is in that slice"):
+                examples.require_slice(name)
 
 
 def test_users_left_without_relevant_items_are_dropped_and_counted():

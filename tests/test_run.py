@@ -41,6 +41,31 @@ def test_metrics_hold_model_and_baselines_with_definitions_and_counts(small_run)
     assert "popularity" in metrics["differences"]["test"]
 
 
+def test_a_slice_selects_checkpoint_and_baselines(small_config, tmp_path, recclr):
+    """On held-out items, where the figure of the slice is another than that of everybody."""
+    part = "cold_items_among_cold"
+    out, asked = tmp_path / "run", ("--config", small_config, "--set", "split.by=items")
+    done = recclr("train", *asked, "--out", out, "--set", f"evaluate.select_slice={part}")
+    assert done.code == 0, done.err
+    metrics = json.loads((out / "metrics.json").read_text())
+    model, select = metrics["valid"]["model"], load_config(small_config).evaluate.select
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    judged = [e["metrics"][select] for e in events if e["kind"] == "evaluation"]
+    assert max(judged) == pytest.approx(model[part][select], abs=1e-12)
+    assert model[part][select] != model["all"][select]
+    for choice in json.loads((out / "baselines.json").read_text())["choices"]:
+        found = metrics["valid"][choice["name"]][part][select]
+        assert choice["score"] == pytest.approx(found, abs=1e-12)
+
+
+def test_a_slice_that_nobody_is_in_is_refused_before_training(small_config, tmp_path, recclr):
+    asked = ("--set", "split.by=items", "--set", "evaluate.select_slice=head")
+    done = recclr("train", "--config", small_config, "--out", tmp_path / "run", *asked)
+    assert done.code == 2
+    assert "evaluate.select_slice = 'head': nobody of validation is in that slice" in done.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_stored_configuration_is_complete_and_equal(small_run, small_config):
     assert load_config(small_run / "config.toml") == load_config(small_config)
 

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from recclr.strict import STRICT
 from recclr.strict import require_ranges as _check
 
+Slice = Literal[
+    "all",
+    "warm_items",
+    "cold_items",
+    "cold_items_among_cold",
+    "warm_users",
+    "cold_users",
+    "head",
+    "torso",
+    "tail",
+]
+SLICES: tuple[str, ...] = get_args(Slice)
 METRIC_NAMES = ("recall", "capped_recall", "hit_rate", "ndcg", "mrr", "map", "precision")
 
 
@@ -20,6 +32,8 @@ class EvaluateSettings:
     ks: tuple[int, ...] = (5, 10, 20, 50)
     select: str = "recall@20"
     """Metric on validation that picks the checkpoint, and the settings of the baselines."""
+    select_slice: Slice = "all"
+    """Whose figure it is: everybody's, or that of one slice of users or items."""
     keep_seen: bool = False
     """Rank items the user already has as well (repeat purchases)."""
     num_bootstrap: int = 1000
