@@ -12,10 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from recclr.correlation import pearson, points_of
 from recclr.data.log import Csr, EncodedLog
 from recclr.errors import ShapeError
 from recclr.kernels import unit_rows
-from recclr.norms import pearson, points_of
 from recclr.order import permuted
 from recclr.topk import top_k
 

@@ -47,7 +47,7 @@ FLOORS = {
         "building",
         "alignment",
         "similarity",
-        "norms",
+        "correlation",
         "scoring",
         "ntxent",
         "views",

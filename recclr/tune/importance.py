@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from recclr import norms
+from recclr import correlation
 from recclr.settings import ChoiceSettings
 from recclr.tune.propose import Tried, require_optuna, told
 from recclr.tune.space import Space
@@ -51,7 +51,7 @@ def rank_association(space: Space, tried: Sequence[Tried]) -> dict[str, float]:
     correlation ratio of the values' ranks, which for two choices is the same.
     """
     values = torch.tensor([trial.value for trial in tried], dtype=torch.float64)
-    ranks = norms.ranks_of(values).numpy()
+    ranks = correlation.ranks_of(values).numpy()
     found = {}
     for key, parameter in space.parameters.items():
         given = [trial.params[key] for trial in tried]
@@ -64,7 +64,7 @@ def rank_association(space: Space, tried: Sequence[Tried]) -> dict[str, float]:
 
 def spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     """Rank correlation, equal values sharing their mean rank; 0 where one side is constant."""
-    found = norms.spearman(torch.from_numpy(first), torch.from_numpy(second))
+    found = correlation.spearman(torch.from_numpy(first), torch.from_numpy(second))
     return 0.0 if math.isnan(found) else found
 
 
