@@ -242,7 +242,10 @@ class NegativesSettings:
                 "queue, or leave counts out"
             )
         if not self.in_batch and self.uniform == 0 and self.popularity is None:
-            raise ValueError("no source of negatives is left: set in_batch, uniform or popularity")
+            raise ValueError(
+                "no source of negatives is left: set in_batch, uniform or popularity (to a full "
+                "softmax nothing is sampled, and [negatives] is left out)"
+            )
 
 
 def contradictions(loss: LossSettings, negatives: NegativesSettings, similarity: str) -> list[str]:
