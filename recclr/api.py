@@ -15,7 +15,7 @@ from recclr.data.infer import infer_features
 from recclr.data.interactions import Log, read
 from recclr.data.prepare import PreparedLog, prepare
 from recclr.errors import ConfigError
-from recclr.evaluate import Evaluation, EvaluationSet, evaluate
+from recclr.evaluate import Evaluation, EvaluationSet, evaluate, selecting_metrics
 from recclr.fitting import fit_model
 from recclr.judge import judged_by
 from recclr.load import load_ranker, pick_device, ranker_of
@@ -185,9 +185,7 @@ def _trained(
 
     def judge(ranker: EmbeddingRanker) -> dict[str, float]:
         assert examples is not None
-        part = settings.evaluate.select_slice
-        found = evaluate(ranker, examples, ks=settings.evaluate.ks, slices=(part,))
-        return found.metrics[part]
+        return selecting_metrics(ranker, examples, settings.evaluate)
 
     shown({"kind": "stage", "name": "training" if num_steps is None else "refit"})
     model, result = fit_model(

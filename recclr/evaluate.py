@@ -18,7 +18,7 @@ from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, DivergedError
 from recclr.metrics import ranking_metrics
 from recclr.ranking import Ranker
-from recclr.settings.judging import SLICES
+from recclr.settings.judging import SLICES, EvaluateSettings
 
 _CHUNK = 8192
 # Queries that stay together on one rank: a tile of ``topk``, so that every tile is scored by the
@@ -254,6 +254,18 @@ def evaluate(
         counts=counts,
     )
     return with_intervals([result], num_bootstrap, seed=seed)[0] if num_bootstrap else result
+
+
+def selecting_metrics(
+    ranker: Ranker, examples: EvaluationSet, settings: EvaluateSettings
+) -> dict[str, float]:
+    """Metrics of the slice that selects, and of nothing else; of validation, never of test.
+
+    Raises:
+        DivergedError: as ``evaluate``.
+    """
+    part = settings.select_slice
+    return evaluate(ranker, examples, ks=settings.ks, slices=(part,)).metrics[part]
 
 
 def with_intervals(

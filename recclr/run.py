@@ -210,9 +210,7 @@ def _blend_selected(
 
     def value(candidate: EmbeddingRanker) -> float:
         assert examples is not None
-        part = context.config.evaluate.select_slice
-        found = _evaluated(context, candidate, examples, (part,), ranks=context.ranks)
-        return found.metrics[part][context.config.evaluate.select]
+        return _selecting(context, candidate, examples)[context.config.evaluate.select]
 
     return blend_selected(context.config, prepared, ranker, folder, value, context.ranks)
 
@@ -303,6 +301,12 @@ def _evaluated(
     return evaluate(ranker, examples, ks=ks, slices=slices, progress=progress, ranks=ranks)
 
 
+def _selecting(context: Context, ranker: Ranker, examples: EvaluationSet) -> dict[str, float]:
+    """Metrics of the slice that selects; all ranks call this."""
+    part = context.config.evaluate.select_slice
+    return _evaluated(context, ranker, examples, (part,), ranks=context.ranks).metrics[part]
+
+
 def _fit(
     context: Context,
     stage: str,
@@ -321,8 +325,7 @@ def _fit(
 
     def judge(ranker: Ranker) -> dict[str, float]:
         assert examples is not None
-        part = config.evaluate.select_slice
-        return _evaluated(context, ranker, examples, (part,), ranks=context.ranks).metrics[part]
+        return _selecting(context, ranker, examples)
 
     model, result = fit_model(
         config,

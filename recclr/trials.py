@@ -20,7 +20,7 @@ from recclr.bootstrap import paired_differences
 from recclr.config import Config, with_changes
 from recclr.data.log import EncodedLog, Prepared
 from recclr.errors import CheckpointError
-from recclr.evaluate import Evaluation, EvaluationSet, evaluate
+from recclr.evaluate import Evaluation, EvaluationSet, evaluate, selecting_metrics
 from recclr.files import write_bytes_atomic
 from recclr.fitting import fit_model
 from recclr.load import ranker_of
@@ -88,8 +88,7 @@ def train_once(
     """
 
     def judge(ranker: EmbeddingRanker) -> dict[str, float]:
-        part = config.evaluate.select_slice
-        return evaluate(ranker, examples, ks=config.evaluate.ks, slices=(part,)).metrics[part]
+        return selecting_metrics(ranker, examples, config.evaluate)
 
     folder = place.running / name
     folder.mkdir(parents=True, exist_ok=True)
