@@ -13,7 +13,9 @@ be, N + B or the whole catalogue: spare places repeat the last item with a log_w
 adds exactly nothing to loss and gradients; so does an item that is only a positive.
 
 Vectors of earlier steps (``momentum``) are one more source, whose draws are there already. Each
-stays a candidate of its own, of weight 1 / E, since it is another vector than that of today.
+stays a candidate of its own, of weight 1 / E, since it is another vector than that of today. Since
+no gradient passes through them, items learn from the other sources alone, under an E of those
+(``scoring.loss_with_queue``).
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ class Queued:
         counts: float32 [num_items], how often each item was to be expected among them, where that
             is known from the rows around them; None: what the whole stream says.
         log_weights: float32 [F], as those of the other candidates; of ``CandidateSampler.draw``.
+        log_weights_without: float32 [C], of the other candidates where these take no part; of it
+            too.
     """
 
     item_idx: Tensor
@@ -49,6 +53,7 @@ class Queued:
     num_rows: int
     counts: Tensor | None = None
     log_weights: Tensor | None = None
+    log_weights_without: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,13 @@ class CandidateSampler:
         log_weights = draws.log() - self.strength * expected.log()
         if queued is not None:
             of_queued = self._expected(queued.item_idx, len(positives), in_batch_counts, at, queued)
-            queued = replace(queued, log_weights=-self.strength * of_queued.log())
+            kept = item_idx if candidate_row is None else item_idx[candidate_row]
+            without = self._expected(kept, len(positives), in_batch_counts, at)
+            queued = replace(
+                queued,
+                log_weights=-self.strength * of_queued.log(),
+                log_weights_without=draws.log() - self.strength * without.log(),
+            )
         positive_row = inverse[num_draws:all_drawn]
         own_row = None if own is None else inverse[all_drawn:]
         return Candidates(

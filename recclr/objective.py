@@ -29,7 +29,7 @@ from recclr.negatives import Candidates, CandidateSampler, Queued
 from recclr.order import generator, mix
 from recclr.own_negatives import OwnDraws, OwnNegatives
 from recclr.rows import Rows
-from recclr.scoring import Scored, scored_loss
+from recclr.scoring import Scored, loss_with_queue, scored_loss
 from recclr.settings import LossSettings, NegativesSettings
 from recclr.step_stats import StepStats, joined
 from recclr.symmetric import Mirror
@@ -245,7 +245,11 @@ class Objective:
         )
         # The lift of distances subtracts large numbers, of which 8 bits would leave nothing.
         bfloat16 = self.bfloat16 and not model.num_lifted
-        loss = scored_loss(scored, self.loss, bfloat16=bfloat16)
+        if candidates.queued is None:
+            loss = scored_loss(scored, self.loss, bfloat16=bfloat16)
+        else:
+            without = self._without_queue(scored, candidates, positives, own, batch)
+            loss = loss_with_queue(scored, without, self.loss, bfloat16=bfloat16)
         if self.mirror is not None:
             loss = torch.lerp(loss, self.mirror.loss(scored, batch), self.loss.symmetric)
         num_rows = len(batch.user_idx)
@@ -260,6 +264,31 @@ class Objective:
             num_rows,
             _num_distinct(candidates),
             log_weights=log_weights if self.loss.is_plain and not self.own else None,
+        )
+
+    def _without_queue(
+        self, scored: Scored, candidates: Candidates, positives: Tensor, own: slice, batch: Batch
+    ) -> Scored:
+        """What the step scores but for the queue, under the log_q of the other sources.
+
+        Args:
+            positives: int64 [B] or [B, P], of all rows. own: those of ``scored``.
+        """
+        assert candidates.queued is not None
+        fresh_weights = candidates.queued.log_weights_without
+        assert fresh_weights is not None
+        fresh = replace(candidates, queued=None, log_weights=fresh_weights)
+        mask, _, _ = self._masked(scored.user_idx, scored.item_idx, fresh)
+        vectors, log_weights = fresh.weighted(scored.items)
+        positive_log_weights = self._positive_log_weights(positives, batch)
+        if positive_log_weights is not None:
+            positive_log_weights = positive_log_weights[own]
+        return replace(
+            scored,
+            candidates=vectors,
+            log_weights=log_weights,
+            mask=mask,
+            positive_log_weights=positive_log_weights,
         )
 
     def _masked(

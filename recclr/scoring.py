@@ -130,6 +130,31 @@ def scored_loss(scored: Scored, loss: LossSettings, *, bfloat16: bool = False) -
     return (losses * weights_BP.reshape(-1)).sum()
 
 
+def loss_with_queue(
+    scored: Scored, fresh: Scored, loss: LossSettings, *, bfloat16: bool = False
+) -> Tensor:
+    """The loss against candidates of which some pass no gradient on, float32 scalar.
+
+    Its value, and its gradient by queries and temperature, are those against all candidates. Its
+    gradient by items is that against the fresh ones alone, under their own weights. With one
+    denominator for both, an item would be pushed by what is left of its weight after its places in
+    the queue have taken theirs: of a popular one, which fills the queue, next to nothing, while as
+    a positive it is pulled in full.
+
+    Args:
+        scored: with all candidates. fresh: the same rows with those that have a gradient.
+    """
+    for_queries = replace(
+        scored, items=scored.items.detach(), candidates=scored.candidates.detach()
+    )
+    for_items = replace(
+        fresh, queries=fresh.queries.detach(), temperature=fresh.temperature.detach()
+    )
+    total = scored_loss(for_queries, loss, bfloat16=bfloat16)
+    by_items = scored_loss(for_items, loss, bfloat16=bfloat16)
+    return total + (by_items - by_items.detach())
+
+
 def _several(scored: Scored, queries: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of all positives of each row, and what their losses count, float32 [B, P] each."""
     logits_BP, alive = logits.unsqueeze(1), torch.ones_like(logits, dtype=torch.bool).unsqueeze(1)
