@@ -25,7 +25,6 @@ _NO_PARTS = (
 _ON_BY_DEFAULT: dict[str, Any] = {
     "loss.log_q_strength": 0.0,
     "loss.mask_known_positives": False,
-    "negatives.in_batch": False,
     "negatives.uniform": 0,
     "user.id.enabled": False,
     "item.id.enabled": False,
@@ -157,9 +156,12 @@ def derived_parts(config: Config) -> list[Part]:
         value = reduce(getattr, key.split("."), config)
         if value != off:
             found.append(Part(f"without {key}", {key: off}))
+    if config.model.init == "spectral" or config.spectral_by_default:
+        found.append(Part("random start", {"model.init": "random"}))
     if config.loss.temperature == "learned":
-        fixed = {"loss.temperature": config.loss.initial_temperature}
-        found.append(Part("fixed temperature", fixed))
+        bounds = ("initial_temperature", "min_temperature", "max_temperature")
+        without = tuple(f"loss.{name}" for name in ("temperature", *bounds))
+        found.append(Part("fixed temperature", {}, without))
     if config.loss.kind == "full_softmax":
         found = [p for p in found if not _under((*p.values, *p.without)[0], _OF_SAMPLES)]
     return [part for part in found if _possible(part, config)]

@@ -63,6 +63,12 @@ class Config(BaseModel):
         return "model.popularity_bias" if self.model.popularity_bias else None
 
     @property
+    def spectral_by_default(self) -> bool:
+        """Whether nobody said where id tables start, and both sides have one to start."""
+        ids = self.user.id.enabled and self.item.id.enabled
+        return self.model.init == "auto" and self.model.mode == "user_item" and ids
+
+    @property
     def served_similarity(self) -> str:
         """Of the vectors that a run serves: several models side by side have no unit length, and
         with a bias of items among the coordinates the score is neither cosine nor distance.

@@ -18,7 +18,7 @@ from recclr.mining import Refresher
 from recclr.monitors import Monitor
 from recclr.run_folder import weights_folder
 from recclr.sharded_tables import table_maker
-from recclr.spectral import start_from_spectral
+from recclr.spectral import start_from_spectral, starts_spectral
 from recclr.starting import start_from_catalogue
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
@@ -102,7 +102,7 @@ def fit_model(
     with rows as log:
         data = replace(prepared, train=log) if log.mapped_for is not None else prepared
         model = fresh_model(config, data, table_maker(config.train, ranks, device))
-        if config.model.init == "spectral":
+        if starts_spectral(config, len(data.train)):
             start_from_spectral(model, data.train, init_std=config.model.init_std, seed=config.seed)
         if config.model.init_from is not None:
             folder = weights_folder(config.model.init_from)

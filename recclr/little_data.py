@@ -266,9 +266,9 @@ def _ids(facts: Facts, config: Config, has: Mapping[str, bool]) -> Iterator[Line
         yield Line("user.id.dropout", 0.3, "the other parts learn to do without the id")
     if item.id.enabled and has["item"] and item.id.dropout < 0.3:
         yield Line("item.id.dropout", 0.3, "features learn to do without the id, as new items must")
-    if config.model.init != "spectral" and (
-        item.id.enabled or (user.id.enabled and not without_id)
-    ):
+    some_id = item.id.enabled or (user.id.enabled and not without_id)
+    by_default = config.spectral_by_default and not without_id
+    if some_id and config.model.init != "spectral" and not by_default:
         yield Line("model.init", "spectral", "ids start from an SVD of all rows, not from noise")
 
 

@@ -60,6 +60,21 @@ def contrastive_slopes(
     return torch.full_like(positive_logits_B, -1.0), second_temperature * some.float()
 
 
+def automatic_temperature(num_items: int) -> float:
+    """What cosines are divided by where nobody said: 0.88 · num_items^-0.215, in [0.05, 0.5].
+
+    The more items a softmax tells apart, the further its logits must reach, and cosines end at 1.
+    The power law is no theory: it goes through what validation liked best on logs of 1,000 to
+    41,000 items (``pipelines/RESULTS.md``, "One default"); 0.2 for 1,000, 0.12 for 10,000, 0.09 for
+    41,000. A learned temperature follows the loss on train instead, which id tables that know their
+    rows by heart drive to its lower bound.
+
+    Args:
+        num_items: of the catalogue, at least 1.
+    """
+    return min(max(0.88 * num_items**-0.215, 0.05), 0.5)
+
+
 def information_bound(loss: float, num_alternatives: float) -> float:
     """log(alternatives) - loss, in nats: what a query tells of its positive, at least.
 

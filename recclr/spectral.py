@@ -15,6 +15,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from recclr.config import Config
 from recclr.data.log import EncodedLog
 from recclr.errors import ConfigError
 from recclr.parts import IdPart
@@ -23,6 +24,8 @@ from recclr.towers import Tower, TwoTower
 
 # Directions beyond those asked for, and passes over the matrix, whose singular values fall slowly.
 _SPARE, _PASSES = 10, 4
+# Of a log whose spectral solution nobody asked for: more would take minutes, and gigabytes.
+_MAX_ROWS = 20_000_000
 
 
 def spectral_factors(
@@ -53,6 +56,14 @@ def spectral_factors(
     basis = torch.nn.functional.pad(basis[:, :rank], (0, dim - rank))
     history = _csr(users, items, torch.ones_like(weights), log)
     return history @ (basis * root[:, None]), basis * item_degree[:, None] ** item_power
+
+
+def starts_spectral(config: Config, num_rows: int) -> bool:
+    """Whether id tables start there, of a log of so many rows. Where the rows lie does not matter,
+    so that shards train as rows in memory do.
+    """
+    asked = config.model.init == "spectral"
+    return asked or (config.spectral_by_default and num_rows <= _MAX_ROWS)
 
 
 @torch.no_grad()

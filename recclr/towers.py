@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from recclr.augment import Augmentation
 from recclr.errors import ConfigError
+from recclr.losses import automatic_temperature
 from recclr.optim import Table
 from recclr.rows import Rows
 from recclr.settings import (
@@ -92,6 +93,12 @@ class Tower(nn.Module):
         return x if self.augment is None else self.augment.blurred(x, rows)
 
 
+def _first_temperature(loss: LossSettings, num_items: int) -> float:
+    if loss.temperature == "auto":
+        return automatic_temperature(num_items)
+    return loss.initial_temperature if loss.temperature == "learned" else loss.temperature
+
+
 class TwoTower(nn.Module):
     """A user tower and an item tower with their temperature.
 
@@ -124,7 +131,7 @@ class TwoTower(nn.Module):
         self.register_buffer("item_bias", item_bias, persistent=False)
         divided = loss.kind in WITH_TEMPERATURE
         learned = loss.temperature == "learned" and divided
-        start = loss.initial_temperature if isinstance(loss.temperature, str) else loss.temperature
+        start = _first_temperature(loss, num_items)
         # Of a loss that divides by none it says that, and is no weight that nothing would move.
         start = start if divided else 1.0
         self.log_temperature = nn.Parameter(torch.tensor(math.log(start)), requires_grad=learned)

@@ -101,11 +101,9 @@ def names(config):
 ALWAYS = [
     "without loss.log_q_strength",
     "without loss.mask_known_positives",
-    "without negatives.in_batch",
-    "without negatives.uniform",
     "without user.id.enabled",
     "without item.id.enabled",
-    "fixed temperature",
+    "random start",
 ]
 
 
@@ -120,7 +118,7 @@ def test_what_is_on_is_switched_off_in_turn():
         item={"features": {"year": {"kind": "numeric", "dropout": 0.1}}, "id": {"enabled": False}},
         model={"init": "spectral", "embedding_dim": 8},
         loss={"second_temperature": 2.0, "temperature": 0.2, "log_q_strength": 0.0},
-        negatives={"popularity": {"count": 4}, "uniform": 0},
+        negatives={"in_batch": True, "popularity": {"count": 4}, "uniform": 0},
         train={"patience": 3, "clip_norm": 1.0, "refit": True, "epochs": 3.0},
     )
     parts = {part.name: part for part in derived_parts(config)}
@@ -131,24 +129,29 @@ def test_what_is_on_is_switched_off_in_turn():
         "without user.mlp",
         "without item.features.year",
         "without item.features.year.dropout",
-        "without model.init",
         "without loss.second_temperature",
+        "without negatives.in_batch",
         "without negatives.popularity",
         "without train.clip_norm",
         "without loss.mask_known_positives",
-        "without negatives.in_batch",
+        "random start",
     ]
     assert parts["without user.history"].apply(config).user.history is None
     assert parts["without user.history.half_life_d"].apply(config).user.history.half_life_d is None
     assert parts["without item.features.year"].apply(config).item.features == {}
     assert parts["without user.mlp"].apply(config).user.mlp == ()
-    fixed = {p.name: p for p in derived_parts(config_of())}["fixed temperature"]
-    assert fixed.apply(config_of()).loss.temperature == 0.1
+    learned = config_of(loss={"temperature": "learned"})
+    fixed = {p.name: p for p in derived_parts(learned)}["fixed temperature"]
+    assert fixed.apply(learned).loss.temperature == "auto"
+    random = {p.name: p for p in derived_parts(config_of())}["random start"]
+    assert random.apply(config_of()).model.init == "random"
+    both = names(config_of(negatives={"in_batch": True}))
+    assert {"without negatives.in_batch", "without negatives.uniform"} <= set(both)
 
 
 def test_what_cannot_be_without_or_says_nothing_is_no_part():
     # With neither, there would be no negatives; with a full softmax, none are drawn.
-    alone = names(config_of(negatives={"uniform": 0}))
+    alone = names(config_of(negatives={"in_batch": True, "uniform": 0}))
     assert "without negatives.in_batch" not in alone
     full = names(config_of(loss={"kind": "full_softmax"}))
     assert not any("negatives" in name or "log_q" in name for name in full)

@@ -168,6 +168,7 @@ def recclr_run_like(small_config, small_run, parts):
 
 def test_accumulation_that_loses_negatives_warns(parts):
     config = QUICK | {"train": {"accumulate": 2, "batch_size": 64, "epochs": 1}}
+    config |= {"negatives": {"in_batch": True}}
     with pytest.warns(UserWarning, match=r"train\.chunk_size = 64"):
         recclr.TwoTower.fit(parts[0], config=config, device="cpu", progress=False)
 

@@ -356,7 +356,7 @@ def test_the_progress_of_a_training_is_that_of_its_batches():
         model,
         WORK.prepared().train,
         loss=LossSettings(),
-        negatives=NegativesSettings(uniform=5),
+        negatives=NegativesSettings(in_batch=True, uniform=5),
         train=settings,
         seed=4,
     )
@@ -377,7 +377,7 @@ def test_the_progress_of_a_training_is_that_of_its_batches():
 def test_a_step_shows_its_towers_the_progress():
     model = WORK.model_of("ids", WORK.LOSSES["infonce"])
     log = WORK.prepared().train
-    objective = Objective(log, LossSettings(), NegativesSettings(uniform=5), seed=1)
+    objective = Objective(log, LossSettings(), NegativesSettings(in_batch=True, uniform=5), seed=1)
     objective.num_batches, said = 5, []
     for tower in (model.user_tower, model.item_tower):
         tower.register_forward_pre_hook(lambda _, rows: said.append(rows[0].progress))
@@ -459,7 +459,7 @@ def weights_after(towers):
         model,
         WORK.prepared().train,
         loss=LossSettings(),
-        negatives=NegativesSettings(uniform=5),
+        negatives=NegativesSettings(in_batch=True, uniform=5),
         train=TrainSettings(batch_size=26, epochs=1),
     )
     return {name: value.detach().clone() for name, value in model.weights().items()}

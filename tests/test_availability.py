@@ -79,7 +79,7 @@ def test_with_a_lead_it_is_there_that_much_sooner(at):
 
 def test_a_lead_of_nothing_is_refused():
     with pytest.raises(ValueError, match="read with available = true"):
-        NegativesSettings(available_lead_d=3.0)
+        NegativesSettings(in_batch=True, available_lead_d=3.0)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
@@ -154,7 +154,11 @@ def test_a_full_softmax_is_over_what_there_is(at, fixed_shapes):
     loss = LossSettings(kind="full_softmax", temperature=0.4)
     model = model_of(loss)
     objective = Objective(
-        LOG, loss, NegativesSettings(available=True), seed=1, fixed_shapes=fixed_shapes
+        LOG,
+        loss,
+        NegativesSettings(in_batch=True, available=True),
+        seed=1,
+        fixed_shapes=fixed_shapes,
     )
     rows = torch.tensor([3, 5, 7])
     users, items = LOG.user_idx[rows].long(), LOG.item_idx[rows].long()
@@ -234,7 +238,7 @@ def test_what_is_launched_later_is_not_pushed_away_before():
 
 def stepper_of(log, **train):
     model = model_of(LossSettings())
-    negatives = NegativesSettings(available=True)
+    negatives = NegativesSettings(in_batch=True, available=True)
     return Stepper(
         model, log, loss=LossSettings(), negatives=negatives, train=TrainSettings(**train), seed=0
     )

@@ -130,7 +130,7 @@ def test_training_in_chunks_ends_in_the_same_weights():
             model,
             WORK.prepared().train,
             loss=WORK.LOSSES["infonce"],
-            negatives=NegativesSettings(uniform=5),
+            negatives=NegativesSettings(in_batch=True, uniform=5),
             train=TrainSettings(
                 batch_size=13, epochs=2, table_optimizer="rowwise_adagrad", chunk_size=chunk_size
             ),

@@ -218,7 +218,8 @@ def test_check_takes_tables_or_a_configuration(recclr, small_data, small_config)
 
 
 def test_check_says_what_accumulation_loses(recclr, small_config):
-    done = recclr("check", "--config", small_config, "--set", "train.accumulate=3", "--json")
+    values = ("--set", "train.accumulate=3", "--set", "negatives.in_batch=true")
+    done = recclr("check", "--config", small_config, *values, "--json")
     lost = [note for note in json.loads(done.out)["notes"] if "train.accumulate = 3" in note]
     assert len(lost) == 1
     assert "train.chunk_size" in lost[0]

@@ -24,7 +24,7 @@ from recclr.statistics import DAY_S
 from recclr.train import fit
 
 NUM_USERS, NUM_ITEMS, DIM, NUM_ROWS = 7, 11, 6, 33
-NEGATIVES = NegativesSettings(uniform=5)
+NEGATIVES = NegativesSettings(in_batch=True, uniform=5)
 COMPILED = TrainSettings(batch_size=9, epochs=1.5, compile=True, dense_lr=0.02)
 
 

@@ -105,18 +105,22 @@ CONFIGS = st.fixed_dictionaries(
         "user": section(history=HISTORY, **TOWER),
         "item": section(**TOWER),
         "loss": section(
-            temperature=between(1e-4, 1e4) | st.just("learned"),
+            temperature=between(1e-4, 1e4) | st.sampled_from(["auto", "learned"]),
             second_temperature=between(0.01, 100),
             mask_known_positives=st.booleans(),
         ),
-        "negatives": section(
-            uniform=st.integers(1, 1 << 24),
-            popularity=st.fixed_dictionaries({"count": st.integers(1, 1 << 24)}),
-            queue=section(
-                size=st.integers(0, 1 << 24), momentum=between(0, 0.9999), warmup=between(0, 1)
-            ),
-            available=st.booleans(),
-            counts=st.sampled_from(["static", "streaming"]),
+        "negatives": st.fixed_dictionaries(
+            # Streaming counts are about positives that become negatives.
+            {"in_batch": st.just(True)},
+            optional={
+                "uniform": st.integers(0, 1 << 24),
+                "popularity": st.fixed_dictionaries({"count": st.integers(1, 1 << 24)}),
+                "queue": section(
+                    size=st.integers(0, 1 << 24), momentum=between(0, 0.9999), warmup=between(0, 1)
+                ),
+                "available": st.booleans(),
+                "counts": st.sampled_from(["static", "streaming"]),
+            },
         ),
         "self_supervision": st.fixed_dictionaries({"item": VIEWS}, optional={"user": VIEWS}),
         "train": section(
@@ -254,6 +258,8 @@ def test_the_recipe_of_the_design_means_what_it_says():
             [user]
             id = { dropout = 0.3 }
             history = { length = 50, half_life_d = 30 }
+            [loss]
+            temperature = "learned"
             [negatives]
             popularity = { count = 256, alpha = 0.75 }
             [train]
@@ -386,7 +392,7 @@ def test_no_section_takes_unknown_keys_or_casts_silently():
         ({"train": {"refit": 1}}, "train.refit: expected a valid boolean, found 1"),
         (
             {"loss": {"temperature": "cold"}},
-            "loss.temperature: expected a valid number or 'learned', found 'cold'",
+            "loss.temperature: expected a valid number or 'auto' or 'learned', found 'cold'",
         ),
         (
             {"data": {"events": "e", "resident": "yes"}},

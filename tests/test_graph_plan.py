@@ -118,7 +118,7 @@ def planned(model, said, *, device="cuda", ranks=ALONE, wanted="auto", loss=None
     return plan_graph(
         model,
         loss=loss or LossSettings(),
-        negatives=options.pop("negatives", NegativesSettings(uniform=7)),
+        negatives=options.pop("negatives", NegativesSettings(in_batch=True, uniform=7)),
         batch_size=options.pop("batch_size", 12),
         train=TrainSettings(cuda_graph=wanted, **options),
         device=torch.device(device),
@@ -145,15 +145,31 @@ def with_triton(monkeypatch):
         (model_of, {"ranks": Ranks(0, 2)}, "several processes"),
         (model_of, {"chunk_size": 5}, "train.chunk_size and"),
         (model_of, {"accumulate": 2}, "train.accumulate run"),
-        (model_of, {"negatives": NegativesSettings(queue=QueueSettings())}, "queue fills step by"),
-        (model_of, {"negatives": NegativesSettings(within="kind")}, "within compares the groups"),
+        (
+            model_of,
+            {"negatives": NegativesSettings(in_batch=True, queue=QueueSettings())},
+            "queue fills step by",
+        ),
+        (
+            model_of,
+            {"negatives": NegativesSettings(in_batch=True, within="kind")},
+            "within compares the groups",
+        ),
         (lambda: model_of(dim=300), {}, "256 dimensions"),
         (lambda: model_of(RAMPED), {}, "user_tower.augment changes its rates from step to step"),
         (model_of, {"self_supervision": VIEWS}, "self_supervision draws"),
-        (model_of, {"negatives": NegativesSettings(mined=MinedSettings())}, "draw for each row"),
         (
             model_of,
-            {"negatives": NegativesSettings(explicit=ExplicitSettings(events=("hide",)))},
+            {"negatives": NegativesSettings(in_batch=True, mined=MinedSettings())},
+            "draw for each row",
+        ),
+        (
+            model_of,
+            {
+                "negatives": NegativesSettings(
+                    in_batch=True, explicit=ExplicitSettings(events=("hide",))
+                )
+            },
             "draw for each row",
         ),
         (model_of, {"loss": LossSettings(top_k=3)}, "loss.top_k, symmetric and positives make"),
@@ -204,9 +220,9 @@ def test_what_stands_against_capture_is_said_or_refused(with_triton, model, opti
 @pytest.mark.parametrize(
     ("options", "num_candidates"),
     [
-        ({"negatives": NegativesSettings(uniform=3), "batch_size": 8}, 11),
+        ({"negatives": NegativesSettings(in_batch=True, uniform=3), "batch_size": 8}, 11),
         # No more than there are items, of which a full softmax has all.
-        ({"negatives": NegativesSettings(uniform=3000), "batch_size": 8}, 17),
+        ({"negatives": NegativesSettings(in_batch=True, uniform=3000), "batch_size": 8}, 17),
         ({"loss": LossSettings(kind="full_softmax"), "batch_size": 8}, 17),
     ],
     ids=["drawn", "all drawn", "full softmax"],
@@ -261,7 +277,7 @@ def test_on_a_cpu_there_is_nothing_to_say():
             model_of(),
             DATA.train,
             loss=LossSettings(),
-            negatives=NegativesSettings(uniform=7),
+            negatives=NegativesSettings(in_batch=True, uniform=7),
             train=TrainSettings(cuda_graph=True),
         )
 

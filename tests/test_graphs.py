@@ -132,12 +132,12 @@ RAGGED = {"lists": LISTS, "history": HISTORY, "both": BOTH}
 ALL = {"ids": IDS, "features": FEATURES, "time cells": TIMED, "swapped": SWAPPED, **RAGGED}
 
 SOURCES = {
-    "in_batch": NegativesSettings(uniform=0),
+    "in_batch": NegativesSettings(in_batch=True, uniform=0),
     "uniform": NegativesSettings(in_batch=False, uniform=7),
     "popularity": NegativesSettings(
         in_batch=False, uniform=0, popularity=PopularitySettings(count=5)
     ),
-    "mixed": NegativesSettings(uniform=7, popularity=PopularitySettings(count=5)),
+    "mixed": NegativesSettings(in_batch=True, uniform=7, popularity=PopularitySettings(count=5)),
 }
 
 

@@ -83,7 +83,8 @@ def test_little_is_said_by_each_criterion_with_settings_that_a_run_takes(little)
     assert found["item.features.popularity_prior"]["kind"] == "statistics"
     assert found["user.history"] == {"length": 50, "use": "both"}
     assert found["item.id.dropout"] == 0.3
-    assert found["model.init"] == "spectral"
+    # Both sides have an id, and then it is so by itself.
+    assert "model.init" not in found
     assert found["item.dropout"] > config.item.dropout
     assert 16 <= found.get("model.embedding_dim", 64) <= 64
     assert rows / 128 < found["train.batch_size"] <= rows / 64
@@ -115,6 +116,15 @@ def test_what_is_configured_is_not_proposed_again(little):
     for key in ("item.id.dropout", "user.id.enabled", "user.dropout", "model.init"):
         assert key not in found
     assert not {"model.embedding_dim", "train.batch_size", "train.patience"} & set(found)
+
+
+@pytest.mark.parametrize("init", ["auto", "random"])
+def test_a_spectral_start_is_proposed_where_it_is_not_made_by_itself(little, init):
+    only_items = {"id": {"enabled": False}, "history": {"length": 7}}
+    found = keys(advice_of({"data": little, "user": only_items, "model": {"init": init}})[0])
+    assert found["model.init"] == "spectral"
+    found = keys(advice_of({"data": little, "model": {"init": init}})[0])
+    assert ("model.init" in found) == (init == "random")
 
 
 def test_without_features_or_time_neither_is_proposed(little, tmp_path):
@@ -149,7 +159,7 @@ def test_the_command_says_it_in_text_and_in_json(recclr, small_data):
     arguments = ("check", small_data / "events.parquet", "--items", small_data / "items.parquet")
     found = json.loads(recclr(*arguments, "--json").out)["amount"]
     assert found["verdict"] == "too_little"
-    assert tomllib.loads(found["toml"])["model"]["init"] == "spectral"
+    assert tomllib.loads(found["toml"])["user"]["history"]["use"] == "both"
     shown = recclr(*arguments)
     assert shown.code == 0
     assert found["toml"] in shown.out

@@ -66,7 +66,9 @@ def small_step(log, *, weight=None, **options):
     users = torch.tensor([5, 0, 3, 3, 2, 6])
     batch = Batch(users, BATCH_ITEMS, weight, None, None, None)
     loss = LossSettings(temperature=TEMPERATURE, mask_known_positives=False, **options)
-    found = Objective(log, loss, NegativesSettings(uniform=0), seed=SEED)(model, batch, 0).loss
+    found = Objective(log, loss, NegativesSettings(in_batch=True, uniform=0), seed=SEED)(
+        model, batch, 0
+    ).loss
     unit = [normalize(leaf.double(), dim=1) for leaf in leaves_of(model)]
     scores = unit[0][users] @ unit[1][BATCH_ITEMS].T / TEMPERATURE
     return model, found, scores
@@ -134,7 +136,7 @@ def test_the_classic_form_moves_positives_by_what_moves_candidates(
     seen = None if pool is None else torch.cat([log.item_idx[rows], log.item_idx[:pool]])
     batch = Batch(log.user_idx[rows].long(), log.item_idx[rows].long(), None, None, None, seen)
     loss = LossSettings(log_q="classic", log_q_strength=strength)
-    negatives = NegativesSettings(uniform=uniform, popularity=popularity)
+    negatives = NegativesSettings(in_batch=True, uniform=uniform, popularity=popularity)
     objective = Objective(log, loss, negatives, seed=SEED)
     found = objective._positive_log_weights(batch.item_idx, batch).squeeze(1)
     candidates = objective._candidates(batch, 0)
@@ -150,7 +152,9 @@ NUM_USERS, NUM_ITEMS, NUM_ROWS, BATCH_SIZE = 300, 1000, 8000, 200
 # So many draws that what Jensen's inequality leaves (``test_log_q``) is less than the noise. With
 # uniform ones alone the classic form moves all logits alike, and is no correction.
 SOURCES = {
-    "mixed": NegativesSettings(uniform=2048, popularity=PopularitySettings(count=1024)),
+    "mixed": NegativesSettings(
+        in_batch=True, uniform=2048, popularity=PopularitySettings(count=1024)
+    ),
     "uniform": NegativesSettings(in_batch=False, uniform=16_384),
 }
 FORMS = {

@@ -8,7 +8,12 @@ from torch.nn.functional import cross_entropy
 
 from recclr.errors import ShapeError
 from recclr.kernels import masked_logsumexp
-from recclr.losses import contrastive_loss, information_bound, mean_weights
+from recclr.losses import (
+    automatic_temperature,
+    contrastive_loss,
+    information_bound,
+    mean_weights,
+)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3000.0])
@@ -93,3 +98,15 @@ def test_shapes_must_agree():
         contrastive_loss(torch.zeros(3), torch.zeros(4))
     with pytest.raises(ShapeError, match="one length"):
         contrastive_loss(torch.zeros(3, 1), torch.zeros(3, 1))
+
+
+def test_the_automatic_temperature_falls_with_the_catalogue_within_its_bounds():
+    sizes = [1, 14, 100, 1007, 3883, 40_981, 10**6, 10**9]
+    found = [automatic_temperature(size) for size in sizes]
+    assert found == sorted(found, reverse=True)
+    assert found[0] == 0.5
+    assert found[-1] == 0.05
+    assert found[3:6] == pytest.approx([0.199, 0.149, 0.0897], abs=5e-4)
+    # A power law: ten times as many items, the same factor anywhere.
+    ratios = [automatic_temperature(10 * size) / automatic_temperature(size) for size in (40, 9000)]
+    assert ratios == pytest.approx([10**-0.215] * 2)

@@ -53,7 +53,7 @@ def model_of(seed=0):
 
 
 def run(model, *, mined=MINED, explicit=EXPLICIT, refresh=True, loss=None, **options):
-    negatives = NegativesSettings(uniform=4, mined=mined, explicit=explicit)
+    negatives = NegativesSettings(in_batch=True, uniform=4, mined=mined, explicit=explicit)
     miner = Refresher(LOG, mined, seed=3, cutoff=None) if refresh and mined else None
     return fit(
         model,
@@ -148,7 +148,7 @@ def test_what_was_mined_is_nothing_that_a_user_has():
         model_of(),
         LOG,
         loss=LossSettings(),
-        negatives=NegativesSettings(uniform=4, mined=MINED),
+        negatives=NegativesSettings(in_batch=True, uniform=4, mined=MINED),
         train=TRAIN,
         refresh_negatives=mine,
     )
@@ -165,7 +165,7 @@ def test_settings_that_cannot_work_are_refused():
             model_of(),
             LOG,
             loss=LossSettings(),
-            negatives=NegativesSettings(explicit=EXPLICIT),
+            negatives=NegativesSettings(in_batch=True, explicit=EXPLICIT),
             train=TRAIN,
             seed=1,
         )

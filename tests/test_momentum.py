@@ -93,7 +93,7 @@ def stepper_of(model, queue, *, loss=LOSS, emit=None, uniform=4, **train):
         model,
         DATA.train,
         loss=loss,
-        negatives=NegativesSettings(uniform=uniform, queue=queue),
+        negatives=NegativesSettings(in_batch=True, uniform=uniform, queue=queue),
         train=settings,
         seed=4,
         **({} if emit is None else {"emit": emit}),
@@ -274,7 +274,7 @@ def test_with_todays_vectors_every_item_is_expected_to_weigh_one(uniform, monkey
     """Over all batches, draws and queues: so the weighted sum is that of the full softmax."""
     items = torch.tensor([0, 0, 0, 1, 1, 2])
     log = EncodedLog(torch.arange(6).int(), items.int(), 6, 4)
-    sampler = CandidateSampler(log, NegativesSettings(uniform=uniform))
+    sampler = CandidateSampler(log, NegativesSettings(in_batch=True, uniform=uniform))
     size = 1 if uniform else 2
     total = torch.zeros(6, 4, dtype=torch.float64)
     contents = list(product(range(6), repeat=size))
@@ -419,7 +419,7 @@ def test_nothing_in_the_queue_is_unexpected_where_the_rows_around_it_have_left()
 
 def test_a_time_cell_and_a_queue_are_one_mixture():
     log, counts = DATA.train, torch.rand(NUM_ITEMS) + 0.1
-    sampler = CandidateSampler(log, NegativesSettings(uniform=0))
+    sampler = CandidateSampler(log, NegativesSettings(in_batch=True, uniform=0))
     queued = Queued(torch.tensor([4, 4]), torch.zeros(2, DIM), 2, counts)
     positives, pool = torch.tensor([2, 7, 7]), torch.tensor([2, 7, 7, 4, 1])
     found = sampler.draw(
@@ -455,6 +455,7 @@ def test_a_resumed_training_ends_in_the_same_bits(tmp_path, item):
             DATA.train,
             loss=LOSS,
             negatives=NegativesSettings(
+                in_batch=True,
                 uniform=3,
                 counts="streaming" if item is RICH else "static",
                 queue=QueueSettings(size=11),

@@ -175,7 +175,7 @@ def test_the_classic_form_corrects_each_of_them():
     log = log_of(timestamps=False)
     classic = LossSettings(temperature=0.4, positives=3, log_q="classic", log_q_strength=0.7)
     batch = batch_of(log)
-    objective = Objective(log, classic, NegativesSettings(uniform=4), seed=3)
+    objective = Objective(log, classic, NegativesSettings(in_batch=True, uniform=4), seed=3)
     positives = objective.more_positives.draw(batch, torch.Generator().manual_seed(1))
     found = objective._positive_log_weights(positives, batch)
     counts = torch.bincount(log.item_idx, minlength=NUM_ITEMS)

@@ -23,8 +23,12 @@ def planted():
     return EncodedLog(users.int(), items.int(), 4, NUM_ITEMS)
 
 
+def in_batch_and(options):
+    return NegativesSettings(**{"in_batch": True} | options)
+
+
 def sampler(strength=1.0, **settings):
-    return CandidateSampler(planted(), NegativesSettings(**settings), log_q_strength=strength)
+    return CandidateSampler(planted(), in_batch_and(settings), log_q_strength=strength)
 
 
 def expected_of(candidates, draws):
@@ -49,9 +53,12 @@ def test_at_a_fixed_shape_the_same_candidates_come_with_spare_places(in_batch, p
     settings = {"in_batch": in_batch, "uniform": uniform}
     settings |= {"popularity": PopularitySettings(count=1)}
     log = planted()
-    loose = CandidateSampler(log, NegativesSettings(**settings), log_q_strength=0.7)
+    loose = CandidateSampler(log, in_batch_and(settings), log_q_strength=0.7)
     fixed = CandidateSampler(
-        log, NegativesSettings(**settings), log_q_strength=0.7, fixed_shapes=True
+        log,
+        in_batch_and(settings),
+        log_q_strength=0.7,
+        fixed_shapes=True,
     )
     positives = torch.tensor([4, 4, 1, 6])
     counts = None if pool is None else (pool, len(pool))
@@ -243,7 +250,9 @@ def test_settings_that_leave_no_negative_are_refused(
 ):
     with pytest.raises(ConfigError, match=message):
         require_negatives(
-            NegativesSettings(**options), log_of(items, num_items), batch_size=batch_size
+            in_batch_and(options),
+            log_of(items, num_items),
+            batch_size=batch_size,
         )
 
 
@@ -257,7 +266,7 @@ def test_settings_that_leave_no_negative_are_refused(
     ],
 )
 def test_settings_that_leave_some_negative_are_not(items, batch_size, options):
-    require_negatives(NegativesSettings(**options), log_of(items, 3), batch_size=batch_size)
+    require_negatives(in_batch_and(options), log_of(items, 3), batch_size=batch_size)
 
 
 def test_accumulation_that_loses_negatives_is_said_with_the_setting_that_keeps_them():

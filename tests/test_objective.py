@@ -23,9 +23,9 @@ NUM_USERS, NUM_ITEMS = 6, 11
 ROWS = torch.arange(4, 13)
 WEIGHT = torch.linspace(0.5, 2.0, len(ROWS))
 SOURCES = {
-    "in_batch": NegativesSettings(uniform=0),
+    "in_batch": NegativesSettings(in_batch=True, uniform=0),
     "uniform": NegativesSettings(in_batch=False, uniform=4),
-    "mixed": NegativesSettings(uniform=7, popularity=PopularitySettings(count=5)),
+    "mixed": NegativesSettings(in_batch=True, uniform=7, popularity=PopularitySettings(count=5)),
 }
 
 

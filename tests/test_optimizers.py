@@ -28,6 +28,9 @@ class Projected(nn.Module):
         return self.norm(self.layer(self.table(rows)))
 
 
+BOUNDS = {"min_temperature": 0.05, "max_temperature": 0.2}
+
+
 def model_of(seed=0, **loss):
     torch.manual_seed(seed)
     return TwoTower(
@@ -154,7 +157,7 @@ def test_dense_weights_move_as_torch_adamw_moves_them(clip_norm):
 
 
 def test_a_learned_temperature_is_learned_held_at_its_bound_and_comes_back():
-    model = model_of(initial_temperature=0.1, min_temperature=0.05, max_temperature=0.2)
+    model = model_of(temperature="learned", initial_temperature=0.1, **BOUNDS)
     optimizers = Optimizers(model, TrainSettings(dense_lr=0.2, warmup=0.0, decay="none"), 100)
 
     def push(sign, steps):
@@ -170,7 +173,7 @@ def test_a_learned_temperature_is_learned_held_at_its_bound_and_comes_back():
 
 
 def test_an_initial_temperature_outside_the_bounds_still_learns():
-    model = model_of(initial_temperature=0.01, min_temperature=0.05, max_temperature=0.2)
+    model = model_of(temperature="learned", initial_temperature=0.01, **BOUNDS)
     optimizers = Optimizers(model, TrainSettings(dense_lr=0.2, warmup=0.0, decay="none"), 100)
     for step in range(20):
         (-model.temperature()).backward()

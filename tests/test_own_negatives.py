@@ -50,7 +50,7 @@ def csr_of(lists):
 
 def own_of(*, mined=True, explicit=True, strength=1.0, log=LOG):
     sources = NegativesSettings(
-        mined=MINED if mined else None, explicit=EXPLICIT if explicit else None
+        in_batch=True, mined=MINED if mined else None, explicit=EXPLICIT if explicit else None
     )
     own = OwnNegatives(log, sources, log_q_strength=strength, explicit=csr_of(REFUSED))
     if mined:
@@ -115,7 +115,7 @@ def test_draws_follow_from_the_generator():
 
 
 def test_lists_that_are_missing_or_of_other_users_are_refused():
-    sources = NegativesSettings(explicit=EXPLICIT)
+    sources = NegativesSettings(in_batch=True, explicit=EXPLICIT)
     with pytest.raises(ConfigError, match=r"negatives\.explicit needs"):
         OwnNegatives(LOG, sources)
     with pytest.raises(ShapeError, match="expected 6 rows"):
@@ -318,7 +318,7 @@ def test_a_list_no_longer_than_the_draw_is_taken_whole():
 
 def test_what_limits_shared_candidates_limits_those_of_a_row():
     groups = torch.arange(NUM_ITEMS) % 3
-    sources = NegativesSettings(mined=MINED, explicit=EXPLICIT, within="kind")
+    sources = NegativesSettings(in_batch=True, mined=MINED, explicit=EXPLICIT, within="kind")
     objective = Objective(
         LOG, LossSettings(), sources, seed=3, explicit=csr_of(REFUSED), item_group=groups
     )

@@ -276,7 +276,7 @@ TRAINED = [
 @pytest.mark.parametrize(("kind", "similarity", "options"), TRAINED)
 def test_a_training_finds_the_answers_that_are_forced(kind, similarity, options):
     loss = LossSettings(kind=kind, **options)
-    negatives = NegativesSettings(uniform=18)
+    negatives = NegativesSettings(in_batch=True, uniform=18)
     if kind == "alignment_uniformity":
         negatives = NegativesSettings()
     model, lr = model_of(loss, similarity), 0.03 if kind == "infonce" else 0.1
@@ -303,7 +303,7 @@ def batch():
 def test_a_step_of_fixed_shapes_has_the_same_loss_and_gradients(name):
     """What a CUDA graph would hold: bits for pairs, and spare places that weigh nothing."""
     loss, found = SETTINGS[name], []
-    negatives = NegativesSettings(uniform=7, popularity=PopularitySettings(count=5))
+    negatives = NegativesSettings(in_batch=True, uniform=7, popularity=PopularitySettings(count=5))
     for fixed in (False, True):
         model = model_of(loss).train()
         objective = Objective(LOG, loss, negatives, seed=3, fixed_shapes=fixed)
@@ -328,9 +328,9 @@ def test_towers_in_bfloat16_keep_a_float32_loss_near_by(name, similarity):
         # A block starts as the identity, in which there is nothing to round.
         torch.nn.init.normal_(tower.blocks[0].fall.weight, generator=draws)
     exact, rough = (
-        Objective(LOG, loss, NegativesSettings(uniform=9), seed=3, bfloat16=bfloat16)(
-            model, batch(), 0
-        ).loss.detach()
+        Objective(
+            LOG, loss, NegativesSettings(in_batch=True, uniform=9), seed=3, bfloat16=bfloat16
+        )(model, batch(), 0).loss.detach()
         for bfloat16 in (False, True)
     )
     assert rough.dtype == torch.float32
@@ -363,7 +363,7 @@ def test_negatives_of_any_mixture_estimate_the_mean_over_all_other_items():
             liked = log.item_counts().float().log().unsqueeze(1) / 4
             model.item_tower.parts[0].table.weight[1:] = liked
         negatives = NegativesSettings(
-            uniform=4000, popularity=PopularitySettings(count=60_000, alpha=1.0)
+            in_batch=True, uniform=4000, popularity=PopularitySettings(count=60_000, alpha=1.0)
         )
         rows = torch.arange(0, 300, 4)
         whole = Batch(users[rows], items[rows].long(), None, None, None, None)
@@ -384,7 +384,8 @@ def test_negatives_of_any_mixture_estimate_the_mean_over_all_other_items():
 
 
 def test_a_learned_temperature_is_trained_where_there_is_one_and_is_1_elsewhere():
-    assert model_of(LossSettings(kind="bpr")).log_temperature.requires_grad
+    learned = LossSettings(kind="bpr", temperature="learned")
+    assert model_of(learned).log_temperature.requires_grad
     for kind in ("ccl", "margin", "triplet", "alignment_uniformity"):
         model = model_of(LossSettings(kind=kind))
         assert not model.log_temperature.requires_grad

@@ -150,7 +150,7 @@ def test_it_trains_beside_a_history_and_alone(sides):
         model,
         LOG,
         loss=LossSettings(),
-        negatives=NegativesSettings(uniform=6),
+        negatives=NegativesSettings(in_batch=True, uniform=6),
         train=TrainSettings(batch_size=8, epochs=2),
     )
     assert all(vectors.isfinite().all() for vectors in model.all_vectors(None))

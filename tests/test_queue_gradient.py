@@ -148,7 +148,9 @@ def test_items_learn_as_without_the_queue(form):
         queue = None
         if items:
             queue = queue_of(model, torch.tensor(items), torch.ones(3, DIM) / DIM**0.5)
-        objective = Objective(log, loss, NegativesSettings(uniform=6), seed=3, queue=queue)
+        objective = Objective(
+            log, loss, NegativesSettings(in_batch=True, uniform=6), seed=3, queue=queue
+        )
         objective(model, batch_of(log, range(9, 20)), 5).loss.backward()
         found.append(gradients(model))
     (user_plain, item_plain), (user_queue, item_queue) = found

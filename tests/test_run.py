@@ -289,7 +289,7 @@ def sick_run(recclr, small_data, tmp_path_factory):
         f"""
         data = {{ events = "{small_data}/events.parquet", users = "{small_data}/users.parquet" }}
         model.embedding_dim = 8
-        loss = {{ initial_temperature = 0.5, max_temperature = 0.5 }}
+        loss = {{ temperature = "learned", initial_temperature = 0.5, max_temperature = 0.5 }}
         negatives.uniform = 32
         train = {{ batch_size = 64, epochs = 4, dense_lr = 0.01 }}
         evaluate = {{ ks = [10], select = "recall@10", num_bootstrap = 0 }}

@@ -103,6 +103,7 @@ BESIDE = {
     (settings.MiningSettings, "depth"): {"count": 1, "skip": 0},
     (settings.MiningSettings, "skip"): {"count": 1, "depth": 100_000},
     (settings.MinedSettings, "pool"): {"count": 1},
+    (settings.NegativesSettings, "uniform"): {"in_batch": True},
     (settings.ExplicitSettings, "count"): {"events": ("shown",)},
     (settings.ExplicitSettings, "weight"): {"events": ("shown",)},
 }
@@ -169,12 +170,21 @@ def test_mining_that_cannot_find_enough_is_refused():
 
 
 def test_mined_negatives_and_a_full_softmax_clash():
-    mined = settings.NegativesSettings(mined=settings.MinedSettings())
+    mined = settings.NegativesSettings(in_batch=True, mined=settings.MinedSettings())
     full = settings.LossSettings(kind="full_softmax")
     (clash,) = settings.contradictions(full, mined, "cosine")
     assert "scores every item" in clash
     assert settings.contradictions(settings.LossSettings(), mined, "cosine") == []
     assert settings.contradictions(full, settings.NegativesSettings(), "cosine") == []
+
+
+@pytest.mark.parametrize("similarity", ["dot", "euclidean"])
+def test_a_second_temperature_needs_scores_with_a_bound(similarity):
+    plain = settings.NegativesSettings()
+    for second, clashes in ((1.2, 1), (0.8, 1), (1.0, 0), (None, 0)):
+        loss = settings.LossSettings(second_temperature=second)
+        assert len(settings.contradictions(loss, plain, similarity)) == clashes
+        assert settings.contradictions(loss, plain, "cosine") == []
 
 
 @pytest.mark.parametrize(
@@ -237,13 +247,23 @@ KINDS = get_args(settings.LossKind)
 
 @pytest.mark.parametrize(("name", "value", "kinds"), READ_BY)
 def test_a_key_that_a_kind_would_not_read_is_refused(name, value, kinds):
+    bounds = ("initial_temperature", "min_temperature", "max_temperature")
+    learned = {"temperature": "learned"} if name in bounds else {}
     for kind in KINDS:
         if kind in kinds:
-            assert getattr(settings.LossSettings(kind=kind, **{name: value}), name) == value
+            made = settings.LossSettings(kind=kind, **{name: value}, **learned)
+            assert getattr(made, name) == value
             continue
         with pytest.raises(ValueError, match=f"{name} = {value!r} does nothing with kind") as told:
             settings.LossSettings(kind=kind, **{name: value})
         assert all(repr(other) in str(told.value) for other in kinds)
+
+
+@pytest.mark.parametrize("temperature", ["auto", 0.2])
+def test_where_a_learned_temperature_starts_is_refused_of_another(temperature):
+    for name, value in (("initial_temperature", 0.2), ("min_temperature", 0.01)):
+        with pytest.raises(ValueError, match=f"{name} = {value} is read with temperature = 'learn"):
+            settings.LossSettings(temperature=temperature, **{name: value})
 
 
 def test_what_has_no_negatives_reads_neither_their_correction_nor_their_mask():

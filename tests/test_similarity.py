@@ -133,7 +133,9 @@ def test_a_bias_is_served_and_not_trained(similarity):
     rows = torch.arange(9)
     batch = Batch(LOG.user_idx[rows].long(), LOG.item_idx[rows].long(), None, None, None, None)
     losses = [
-        Objective(LOG, LossSettings(), NegativesSettings(uniform=5), seed=0)(model, batch, 0).loss
+        Objective(LOG, LossSettings(), NegativesSettings(in_batch=True, uniform=5), seed=0)(
+            model, batch, 0
+        ).loss
         for model in (plain, biased)
     ]
     assert torch.equal(*losses)

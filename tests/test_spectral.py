@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from recclr.building import build_model
+from recclr.config import parse_config
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
 from recclr.errors import ConfigError
 from recclr.settings import (
@@ -13,7 +14,7 @@ from recclr.settings import (
     ModelSettings,
     TowerSettings,
 )
-from recclr.spectral import spectral_factors, start_from_spectral
+from recclr.spectral import spectral_factors, start_from_spectral, starts_spectral
 
 
 def two_groups(num_spare=2):
@@ -117,3 +118,18 @@ def test_one_tower_with_an_id_is_enough_and_none_is_refused():
     model.item_tower = torch.nn.Identity()
     with pytest.raises(ConfigError, match=r"user\.id or item\.id"):
         start_from_spectral(model, prepared.train, init_std=1.0, seed=0)
+
+
+def test_auto_starts_there_where_both_sides_have_ids_and_the_log_is_not_huge():
+    def starts(num_rows=20_000_000, **sections):
+        return starts_spectral(parse_config({"data": {"events": "e.parquet"}} | sections), num_rows)
+
+    past = {"id": {"enabled": False}, "history": {"length": 9}}
+    assert starts()
+    assert not starts(20_000_001)
+    assert not starts(user=past)
+    assert not starts(item={"id": {"enabled": False}, "features": {"a": {"kind": "categorical"}}})
+    assert not starts(model={"mode": "item_item"})
+    for user in ({}, past):
+        assert starts(20_000_001, user=user, model={"init": "spectral"})
+        assert not starts(user=user, model={"init": "random"})

@@ -114,7 +114,9 @@ def log_of(num_rows=30):
 
 
 def test_the_correction_is_by_the_stream_for_batch_and_queue():
-    sampler = CandidateSampler(log_of(), NegativesSettings(uniform=0, counts="streaming"))
+    sampler = CandidateSampler(
+        log_of(), NegativesSettings(in_batch=True, uniform=0, counts="streaming")
+    )
     sampler.stream.add(torch.tensor([3, 3, 1, 0]))
     share = sampler.stream.shares(torch.arange(NUM_ITEMS))
     positives = torch.tensor([3, 1, 1, 5])
@@ -128,7 +130,7 @@ def test_the_correction_is_by_the_stream_for_batch_and_queue():
 
 
 def test_it_is_state_and_learns_from_each_batch_after_it_was_corrected():
-    negatives = NegativesSettings(uniform=0, counts="streaming")
+    negatives = NegativesSettings(in_batch=True, uniform=0, counts="streaming")
     objective = Objective(log_of(), LossSettings(), negatives, seed=0)
     data = Prepared(log_of(), FeatureTable(30), FeatureTable(NUM_ITEMS))
     tower, size = TowerSettings(), ModelSettings(embedding_dim=4)
@@ -149,7 +151,7 @@ def test_settings_that_leave_nothing_to_estimate_are_refused():
     with pytest.raises(ValueError, match="counts = 'streaming' is about positives"):
         NegativesSettings(in_batch=False, counts="streaming")
     NegativesSettings(in_batch=False, counts="streaming", queue=QueueSettings())
-    streaming = NegativesSettings(counts="streaming")
+    streaming = NegativesSettings(in_batch=True, counts="streaming")
     with pytest.raises(ConfigError, match=r"negatives\.counts is about sampled"):
         require_sources(streaming, LossSettings(kind="full_softmax"), time_cells=False)
     with pytest.raises(ConfigError, match="the batches are time cells"):

@@ -16,7 +16,7 @@ from recclr.symmetric import _swapped
 from recclr.towers import TwoTower
 
 NUM_USERS, NUM_ITEMS, DIM, NUM_ROWS, BATCH_SIZE = 7, 9, 5, 40, 12
-IN_BATCH = NegativesSettings(uniform=0)
+IN_BATCH = NegativesSettings(in_batch=True, uniform=0)
 FAMILY = {
     "infonce": {},
     "uncorrected": {"log_q_strength": 0.0},
@@ -128,7 +128,9 @@ def test_a_problem_of_shared_weights_has_two_equal_directions():
 def test_it_is_a_loop_over_items_and_users(users):
     loss = LossSettings(temperature=0.4, symmetric=1.0)
     model, batch = model_of(LOG, loss, users=users), batch_of()
-    found = Objective(LOG, loss, NegativesSettings(uniform=5), seed=3)(model, batch, 5).loss
+    found = Objective(LOG, loss, NegativesSettings(in_batch=True, uniform=5), seed=3)(
+        model, batch, 5
+    ).loss
     user_idx, item_idx = batch.user_idx.tolist(), batch.item_idx.tolist()
     pairs = set(zip(LOG.user_idx.tolist(), LOG.item_idx.tolist(), strict=True))
     vectors = model.user_tower.weight[batch.user_idx].detach()

@@ -19,6 +19,7 @@ from recclr.data.log import (
 )
 from recclr.errors import ConfigError
 from recclr.keeping import load_weights
+from recclr.losses import automatic_temperature
 from recclr.rows import Rows
 from recclr.settings import (
     FeatureSettings,
@@ -293,8 +294,15 @@ def test_a_fixed_temperature_is_saved_and_not_trained():
     assert "log_temperature" not in model.dense_parameters()
 
 
+def test_a_temperature_that_nobody_set_is_fixed_by_the_number_of_items():
+    model = built()
+    assert model.temperature().item() == pytest.approx(automatic_temperature(model.num_items))
+    assert "log_temperature" not in model.dense_parameters()
+
+
 def test_a_learned_temperature_starts_where_told_and_stays_within_its_bounds():
-    loss = LossSettings(initial_temperature=0.3, min_temperature=0.05, max_temperature=0.7)
+    bounds = {"min_temperature": 0.05, "max_temperature": 0.7}
+    loss = LossSettings(temperature="learned", initial_temperature=0.3, **bounds)
     model = built(loss=loss)
     assert "log_temperature" in model.dense_parameters()
     assert model.temperature().item() == pytest.approx(0.3)
@@ -346,7 +354,7 @@ def test_any_module_may_take_a_towers_place_and_learns():
         model,
         EncodedLog(train[0].int(), train[1].int(), num_users=num_users, num_items=num_items),
         loss=LossSettings(temperature=0.2),
-        negatives=NegativesSettings(uniform=18),
+        negatives=NegativesSettings(in_batch=True, uniform=18),
         train=TrainSettings(batch_size=60, epochs=40, dense_lr=0.05),
     )
     user_vectors, item_vectors = model.all_vectors(None)

@@ -19,6 +19,7 @@ from recclr.errors import (
     StoreError,
 )
 from recclr.keeping import load_weights
+from recclr.losses import automatic_temperature
 from recclr.rows import Rows
 from recclr.settings import (
     AugmentSettings,
@@ -39,7 +40,7 @@ from recclr.train import fit
 pytestmark = pytest.mark.usefixtures("no_power_cut")
 
 NUM_USERS, NUM_ITEMS, DIM = 9, 13, 4
-NEGATIVES = NegativesSettings(uniform=5)
+NEGATIVES = NegativesSettings(in_batch=True, uniform=5)
 # 45 rows in batches of 12: four steps an epoch, the last one shorter; ten steps in all.
 SHORT = TrainSettings(batch_size=12, epochs=2.5, dense_lr=0.02, table_lr=0.05)
 
@@ -156,7 +157,7 @@ def test_a_planted_taste_is_found_without_an_error(towers, loss):
 
     assert recall() < 0.4
     train = TrainSettings(batch_size=90, epochs=30, table_lr=0.03)
-    run(model, data, train=train, loss=loss, negatives=NegativesSettings(uniform=24))
+    run(model, data, train=train, loss=loss, negatives=NegativesSettings(in_batch=True, uniform=24))
     assert recall() == 1.0
 
 
@@ -617,7 +618,7 @@ def test_events_tell_of_the_first_step_and_of_every_evaluation(tmp_path):
     assert [event["kind"] for event in events] == ["step"] + ["evaluation"] * 3
     step, *evaluations = json.loads(json.dumps(events, allow_nan=False))
     assert (step["step"], step["num_steps"], step["epoch"]) == (1, 10, 0.25)
-    assert step["temperature"] == pytest.approx(0.1, rel=0.1)
+    assert step["temperature"] == pytest.approx(automatic_temperature(NUM_ITEMS))
     assert 0 < step["loss"] < 20
     assert step["positives_per_s"] > 0
     assert 0 < step["masked_share"] < 1
@@ -663,16 +664,16 @@ def test_too_few_negatives_are_refused_before_any_step():
     log = EncodedLog(torch.zeros(3).int(), torch.zeros(3).int(), num_users=1, num_items=1)
     data = Prepared(log, FeatureTable(1), FeatureTable(1))
     with pytest.raises(ConfigError, match="in-batch negatives"):
-        run(model_of(data=data), data, negatives=NegativesSettings(uniform=0))
+        run(model_of(data=data), data, negatives=NegativesSettings(in_batch=True, uniform=0))
 
 
 def test_batches_of_one_row_need_negatives_from_elsewhere():
     alone = TrainSettings(batch_size=1, epochs=0.2)
     with pytest.raises(ConfigError, match="batches of at least 2 rows, found 1"):
-        run(model_of(), train=alone, negatives=NegativesSettings(uniform=0))
+        run(model_of(), train=alone, negatives=NegativesSettings(in_batch=True, uniform=0))
     run(model_of(), train=alone)
     whole = LossSettings(kind="full_softmax")
-    run(model_of(), train=alone, loss=whole, negatives=NegativesSettings(uniform=0))
+    run(model_of(), train=alone, loss=whole, negatives=NegativesSettings(in_batch=True, uniform=0))
 
 
 def touch(model):

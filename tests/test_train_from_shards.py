@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("no_power_cut")
 NUM_USERS, NUM_ITEMS, NUM_ROWS, DIM = 11, 17, 131, 6
 # 131 rows in batches of 12: eleven steps an epoch, the last one shorter; 28 steps in all.
 TRAIN = TrainSettings(batch_size=12, epochs=2.5, dense_lr=0.02, table_lr=0.05, staleness_d=2.0)
-NEGATIVES = NegativesSettings(uniform=5, popularity=PopularitySettings(count=3))
+NEGATIVES = NegativesSettings(in_batch=True, uniform=5, popularity=PopularitySettings(count=3))
 
 HISTORY = HistorySettings(length=3, half_life_d=4.0, dropout=0.3, use="both")
 RECENT = {"recent": FeatureSettings(kind="statistics", windows_d=(9.0,))}

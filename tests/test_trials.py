@@ -165,7 +165,7 @@ def test_other_work_is_refused_and_named(tmp_path):
     with pytest.raises(ConfigError, match=r"seeds = 3 there, 4 here\nspace.a.low = 1 there, 2"):
         begin(out, resume=True, seeds=4, space={"a": {"low": 2}})
     other = with_changes(CONFIG, {"train.epochs": 3.0})
-    with pytest.raises(ConfigError, match=r"config.train.epochs = .*20.0.* there, .*3.0"):
+    with pytest.raises(ConfigError, match=r"config.train.epochs = .*30.0.* there, .*3.0"):
         begin(out, other, resume=True, seeds=3, space={"a": {"low": 1}})
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     # How the work is carried out may change.

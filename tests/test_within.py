@@ -133,7 +133,7 @@ def test_a_step_equals_the_loop_over_the_own_group(kind, queued):
         queue = MomentumQueue(model, QueueSettings(size=9))
         queue.push(LOG.item_idx[20:29].long(), torch.randn(9, 4))
     negatives = NegativesSettings(
-        uniform=6, within="kind", queue=QueueSettings() if queued else None
+        in_batch=True, uniform=6, within="kind", queue=QueueSettings() if queued else None
     )
     objective = Objective(LOG, loss, negatives, seed=2, item_group=GROUP, queue=queue)
     rows = torch.arange(3, 15)
@@ -170,13 +170,13 @@ COLUMNS = {
 def test_the_group_is_the_category_of_the_named_feature():
     table = FeatureTable(NUM_ITEMS, COLUMNS)
     assert item_groups(NegativesSettings(), table) is None
-    assert torch.equal(item_groups(NegativesSettings(within="kind"), table), GROUP)
+    assert torch.equal(item_groups(NegativesSettings(in_batch=True, within="kind"), table), GROUP)
     with pytest.raises(ConfigError, match=r"'image' is not categorical; expected 'kind'"):
-        item_groups(NegativesSettings(within="image"), table)
+        item_groups(NegativesSettings(in_batch=True, within="image"), table)
     with pytest.raises(ConfigError, match=r"'kinds' is none of \[item.features\]"):
-        item_groups(NegativesSettings(within="kinds"), table)
+        item_groups(NegativesSettings(in_batch=True, within="kinds"), table)
     with pytest.raises(ConfigError, match="a feature of kind categorical, of which there is none"):
-        item_groups(NegativesSettings(within="kind"), FeatureTable(NUM_ITEMS))
+        item_groups(NegativesSettings(in_batch=True, within="kind"), FeatureTable(NUM_ITEMS))
 
 
 def test_a_configuration_that_names_no_category_is_refused_before_any_data_are_read():
@@ -192,7 +192,7 @@ def test_a_configuration_that_names_no_category_is_refused_before_any_data_are_r
 
 def test_groups_that_are_not_there_and_pairs_without_room_are_refused():
     limits = {"num_rows": 1 << 14, "num_candidates": 1 << 17}
-    within = NegativesSettings(within="kind")
+    within = NegativesSettings(in_batch=True, within="kind")
     require_groups(within, GROUP, **limits)
     with pytest.raises(RoomError, match=r"32,768 rows and 131,072 candidates takes 536,870,912"):
         require_groups(within, GROUP, **limits | {"num_rows": 1 << 15})
@@ -208,7 +208,7 @@ def test_a_training_is_handed_the_groups_and_another_without_them():
             model_of(loss),
             LOG,
             loss=loss,
-            negatives=NegativesSettings(uniform=5, within=within),
+            negatives=NegativesSettings(in_batch=True, uniform=5, within=within),
             train=TrainSettings(batch_size=8),
             seed=0,
             item_group=GROUP,

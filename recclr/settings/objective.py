@@ -62,12 +62,15 @@ class LossSettings:
     kind: LossKind = "infonce"
     """A softmax over negatives (``losses``), or a sum over pairs (``pair_losses``,
     ``alignment``)."""
-    temperature: float | Literal["learned"] = "learned"
+    temperature: float | Literal["auto", "learned"] = "auto"
+    """``auto``: fixed, by the size of the catalogue (``losses.automatic_temperature``).
+    ``learned``: with the weights, between the bounds below."""
     initial_temperature: float = 0.1
     min_temperature: float = 0.02
     max_temperature: float = 1.0
     second_temperature: float | None = None
-    """BSL: exponent on the summed negatives; None for plain InfoNCE."""
+    """BSL: exponent on the summed negatives; None for plain InfoNCE. Under cosine only: where scores
+    have no bound, shifting all of them lowers the loss without end, and the training diverges."""
     log_q_strength: float = 1.0
     """1 corrects the sampling bias in full, 0 not at all."""
     mask_known_positives: bool = True
@@ -116,10 +119,9 @@ class LossSettings:
             margin=(0.0, 100.0),
             uniformity_weight=(0.0, 1e4),
         )
-        if self.min_temperature > self.max_temperature:
-            raise ValueError("min_temperature is above max_temperature")
         self._check_softmax()
         self._check_kind()
+        self._check_temperature()
 
     @property
     def is_plain(self) -> bool:
@@ -133,6 +135,19 @@ class LossSettings:
             and self.top_k is None
             and self.symmetric == 0
         )
+
+    def _check_temperature(self) -> None:
+        if self.min_temperature > self.max_temperature:
+            raise ValueError("min_temperature is above max_temperature")
+        if self.temperature == "learned":
+            return
+        for each in fields(self):
+            bounds = ("initial_temperature", "min_temperature", "max_temperature")
+            if each.name in bounds and getattr(self, each.name) != each.default:
+                raise ValueError(
+                    f"{each.name} = {getattr(self, each.name)!r} is read with temperature = "
+                    f"'learned', found {self.temperature!r}; leave one of them out"
+                )
 
     def _check_softmax(self) -> None:
         if self.decoupled and self.second_temperature is not None:
@@ -213,8 +228,10 @@ class NegativesSettings:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    in_batch: bool = True
+    in_batch: bool = False
+    """The other rows' positives."""
     uniform: int = 1024
+    """Drawn from the catalogue, each item alike."""
     popularity: PopularitySettings | None = None
     mined: MinedSettings | None = None
     explicit: ExplicitSettings | None = None
@@ -264,6 +281,12 @@ def contradictions(loss: LossSettings, negatives: NegativesSettings, similarity:
         found.append(
             f"loss.{what} needs model.similarity = {' or '.join(map(repr, allowed))}, "
             f"found {similarity!r}"
+        )
+    if loss.second_temperature not in (None, 1.0) and similarity != "cosine":
+        found.append(
+            f"loss.second_temperature = {loss.second_temperature:g} needs model.similarity = "
+            f"'cosine', found {similarity!r}: of scores without a bound a shift of all lowers the "
+            "loss without end; leave one of them out"
         )
     if loss.kind not in _WITH_NEGATIVES and negatives != NegativesSettings():
         found.append(

@@ -213,9 +213,10 @@ class ModelSettings:
     corrected, the temperature undoes that."""
     init_std: float = 1.0
     """Standard deviation of a freshly drawn embedding row, as a multiple of embedding_dim^-1/2."""
-    init: Literal["random", "spectral"] = "random"
+    init: Literal["auto", "random", "spectral"] = "auto"
     """Where id tables start: drawn, or from the truncated SVD of the normalised log, which takes
-    seconds and saves epochs."""
+    seconds and saves epochs. ``auto``: from the SVD where users and items both have an id, the log
+    has at most 20 M rows, and the towers are not one (``item_item``)."""
     init_from: str | None = None
     """Folder that `recclr pretrain-items` wrote: where the item tower's features start."""
 

@@ -18,22 +18,22 @@ class TrainSettings:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    batch_size: int = 4096
+    batch_size: int = 2048
     chunk_size: int | None = None
     """Encode at most so many rows at once, in two passes (gradient caching): the same gradients in
     less memory, for one more forward pass of the towers. None: all rows of a batch at once."""
     accumulate: int = 1
     """Batches whose gradients make one update. Each row still meets the negatives of its own batch
     only; ``chunk_size`` with a larger ``batch_size`` is what adds in-batch negatives."""
-    epochs: float = 20.0
+    epochs: float = 30.0
     table_optimizer: Literal["adam", "rowwise_adam", "rowwise_adagrad", "sgd"] = "adam"
     table_moments: Literal["float32", "bfloat16"] = "float32"
     """What Adam's moments of the tables are stored in; bfloat16 halves their memory."""
-    table_lr: float = 0.005
-    dense_lr: float = 0.001
+    table_lr: float = 0.02
+    dense_lr: float = 0.003
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
     """Both rates times (batch_size / base_batch_size) to the power 0, 1/2 (Adam) or 1 (SGD)."""
-    base_batch_size: int = 4096
+    base_batch_size: int = 2048
     weight_decay: float = 0.01
     """Decoupled decay of the dense layers; tables have none."""
     warmup: float = 0.02

@@ -82,7 +82,7 @@ def test_what_a_model_asks_for(user, item, groups, timed, masked, mined):
         user=TowerSettings(**user),
         item=TowerSettings(**item),
         loss=LossSettings(mask_known_positives=masked),
-        negatives=NegativesSettings(mined=MinedSettings() if mined else None),
+        negatives=NegativesSettings(in_batch=True, mined=MinedSettings() if mined else None),
     )
     expected = groups if timed else groups - {"user_times", "item_times"}
     assert found == expected | ({"known"} if masked or mined else set())

@@ -68,9 +68,12 @@ LOSSES = {
     "spread": LossSettings(kind="alignment_uniformity", uniformity_weight=1.3),
 }
 NEGATIVES = {
-    "mixed": NegativesSettings(uniform=5, popularity=PopularitySettings(count=3, alpha=0.7)),
+    "mixed": NegativesSettings(
+        in_batch=True, uniform=5, popularity=PopularitySettings(count=3, alpha=0.7)
+    ),
     "not_in_batch": NegativesSettings(in_batch=False, uniform=6),
     "own": NegativesSettings(
+        in_batch=True,
         uniform=6,
         mined=MinedSettings(
             count=2, pool=4, depth=9, skip=1, share=0.0, warmup_epochs=0.5, refresh_epochs=0.5
@@ -79,10 +82,16 @@ NEGATIVES = {
     ),
     "none": NegativesSettings(),
     "queue": NegativesSettings(
-        uniform=5, available=True, queue=QueueSettings(size=19, momentum=0.8, warmup=0.2)
+        in_batch=True,
+        uniform=5,
+        available=True,
+        queue=QueueSettings(size=19, momentum=0.8, warmup=0.2),
     ),
     "streaming": NegativesSettings(
-        uniform=5, counts="streaming", queue=QueueSettings(size=19, momentum=0.0, warmup=0.0)
+        in_batch=True,
+        uniform=5,
+        counts="streaming",
+        queue=QueueSettings(size=19, momentum=0.0, warmup=0.0),
     ),
 }
 IDS = (TowerSettings(), TowerSettings())
