@@ -69,8 +69,9 @@ class LossSettings:
     min_temperature: float = 0.02
     max_temperature: float = 1.0
     second_temperature: float | None = None
-    """BSL: exponent on the summed negatives; None for plain InfoNCE. Under cosine only: where scores
-    have no bound, shifting all of them lowers the loss without end, and the training diverges."""
+    """BSL: exponent on the summed negatives; None for plain InfoNCE. Under cosine only: where
+    scores have no bound, shifting all of them lowers the loss without end, and training diverges.
+    """
     log_q_strength: float = 1.0
     """1 corrects the sampling bias in full, 0 not at all."""
     mask_known_positives: bool = True
