@@ -25,6 +25,7 @@ from recclr.judge import judged_by
 from recclr.load import fresh_model, pick_device
 from recclr.metrics import DEFINITIONS
 from recclr.run_folder import fingerprints, read_json
+from recclr.settings.judging import leading_slice
 from recclr.stopping import signals
 from recclr.trials import (
     OnEvent,
@@ -254,6 +255,7 @@ def _results(
     assert not isinstance(base, str)
     return {
         "select": config.evaluate.select,
+        "select_slice": config.evaluate.select_slice,
         "seeds": [config.seed + number for number in range(seeds)],
         "counts": {split: e.counts for split, e in base[0].evaluations.items()},
         "rows": [_row(row, repeats[row.name], base, config) for row in rows],
@@ -281,13 +283,14 @@ def _by_split(
     name: str, done: list[Repeat], base: list[Repeat], config: Config
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     for split in base[0].evaluations:
+        part = leading_slice(base[0].evaluations[split].counts, config.evaluate.select_slice)
         ours = averaged(name, [one.evaluations[split] for one in done])
         theirs = averaged(BASE, [one.evaluations[split] for one in base])
         yield (
             split,
             {
                 "metrics": ours.metrics,
-                "by_seed": [one.evaluations[split].metrics["all"] for one in done],
+                "by_seed": [one.evaluations[split].metrics[part] for one in done],
                 "difference": {} if name == BASE else difference(ours, theirs, config),
             },
         )

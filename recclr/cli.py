@@ -172,7 +172,8 @@ def train(
     if as_json:
         print_json(metrics)
     else:
-        print_results(metrics, settings.evaluate.select.partition("@")[2])
+        judging = settings.evaluate
+        print_results(metrics, judging.select.partition("@")[2], judging.select_slice)
         say(f"report: {out / 'report.html'}")
 
 

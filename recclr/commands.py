@@ -15,6 +15,7 @@ from recclr.console import (
     print_json,
     print_table,
     say,
+    whose,
 )
 from recclr.errors import ConfigError
 from recclr.options import Device, Json, Set
@@ -81,19 +82,20 @@ def tune(
 
 
 def _print_tuned(found: Mapping[str, Any]) -> None:
-    final, select = found["final"], found["select"]
+    final, select, part = found["final"], found["select"], found["select_slice"]
     k = select.partition("@")[2]
     metrics = list(dict.fromkeys([select, f"recall@{k}", f"ndcg@{k}"]))
     rows = [
-        [name, *(f"{final['metrics'][name]['all'][m]:.4f}" for m in metrics)]
+        [name, *(f"{final['metrics'][name][part][m]:.4f}" for m in metrics)]
         for name in ("tuned", "default")
     ]
-    found_all = final["difference"].get("all", {})
-    if found_all:
-        cells = [_difference(found_all[m]) for m in metrics]
+    paired = final["difference"].get(part, {})
+    if paired:
+        cells = [_difference(paired[m]) for m in metrics]
         rows.append(["tuned - default", *cells])
-    users, seeds = final["counts"]["all"]["users"], len(final["seeds"])
-    print_table(["", *metrics], rows, f"validation: {users:,} users, mean over {seeds} seeds")
+    users, seeds = final["counts"][part]["users"], len(final["seeds"])
+    title = f"validation{whose(part)}: {users:,} users, mean over {seeds} seeds"
+    print_table(["", *metrics], rows, title)
     changed = [
         [key, str(found["default"][key]), str(value)]
         for key, value in found["winner"]["params"].items()
@@ -156,17 +158,20 @@ def ablate(
 
 
 def _print_rows(found: Mapping[str, Any], split: str) -> None:
+    from recclr.settings.judging import leading_slice
+
     select, rows = found["select"], []
+    part = leading_slice(found["counts"][split], found["select_slice"])
     for row in found["rows"]:
         if "reason" in row:
             rows.append([row["name"], "diverged", "", ""])
             continue
-        value = f"{row['metrics'][split]['all'][select]:.4f}"
-        difference = row["differences"][split].get("all", {}).get(select)
+        value = f"{row['metrics'][split][part][select]:.4f}"
+        difference = row["differences"][split].get(part, {}).get(select)
         shown = _difference(difference) if difference else ""
         rows.append([row["name"], value, shown, f"{row['seconds']:,.1f}"])
-    users = found["counts"][split]["all"]["users"]
-    title = f"{split}: {users:,} users, mean over {len(found['seeds'])} seeds"
+    users = found["counts"][split][part]["users"]
+    title = f"{split}{whose(part)}: {users:,} users, mean over {len(found['seeds'])} seeds"
     print_table(["row", select, "row - base", "s"], rows, title)
 
 

@@ -241,21 +241,32 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     Console(highlight=False, width=width).print(table)
 
 
-def print_results(metrics: Mapping[str, Any], k: str) -> None:
+def print_results(metrics: Mapping[str, Any], k: str, select_slice: str = "all") -> None:
     """The model among its baselines, from the contents of metrics.json."""
+    from recclr.settings.judging import leading_slice
+
     shown = [f"recall@{k}", f"ndcg@{k}"]
     for split in ("test", "valid"):
         if split not in metrics:
             continue
-        rows = []
+        rows, part = [], leading_slice(metrics["counts"][split], select_slice)
         for name, slices in metrics[split].items():
-            intervals = metrics["intervals"][split].get(name, {}).get("all", {})
-            rows.append([name, *(_cell(slices["all"][m], intervals.get(m)) for m in shown)])
+            if part not in slices:
+                continue
+            intervals = metrics["intervals"][split].get(name, {}).get(part, {})
+            rows.append([name, *(_cell(slices[part][m], intervals.get(m)) for m in shown)])
         rows.sort(key=lambda row: row[1], reverse=True)
-        counts = metrics["counts"][split]["all"]
-        title = f"{split}: {counts['users']:,} users, {counts['candidates']:,} candidates"
+        counts = metrics["counts"][split][part]
+        title = (
+            f"{split}{whose(part)}: {counts['users']:,} users, {counts['candidates']:,} candidates"
+        )
         print_table(["ranker", *shown], rows, title)
         return
+
+
+def whose(part: str) -> str:
+    """For the title of a table: the slice it is about, where it is not about everybody."""
+    return "" if part == "all" else f", {part}"
 
 
 def print_curve(curve: Mapping[str, Any]) -> None:
@@ -266,8 +277,9 @@ def print_curve(curve: Mapping[str, Any]) -> None:
     for name in names(curve):
         found = [point["rankers"].get(name) for point in curve["shares"]]
         rows.append([name, *("n/a" if f is None else _cell(f["value"], None) for f in found)])
+    title = f"{curve['select']} on validation{whose(curve['select_slice'])} by share of train rows"
     heads = [f"{point['rows_share']:.1%}" for point in curve["shares"]]
-    print_table(["ranker", *heads], rows, f"{curve['select']} on validation by share of train rows")
+    print_table(["ranker", *heads], rows, title)
 
 
 def print_batch_sizes(trials: Sequence[Mapping[str, Any]], fastest: int) -> None:

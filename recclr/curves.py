@@ -149,23 +149,26 @@ def _begun(out: Path) -> list[float]:
 
 
 def _collected(config: Config, out: Path, shares: Sequence[float]) -> dict[str, Any]:
-    select = config.evaluate.select
+    select, part = config.evaluate.select, config.evaluate.select_slice
     return {
         "select": select,
+        "select_slice": part,
         "seed": config.split.seed,
         "sampling": SAMPLING,
-        "shares": [_point(out, share, select) for share in shares],
+        "shares": [_point(out, share, select, part) for share in shares],
     }
 
 
-def _point(out: Path, share: float, select: str) -> dict[str, Any]:
+def _point(out: Path, share: float, select: str, part: str) -> dict[str, Any]:
     folder = _folder(out, share)
     metrics, counts = read_json(folder / METRICS), read_json(folder / DATA)["split"]["counts"]
     train, rest = counts["train"], counts.get("left_out", {"rows": 0})
     rankers = {}
     for name, parts in metrics["valid"].items():
-        rankers[name] = {"value": parts["all"][select]}
-        interval = metrics["intervals"]["valid"].get(name, {}).get("all", {}).get(select)
+        if part not in parts:
+            continue
+        rankers[name] = {"value": parts[part][select]}
+        interval = metrics["intervals"]["valid"].get(name, {}).get(part, {}).get(select)
         if interval is not None:
             rankers[name] |= {"low": interval[0], "high": interval[1]}
     return {
@@ -174,7 +177,7 @@ def _point(out: Path, share: float, select: str) -> dict[str, Any]:
         "rows_share": train["rows"] / (train["rows"] + rest["rows"]),
         "users": train["users"],
         "items": train["items"],
-        "judged_users": metrics["counts"]["valid"]["all"]["users"],
+        "judged_users": metrics["counts"]["valid"][part]["users"],
         "run": folder.name,
         "rankers": rankers,
     }

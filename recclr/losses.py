@@ -72,7 +72,7 @@ def automatic_temperature(num_items: int) -> float:
     Args:
         num_items: of the catalogue, at least 1.
     """
-    return min(max(0.88 * num_items**-0.215, 0.05), 0.5)
+    return min(max(0.88 * math.pow(num_items, -0.215), 0.05), 0.5)
 
 
 def information_bound(loss: float, num_alternatives: float) -> float:

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 from recclr.ablation_parts import Part, derived_parts, parse_part, read_parts
 from recclr.bootstrap import paired_differences
+from recclr.commands import _print_rows
 from recclr.config import load_config, parse_config, with_changes
 from recclr.errors import ConfigError, DivergedError
+from recclr.report.ablation import ablation_page
 from recclr.run_folder import config_digest
 
 SETTINGS = (
@@ -243,6 +245,27 @@ def test_what_is_shown(compared):
         assert text in page
     assert "model.similarity = dot, loss.temperature = 0.5" in page
     assert "item.features.category at its default" in page
+
+
+def test_the_slice_that_selects_comes_first(compared, capsys):
+    out, _ = compared
+    found = json.loads((out / "ablation.json").read_text())
+    assert found["select_slice"] == "all"
+    part = "warm_items"
+    found["select_slice"] = part
+    base, dot, _ = found["rows"]
+    value = base["metrics"]["valid"][part]["recall@10"]
+    assert value != base["metrics"]["valid"]["all"]["recall@10"]
+    page = ablation_page(found, load_config(out / "config.toml"), "finished")
+    assert f"on validation (warm items) of {value:.4f}" in page
+    users = found["counts"]["valid"][part]["users"]
+    assert f"validation (warm items): mean over 2 seeds and {users} users" in page
+    _print_rows(found, "valid")
+    shown = capsys.readouterr().out
+    assert f"valid, {part}: {users} users" in shown
+    assert f"{value:.4f}" in shown
+    difference = dot["differences"]["valid"][part]["recall@10"]["difference"]
+    assert f"{difference:+.4f}" in shown
 
 
 @pytest.mark.slow

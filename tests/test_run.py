@@ -53,6 +53,11 @@ def test_a_slice_selects_checkpoint_and_baselines(small_config, tmp_path, recclr
     judged = [e["metrics"][select] for e in events if e["kind"] == "evaluation"]
     assert max(judged) == pytest.approx(model[part][select], abs=1e-12)
     assert model[part][select] != model["all"][select]
+    assert f"test, {part}: {metrics['counts']['test'][part]['users']} users" in done.out
+    shown = f"{metrics['test']['model'][part][select]:.4f}"
+    assert f"(cold items, among cold candidates), the model&#x27;s {select} is {shown}" in (
+        (out / "report.html").read_text("utf-8")
+    )
     for choice in json.loads((out / "baselines.json").read_text())["choices"]:
         found = metrics["valid"][choice["name"]][part][select]
         assert choice["score"] == pytest.approx(found, abs=1e-12)

@@ -10,7 +10,9 @@ import polars as pl
 import pytest
 
 from recclr.checking import read_data
+from recclr.commands import _print_tuned
 from recclr.config import load_config, with_changes
+from recclr.report.tuning import tuning_page
 from recclr.tune.halving import sizes
 
 pytest.importorskip("optuna")
@@ -108,6 +110,24 @@ def test_the_page_shows_it(searched):
     assert "0 (default)" in page
     assert "60% rows" in page
     assert "similarity = &quot;" in page
+
+
+def test_the_slice_that_selects_comes_first(searched, capsys):
+    out, _ = searched
+    found, part = json.loads((out / "tune.json").read_text()), "warm_items"
+    assert found["select_slice"] == "all"
+    # Whatever won: nothing is said of figures where it is the default.
+    found |= {"select_slice": part, "winner": {**found["winner"], "number": 1}}
+    tuned = found["final"]["metrics"]["tuned"]
+    assert tuned[part]["recall@10"] != tuned["all"]["recall@10"]
+    value, users = tuned[part]["recall@10"], found["final"]["counts"][part]["users"]
+    config = load_config(out / "config.toml")
+    page = tuning_page(found, config, "searched")
+    assert f"on validation (warm items) of {value:.4f}" in page
+    _print_tuned(found)
+    shown = capsys.readouterr().out
+    assert f"validation, {part}: {users} users" in shown
+    assert f"{value:.4f}" in shown
 
 
 @pytest.mark.parametrize("which", ["tuned", "default"])

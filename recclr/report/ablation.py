@@ -10,8 +10,9 @@ from recclr.config import Config, dump_toml
 from recclr.report import background
 from recclr.report.charts import Bar, difference_chart
 from recclr.report.markup import Cell, document, figure, paragraph, section, table
-from recclr.report.results import SLICE_NAMES, verdict_of
+from recclr.report.results import SLICE_NAMES, among, verdict_of
 from recclr.report.tuning import difference_cells
+from recclr.settings.judging import leading_slice
 
 _SPLITS = {"valid": "validation", "test": "test"}
 
@@ -38,9 +39,10 @@ def ablation_page(found: Mapping[str, Any], config: Config, name: str) -> str:
 
 def _lead(found: Mapping[str, Any]) -> str:
     base, count = found["rows"][0], len(found["seeds"])
-    select = found["select"]
+    select, part = found["select"], found["select_slice"]
+    value = base["metrics"]["valid"][part][select]
     text = (
-        f"The base has a {select} on validation of {base['metrics']['valid']['all'][select]:.4f}, "
+        f"The base has a {select} on validation{among(part)} of {value:.4f}, "
         f"a mean over {count} seeds. Each other row is the base with one part changed, trained "
         "with the same seeds; a difference below 0 says that the base is better."
     )
@@ -49,13 +51,14 @@ def _lead(found: Mapping[str, Any]) -> str:
 
 def _comparison(found: Mapping[str, Any], split: str) -> str:
     select, spoken = found["select"], _SPLITS[split]
+    part = leading_slice(found["counts"][split], found["select_slice"])
     rows, bars = [], []
     for row in found["rows"]:
         if "reason" in row:
             rows.append(("", [Cell(row["name"], row["reason"][:200]), *[Cell("")] * 6]))
             continue
-        value = row["metrics"][split]["all"][select]
-        difference = row["differences"][split].get("all", {}).get(select)
+        value = row["metrics"][split][part][select]
+        difference = row["differences"][split].get(part, {}).get(select)
         by_seed = "  ".join(f"{metrics[select]:.4f}" for metrics in row["by_seed"][split])
         base = row is found["rows"][0]
         cells = [Cell(row["name"], "" if base else _changes(row)), Cell(f"{value:.4f}", by_seed)]
@@ -66,15 +69,15 @@ def _comparison(found: Mapping[str, Any], split: str) -> str:
         rows.append(("model" if base else "", cells))
         if difference:
             bars.append(_bar(row["name"], difference))
-    counts = found["counts"][split]["all"]
+    counts = found["counts"][split][part]
     chart = difference_chart(
         bars, title=f"Difference from the base in {select} on {spoken}", x_label=f"Δ {select}"
     )
     heads = ["row", select, "row minus base", "95 % interval", "p", "selected steps", "s"]
     caption = (
-        f"{spoken}: mean over {len(found['seeds'])} seeds and {counts['users']:,} users; small: by "
-        "seed. Intervals are over users, of the mean over seeds; p from random sign flips, not "
-        "corrected for the number of rows"
+        f"{spoken}{among(part)}: mean over {len(found['seeds'])} seeds and "
+        f"{counts['users']:,} users; small: by seed. Intervals are over users, of the mean over "
+        "seeds; p from random sign flips, not corrected for the number of rows"
     )
     return section(
         f"Rows, on {spoken}",
@@ -96,7 +99,8 @@ def _changes(row: Mapping[str, Any]) -> str:
 
 def _slices(found: Mapping[str, Any], split: str) -> str:
     select, counts = found["select"], found["counts"][split]
-    parts = [part for part in SLICE_NAMES if part in counts and part != "all"]
+    lead = leading_slice(counts, found["select_slice"])
+    parts = [part for part in SLICE_NAMES if part in counts and part != lead]
     rows = []
     for row in found["rows"]:
         if "reason" in row:

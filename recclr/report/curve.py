@@ -10,6 +10,7 @@ from typing import Any
 from recclr.files import write_bytes_atomic
 from recclr.report.charts import Line, line_chart
 from recclr.report.markup import Cell, document, figure, paragraph, table
+from recclr.report.results import among
 
 CURVE_PAGE = "curve.html"
 
@@ -78,7 +79,8 @@ def _headline(curve: Mapping[str, Any]) -> str:
             f"{point['rows_share']:.1%} of the rows: model {model:.4f}, best baseline {best} "
             f"{others[best]:.4f}"
         )
-    return f"{curve['select']} on validation. " + "; ".join(told) + ("." if told else "")
+    whose = among(curve["select_slice"])
+    return f"{curve['select']} on validation{whose}. " + "; ".join(told) + ("." if told else "")
 
 
 def _heading(point: Mapping[str, Any]) -> str:

@@ -38,7 +38,8 @@ def write_report(run: Path) -> Path:
     """
     config = read_config(run)
     metrics = _optional(run / METRICS)
-    results = Results(metrics, config.evaluate.select, config.evaluate.ks)
+    judging = config.evaluate
+    results = Results(metrics, judging.select, judging.ks, judging.select_slice)
     data = _optional(run / DATA)
     steps, log = metrics.get("selected_steps"), _log(run / LOG)
     # A run is often called "run": the folder it stands in tells it from others.

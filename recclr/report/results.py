@@ -8,6 +8,7 @@ from typing import Any
 
 from recclr.report.charts import Bar, bar_chart
 from recclr.report.markup import Cell, figure, folded, paragraph, section, table
+from recclr.settings.judging import leading_slice
 
 _FEW_USERS = 200
 _SPLIT_NAMES = {"test": "test", "valid": "validation"}
@@ -31,16 +32,22 @@ class Results:
     Attributes:
         metrics: contents of metrics.json; an empty mapping for a run that has none.
         select: metric of selection, such as recall@20. ks: cut-offs.
+        select_slice: whose figure selects, and comes first.
     """
 
     metrics: Mapping[str, Any]
     select: str
     ks: Sequence[int]
+    select_slice: str = "all"
 
     @property
     def split(self) -> str | None:
         """``test`` where there is one, else ``valid``, else None."""
         return next((s for s in ("test", "valid") if s in self.metrics), None)
+
+    def lead(self, split: str) -> str:
+        """The slice that comes first: the one that selects, where a split has it."""
+        return leading_slice(self.metrics.get("counts", {}).get(split, {}), self.select_slice)
 
     def value(self, split: str, ranker: str, part: str, metric: str) -> float | None:
         """A figure, or None where the ranker or slice is not there."""
@@ -58,13 +65,14 @@ class Results:
     def rankers(self, split: str) -> list[str]:
         """The model first, then the baselines, best first."""
         names = [name for name in self.metrics.get(split, {}) if name != "model"]
-        names.sort(key=lambda name: -(self.value(split, name, "all", self.select) or 0.0))
+        part = self.lead(split)
+        names.sort(key=lambda name: -(self.value(split, name, part, self.select) or 0.0))
         return (["model"] if "model" in self.metrics.get(split, {}) else []) + names
 
-    def difference(self, split: str, baseline: str, part: str = "all") -> dict[str, float] | None:
+    def difference(self, split: str, baseline: str) -> dict[str, float] | None:
         """Model minus baseline in the metric of selection, or None."""
-        found = self.metrics.get("differences", {}).get(split, {})
-        value: dict[str, float] | None = found.get(baseline, {}).get(part, {}).get(self.select)
+        found = self.metrics.get("differences", {}).get(split, {}).get(baseline, {})
+        value: dict[str, float] | None = found.get(self.lead(split), {}).get(self.select)
         return value
 
 
@@ -75,10 +83,12 @@ def headline(results: Results) -> str:
         return paragraph("The run is not finished: it has no metrics.json yet.", "lead")
     if split is None:
         return paragraph("Nothing was held out, so there is nothing to report.", "lead")
-    value = results.value(split, "model", "all", results.select)
-    counts = results.metrics["counts"][split]["all"]
-    text = f"On {_SPLIT_NAMES[split]}, the model's {results.select} is {_figure(value)}"
-    interval = results.interval(split, "model", "all", results.select)
+    part = results.lead(split)
+    value = results.value(split, "model", part, results.select)
+    counts = results.metrics["counts"][split][part]
+    text = f"On {_SPLIT_NAMES[split]}{among(part)}, the model's {results.select} is "
+    text += _figure(value)
+    interval = results.interval(split, "model", part, results.select)
     if interval:
         text += f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})"
     text += f", over {counts['users']:,} users and {counts['candidates']:,} candidates."
@@ -89,7 +99,7 @@ def headline(results: Results) -> str:
 
 
 def _against(results: Results, split: str, best: str) -> str:
-    theirs = results.value(split, best, "all", results.select)
+    theirs = results.value(split, best, results.lead(split), results.select)
     text = f"The best baseline, {best}, has {_figure(theirs)}"
     difference = results.difference(split, best)
     if difference is None:
@@ -116,13 +126,14 @@ def warnings(results: Results) -> str:
     if split is None:
         return ""
     notes = []
-    value = results.value(split, "model", "all", results.select) or 0.0
+    part = results.lead(split)
+    value = results.value(split, "model", part, results.select) or 0.0
     for name in results.rankers(split)[1:]:
-        theirs = results.value(split, name, "all", results.select) or 0.0
+        theirs = results.value(split, name, part, results.select) or 0.0
         if theirs > value:
             notes.append(f"The baseline {name} has a higher {results.select} than the model.")
     counts = results.metrics["counts"][split]
-    users = counts["all"]["users"]
+    users = counts[part]["users"]
     if users < _FEW_USERS:
         notes.append(f"Only {users:,} users were judged; small differences mean nothing.")
     if counts["all"].get("dropped_users"):
@@ -142,42 +153,43 @@ def comparison(results: Results, split: str) -> str:
     rankers = results.rankers(split)
     if not rankers:
         return ""
-    spoken = _SPLIT_NAMES[split]
+    spoken, part = _SPLIT_NAMES[split], results.lead(split)
     bars = [_bar(results, split, name) for name in rankers]
     chart = bar_chart(bars, title=f"{results.select} on {spoken}", x_label=results.select)
     metrics = [f"{kind}@{k}" for kind in ("recall", "ndcg") for k in results.ks]
     best = {
-        m: max((results.value(split, r, "all", m) or 0.0 for r in rankers), default=0.0)
+        m: max((results.value(split, r, part, m) or 0.0 for r in rankers), default=0.0)
         for m in metrics
     }
     rows = []
     for name in rankers:
         cells = [Cell(name)]
         for metric in metrics:
-            found = results.value(split, name, "all", metric)
-            span = results.interval(split, name, "all", metric)
+            found = results.value(split, name, part, metric)
+            span = results.interval(split, name, part, metric)
             small = f"{span[0]:.4f}\N{EN DASH}{span[1]:.4f}" if span else ""
             cells.append(Cell(_figure(found), small, "best" if found == best[metric] else ""))
         rows.append(("model" if name == "model" else "", cells))
-    counts = results.metrics["counts"][split]["all"]
+    counts = results.metrics["counts"][split][part]
     caption = (
-        f"{spoken}: mean over {counts['users']:,} users with {counts['relevant']:,} relevant "
-        f"items, ranked among {counts['candidates']:,} candidates"
+        f"{spoken}{among(part)}: mean over {counts['users']:,} users with "
+        f"{counts['relevant']:,} relevant items, ranked among {counts['candidates']:,} candidates"
     )
     drawn = results.select
     if results.metrics.get("intervals", {}).get(split, {}).get("model"):
         caption += "; small: 95 % intervals over users"
         drawn += " with 95 % intervals over users"
     return section(
-        f"Against the baselines, on {spoken}",
+        f"Against the baselines, on {spoken}{among(part)}",
         figure(chart, f"{drawn}; settings of the baselines were chosen on validation."),
         table(["ranker", *metrics], rows, caption),
     )
 
 
 def _bar(results: Results, split: str, name: str) -> Bar:
-    value = results.value(split, name, "all", results.select) or 0.0
-    low, high = results.interval(split, name, "all", results.select) or (None, None)
+    part = results.lead(split)
+    value = results.value(split, name, part, results.select) or 0.0
+    low, high = results.interval(split, name, part, results.select) or (None, None)
     return Bar(name, value, low, high, strong=name == "model")
 
 
@@ -209,8 +221,11 @@ def slices(results: Results) -> str:
 
 
 def difference_table(results: Results) -> str:
-    """The model minus each baseline, with interval and p-value: over all users, and by slice."""
+    """The model minus each baseline, with interval and p-value: the slice that leads, then by
+    slice.
+    """
     split = results.split
+    lead = results.lead(split) if split else "all"
     found = results.metrics.get("differences", {}).get(split, {}) if split else {}
     # As in the other tables, best first; chance, which is no ranker, comes last.
     order = [name for name in (results.rankers(split) if split else []) if name in found]
@@ -226,11 +241,11 @@ def difference_table(results: Results) -> str:
         f"{results.select} on {_SPLIT_NAMES.get(split or '', '')}; p from random sign flips, not "
         "corrected for the number of rows"
     )
-    over_all = [row for (_, part), row in rows.items() if part == "all"]
-    by_slice = [row for (_, part), row in rows.items() if part != "all"]
+    leading = [row for (_, part), row in rows.items() if part == lead]
+    by_slice = [row for (_, part), row in rows.items() if part != lead]
     return section(
         "Differences, paired by user",
-        table(columns, over_all, caption),
+        table(columns, leading, caption),
         folded("By slice", table(columns, by_slice, caption)),
     )
 
@@ -248,6 +263,11 @@ def _difference_row(
         Cell(f"{difference['p_value']:.3f}"),
         Cell(shown, css="text"),
     ]
+
+
+def among(part: str) -> str:
+    """Whose figures these are, for a sentence; nothing where they are everybody's."""
+    return "" if part == "all" else f" ({SLICE_NAMES[part]})"
 
 
 def _figure(value: float | None) -> str:

@@ -10,7 +10,7 @@ from recclr.config import Config, dump_toml, with_changes
 from recclr.report import background
 from recclr.report.charts import Bar, Line, bar_chart, line_chart
 from recclr.report.markup import Cell, document, figure, folded, pairs, paragraph, section, table
-from recclr.report.results import SLICE_NAMES, verdict_of
+from recclr.report.results import SLICE_NAMES, among, verdict_of
 
 _FEW = 0.1
 
@@ -46,12 +46,13 @@ def _headline(found: Mapping[str, Any]) -> str:
     if number == 0:
         text = f"Nothing that was tried beats the default in {select} on validation."
         return paragraph(text, "lead")
-    tuned, default = (final["metrics"][n]["all"][select] for n in ("tuned", "default"))
+    part = found["select_slice"]
+    tuned, default = (final["metrics"][n][part][select] for n in ("tuned", "default"))
     text = (
-        f"Trial {number} has a {select} on validation of {tuned:.4f}, the default {default:.4f}, "
-        f"each a mean over {len(final['seeds'])} seeds"
+        f"Trial {number} has a {select} on validation{among(part)} of {tuned:.4f}, the default "
+        f"{default:.4f}, each a mean over {len(final['seeds'])} seeds"
     )
-    difference = final["difference"].get("all", {}).get(select)
+    difference = final["difference"].get(part, {}).get(select)
     if difference:
         text += (
             f": {difference['difference']:+.4f} ({difference['low']:+.4f} to "
@@ -79,14 +80,14 @@ def _winner(found: Mapping[str, Any]) -> str:
         ("", [Cell(key), Cell(_value(found["default"][key])), Cell(_value(params[key]))])
         for key in params
     ]
-    final, select = found["final"], found["select"]
+    final, select, part = found["final"], found["select"], found["select_slice"]
     seeds = [
         (
             "",
             [
                 Cell(name),
                 *(Cell(f"{metrics[select]:.4f}") for metrics in final["by_seed"][name]),
-                Cell(f"{final['metrics'][name]['all'][select]:.4f}"),
+                Cell(f"{final['metrics'][name][part][select]:.4f}"),
                 Cell(", ".join(f"{steps:,}" for steps in final["best_steps"][name])),
             ],
         )
@@ -96,7 +97,7 @@ def _winner(found: Mapping[str, Any]) -> str:
     return section(
         "Winner and default",
         table(["setting", "default", "winner"], rows, "What the winner changes (best.toml)"),
-        table(heads, seeds, f"{select} on validation, trained in full"),
+        table(heads, seeds, f"{select} on validation{among(part)}, trained in full"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -21,6 +22,15 @@ Slice = Literal[
 ]
 SLICES: tuple[str, ...] = get_args(Slice)
 METRIC_NAMES = ("recall", "capped_recall", "hit_rate", "ndcg", "mrr", "map", "precision")
+
+
+def leading_slice(counts: Mapping[str, Any], wanted: str) -> str:
+    """The slice whose figures come first: that which selects, or "all" where nobody is in it.
+
+    Args:
+        counts: by slice, of one split, as metrics.json has them.
+    """
+    return wanted if wanted in counts else "all"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ def results(search: Search, bench: Bench, *, winner: tuple[int, int], seeds: int
     params = dict(search.trained[winner].params)
     return {
         "select": bench.config.evaluate.select,
+        "select_slice": bench.config.evaluate.select_slice,
         "seed": search.seed,
         "optuna": require_optuna().__version__,
         "space": search.space.to_json(),
@@ -77,7 +78,7 @@ def _importance(search: Search) -> dict[str, Any]:
 
 
 def _final(bench: Bench, params: Mapping[str, Any], seeds: int) -> dict[str, Any]:
-    config = bench.config
+    config, part = bench.config, bench.config.evaluate.select_slice
     repeats = {"tuned": _repeats(bench, params, seeds), "default": _repeats(bench, {}, seeds)}
     means = {
         name: averaged(name, [done.evaluations["valid"] for done in of_name])
@@ -88,7 +89,7 @@ def _final(bench: Bench, params: Mapping[str, Any], seeds: int) -> dict[str, Any
         "metrics": {name: mean.metrics for name, mean in means.items()},
         "counts": means["default"].counts,
         "by_seed": {
-            name: [done.evaluations["valid"].metrics["all"] for done in of_name]
+            name: [done.evaluations["valid"].metrics[part] for done in of_name]
             for name, of_name in repeats.items()
         },
         "best_steps": {name: [d.best_step for d in of_name] for name, of_name in repeats.items()},

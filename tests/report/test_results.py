@@ -69,6 +69,27 @@ def test_headline_gives_figure_interval_sizes_and_the_best_baseline(metrics, low
     assert f"The best baseline, item_knn, has 0.2600: {words}." in text
 
 
+def test_the_slice_that_selects_comes_first(metrics):
+    part = Results(metrics, "recall@20", (5, 20), "cold_items_among_cold")
+    text = plain(headline(part)).replace("&#x27;", "'")
+    assert (
+        "On test (cold items, among cold candidates), the model's recall@20 is 0.4500, over 77 "
+        "users and 160 candidates. The best baseline, item_knn, has 0.2200: no difference is "
+        "shown (+0.2300, -0.0100 to +0.4000)." in text
+    )
+    page = comparison(part, "test")
+    assert [row[0] for row in rows_of(page)] == ["model", "item_knn", "popularity"]
+    assert "n/a" in rows_of(page)[2]
+    assert "(cold items, among cold candidates): mean over 77 users" in plain(page)
+    (first, *_) = rows_of(difference_table(part))
+    assert first[:2] == ["item_knn", "cold items, among cold candidates"]
+    assert "Only 77 users were judged" in plain(warnings(part))
+
+
+def test_a_slice_that_a_split_lacks_gives_way_to_everybody(metrics):
+    assert headline(Results(metrics, "recall@20", (5, 20), "tail")) == headline(of(metrics))
+
+
 def test_headline_follows_the_metric_of_selection(metrics):
     text = plain(headline(of(metrics, "ndcg@20")))
     assert "0.1700" in text

@@ -137,7 +137,6 @@ def test_the_default_space_follows_the_configuration():
             user={"history": {}, "id": {"enabled": False}},
             item={"features": {"year": {"kind": "numeric"}}, "id": {"enabled": False}},
             loss={"kind": "full_softmax", "second_temperature": 2.0},
-            model={"similarity": "dot"},
         )
     )
     assert set(rich.parameters) == {
@@ -147,7 +146,9 @@ def test_the_default_space_follows_the_configuration():
         "user.history.dropout",
         "train.table_lr",
     }
-    assert rich.parameters["loss.temperature"].high == 5.0
+    assert rich.parameters["loss.temperature"].high == 0.5
+    dot = default_space(config_of(model={"similarity": "dot"}))
+    assert dot.parameters["loss.temperature"].high == 5.0
     with_ids = default_space(
         config_of(user={"history": {}}, item={"features": {"year": {"kind": "numeric"}}})
     )
