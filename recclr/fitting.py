@@ -103,7 +103,8 @@ def fit_model(
         data = replace(prepared, train=log) if log.mapped_for is not None else prepared
         model = fresh_model(config, data, table_maker(config.train, ranks, device))
         if starts_spectral(config, len(data.train)):
-            start_from_spectral(model, data.train, init_std=config.model.init_std, seed=config.seed)
+            std = config.model.init_std
+            start_from_spectral(model, data.train, init_std=std, seed=config.seed, ranks=ranks)
         if config.model.init_from is not None:
             folder = weights_folder(config.model.init_from)
             for note in start_from_catalogue(model, item_encoder, folder):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from recclr.config import Config
 from recclr.data.log import EncodedLog
+from recclr.distributed import ALONE, LONG_S, Ranks
 from recclr.errors import ConfigError
 from recclr.parts import IdPart
 from recclr.sharded_tables import write_rows
@@ -67,7 +68,9 @@ def starts_spectral(config: Config, num_rows: int) -> bool:
 
 
 @torch.no_grad()
-def start_from_spectral(model: TwoTower, log: EncodedLog, *, init_std: float, seed: int) -> None:
+def start_from_spectral(
+    model: TwoTower, log: EncodedLog, *, init_std: float, seed: int, ranks: Ranks = ALONE
+) -> None:
     """Put the spectral solution into the id tables, in place.
 
     Under cosine and Euclidean distance, which orders rows of one length as the cosine does, every
@@ -77,6 +80,7 @@ def start_from_spectral(model: TwoTower, log: EncodedLog, *, init_std: float, se
 
     Args:
         model: with towers from a configuration. init_std: as the tables were drawn with.
+        ranks: the first one computes for all, since another machine may round otherwise.
 
     Raises:
         ConfigError: neither tower has an id.
@@ -87,7 +91,7 @@ def start_from_spectral(model: TwoTower, log: EncodedLog, *, init_std: float, se
     if parts == [None, None]:
         raise ConfigError('model.init = "spectral" needs user.id or item.id; both are switched off')
     dim = next(part for part in parts if part is not None).table.dim
-    for part, vectors in zip(parts, spectral_factors(log, dim=dim, seed=seed), strict=True):
+    for part, vectors in zip(parts, _factors_of_first(log, dim, seed, ranks), strict=True):
         if part is None:
             continue
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
@@ -97,6 +101,21 @@ def start_from_spectral(model: TwoTower, log: EncodedLog, *, init_std: float, se
             lengths = lengths.square().mean().sqrt()
         # A row of D draws of variance init_std² / D.
         write_rows(part.table, some.nonzero().squeeze(1) + 1, init_std * vectors[some] / lengths)
+
+
+def _factors_of_first(log: EncodedLog, dim: int, seed: int, ranks: Ranks) -> list[Tensor]:
+    """``spectral_factors``, on every rank in the bits of the first."""
+    if ranks.first:
+        found = list(spectral_factors(log, dim=dim, seed=seed))
+    else:
+        found = [torch.empty(0, dim), torch.empty(0, dim)]
+    ranks.meet("the spectral solution", LONG_S)
+    others = [0] * (ranks.size - 1)
+    sizes = log.num_users, log.num_items
+    return [
+        ranks.gather(vectors, [size, *others], "the spectral solution")
+        for vectors, size in zip(found, sizes, strict=True)
+    ]
 
 
 def _id_part(tower: torch.nn.Module) -> IdPart | None:

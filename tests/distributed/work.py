@@ -314,7 +314,9 @@ def _train(
     )
     model = model_of(towers, LOSSES[loss], dim, table_maker(settings, ranks, "cpu"), log)
     if spectral:
-        start_from_spectral(model, log, init_std=0.9, seed=1)
+        # By another seed the others would find another solution; that of the first holds for all.
+        seed = 1 + ranks.rank
+        start_from_spectral(model, log, init_std=0.9, seed=seed, ranks=ranks)
     steps = []
 
     def judged(candidate):
