@@ -64,7 +64,9 @@ def close(one, other, path=""):
     """JSON values equal, but for the ranking of cold items among themselves.
 
     Those stand where their features put them, many at nearly one score, and the order of sums that
-    a training took decides. With the others in the ranking nothing is that near.
+    a training took decides. With the others in the ranking nothing is that near. What is said of
+    the vectors themselves, as their effective rank is, moves with every rounding: of the spectral
+    start by other numbers of threads too.
     """
     if isinstance(one, dict):
         assert one.keys() == other.keys(), path
@@ -75,7 +77,8 @@ def close(one, other, path=""):
         for number, value in enumerate(one):
             close(value, other[number], f"{path}/{number}")
     elif isinstance(one, float):
-        assert other == pytest.approx(one, abs=1e-6), path
+        rel = 1e-5 if path.startswith("/monitors/figures/") else None
+        assert other == pytest.approx(one, rel=rel, abs=1e-6), path
     else:
         assert other == one, path
 
