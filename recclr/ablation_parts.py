@@ -12,6 +12,7 @@ from typing import Any
 
 from recclr.config import Config, apply_override, with_changes
 from recclr.errors import ConfigError
+from recclr.settings.objective import WHERE_LEARNED
 
 BASE = "base"
 # Who is judged, by what and with which seed is the same for all rows.
@@ -159,8 +160,7 @@ def derived_parts(config: Config) -> list[Part]:
     if config.model.init == "spectral" or config.spectral_by_default:
         found.append(Part("random start", {"model.init": "random"}))
     if config.loss.temperature == "learned":
-        bounds = ("initial_temperature", "min_temperature", "max_temperature")
-        without = tuple(f"loss.{name}" for name in ("temperature", *bounds))
+        without = tuple(f"loss.{name}" for name in ("temperature", *WHERE_LEARNED))
         found.append(Part("fixed temperature", {}, without))
     if config.loss.kind == "full_softmax":
         found = [p for p in found if not _under((*p.values, *p.without)[0], _OF_SAMPLES)]

@@ -22,6 +22,8 @@ LossKind = Literal[
 _SOFTMAX = ("infonce", "full_softmax")
 WITH_TEMPERATURE = (*_SOFTMAX, "bpr", "bce")
 """Kinds whose scores are divided by the temperature."""
+WHERE_LEARNED = ("initial_temperature", "min_temperature", "max_temperature")
+"""Keys that are read of a learned temperature only."""
 _WITH_NEGATIVES = (*WITH_TEMPERATURE, "ccl", "margin", "triplet")
 # Which kinds read a key; anywhere else a value other than the default would do nothing.
 _READ_BY: dict[str, tuple[str, ...]] = {
@@ -143,8 +145,7 @@ class LossSettings:
         if self.temperature == "learned":
             return
         for each in fields(self):
-            bounds = ("initial_temperature", "min_temperature", "max_temperature")
-            if each.name in bounds and getattr(self, each.name) != each.default:
+            if each.name in WHERE_LEARNED and getattr(self, each.name) != each.default:
                 raise ValueError(
                     f"{each.name} = {getattr(self, each.name)!r} is read with temperature = "
                     f"'learned', found {self.temperature!r}; leave one of them out"
