@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from recclr.errors import ShapeError
+from recclr.kernels import native
 from recclr.kernels.grouped import GroupMask, group_parts
+from recclr.kernels.native_softmax import masked_logsumexp_native
 from recclr.kernels.reference import BitMask, Mask, masked_logsumexp_reference
 from recclr.kernels.tiled import masked_logsumexp_tiled
 
@@ -34,8 +36,9 @@ def masked_logsumexp(
     """As ``masked_logsumexp_reference``, which has the definition of arguments and result.
 
     On a GPU with Triton, for D up to 256, in Triton's kernels: nothing waits for the device, and
-    shapes follow from those of the arguments. Everywhere else in tiles of PyTorch, or plainly with
-    a ``BitMask``, whose B × C logits then lie in memory; a ``GroupMask`` in tiles of one group.
+    shapes follow from those of the arguments. On a CPU by the compiled kernels, where recclr was
+    installed with them; everywhere else in tiles of PyTorch, or plainly with a ``BitMask``, whose
+    B × C logits then lie in memory; a ``GroupMask`` in tiles of one group.
 
     Args:
         queries, candidates, log_weights, mask: as there.
@@ -61,6 +64,9 @@ def masked_logsumexp(
         return torch.cat(found).index_select(0, places)
     if isinstance(mask, BitMask):
         return masked_logsumexp_reference(queries, candidates, log_weights, mask)
+    kernels = native.usable(queries)
+    if kernels is not None:
+        return masked_logsumexp_native(queries, candidates, log_weights, mask, kernels)
     return masked_logsumexp_tiled(queries, candidates, log_weights, mask)
 
 

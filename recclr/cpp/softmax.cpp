@@ -1,0 +1,365 @@
+// Masked, weighted log-sum-exp of queries against candidates, and the contrastive loss over it,
+// with gradients: what kernels/tiled.py and kernels/fused.py compute, in blocks that stay in cache.
+//
+// Shape letters: B queries, C candidates, D dimension. All matrices lie row by row without gaps.
+// Each thread has a share of the rows, and a gradient of all candidates of its own, which are added
+// up in the order of the threads: results depend on their number, not on chance.
+
+#include "product.h"
+
+namespace {
+
+const float NONE = -INFINITY;
+
+struct Problem {
+  int64_t rows, candidates, dim;
+  const float *queries, *vectors, *log_weights;
+  const int64_t *masked_rows, *masked_columns; // rows rising
+  int64_t masked;
+};
+
+// How a problem is cut, and where each piece of a buffer begins, in floats.
+struct Plan {
+  int64_t threads, height, width, blocks, columns, dims, line;
+  int64_t panels, vectors, weights, own, queries, pulled, moved, logits, gradient, room;
+
+  Plan(const Problem &p, int64_t wanted, int64_t floats, bool backward) {
+    dims = up(p.dim, LANES);
+    columns = up(p.candidates, PANEL);
+    // Blocks of candidates of which 96 rows fit; a row that fits whole is kept for its gradient.
+    int64_t most = up(floats / 96, PANEL);
+    bool whole = columns * 24 <= floats;
+    blocks = whole ? 1 : (columns + most - 1) / most;
+    width = up((columns + blocks - 1) / blocks, PANEL);
+    blocks = (columns + width - 1) / width;
+    height = floats / width / TALL * TALL;
+    height = height < 24 ? 24 : height > 96 ? 96 : height;
+    int64_t groups = (p.rows + TALL - 1) / TALL;
+    threads = wanted < groups ? wanted : groups;
+    if (threads < 1) threads = 1;
+    // A row of logits ends aside of a power of two: rows of 4 KiB would share one set of the cache.
+    line = width + 16;
+    int64_t at = 0;
+    auto take = [&at](int64_t size) {
+      int64_t start = at;
+      at += up(size, 16);
+      return start;
+    };
+    panels = take(columns * p.dim);
+    weights = take(columns);
+    vectors = take(backward ? columns * dims : 0);
+    int64_t shared = at;
+    at = 0;
+    queries = take(height * p.dim);
+    logits = take(height * line);
+    pulled = take(backward ? height * dims : 0);
+    moved = take(backward ? height * dims : 0);
+    gradient = take(backward ? (columns + LOW) * dims : 0);
+    own = at;
+    room = shared + threads * own;
+    queries += shared, logits += shared, pulled += shared, moved += shared, gradient += shared;
+  }
+};
+
+void pack(const Problem &p, const Plan &plan, float *buffer, bool backward) {
+  float *weights = buffer + plan.weights;
+#pragma omp parallel for num_threads(plan.threads) schedule(static)
+  for (int64_t first = 0; first < plan.columns; first += PANEL) {
+    float *panel = buffer + plan.panels + first * p.dim;
+    for (int64_t i = 0; i < PANEL; i++) {
+      int64_t c = first + i;
+      bool real = c < p.candidates;
+      weights[c] = real ? p.log_weights[c] : NONE;
+      const float *from = p.vectors + c * p.dim;
+      for (int64_t k = 0; k < p.dim; k++) panel[k * PANEL + i] = real ? from[k] : 0.f;
+      if (!backward) continue;
+      float *to = buffer + plan.vectors + c * plan.dims;
+      for (int64_t k = 0; k < plan.dims; k++) to[k] = real && k < p.dim ? from[k] : 0.f;
+    }
+  }
+}
+
+int64_t first_masked(const Problem &p, int64_t row) {
+  int64_t low = 0, high = p.masked;
+  while (low < high) {
+    int64_t middle = (low + high) / 2;
+    if (p.masked_rows[middle] < row) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+// One thread's view of the rows that it has in hand.
+struct Rows {
+  const Problem &p;
+  const Plan &plan;
+  float *buffer, *queries, *logits, *pulled, *moved, *gradient;
+  int64_t top, count, padded, mask_from, mask_to;
+
+  Rows(const Problem &p, const Plan &plan, float *buffer, int64_t thread)
+      : p(p), plan(plan), buffer(buffer) {
+    float *own = buffer + thread * plan.own;
+    queries = own + plan.queries, logits = own + plan.logits, pulled = own + plan.pulled;
+    moved = own + plan.moved, gradient = own + plan.gradient;
+  }
+
+  void take(int64_t from, int64_t number) {
+    top = from, count = number, padded = up(number, TALL);
+    memcpy(queries, p.queries + top * p.dim, sizeof(float) * count * p.dim);
+    memset(queries + count * p.dim, 0, sizeof(float) * (padded - count) * p.dim);
+    mask_from = first_masked(p, top), mask_to = first_masked(p, top + count);
+  }
+
+  int64_t width_of(int64_t block) const {
+    return least(plan.width, plan.columns - block * plan.width);
+  }
+
+  // Logits with their log-weights; -inf where a pair is masked.
+  void score(int64_t block_number) {
+    int64_t left = block_number * plan.width, width = width_of(block_number);
+    for (int64_t j = 0; j < width; j += PANEL) {
+      const float *panel = buffer + plan.panels + (left + j) * p.dim;
+      for (int64_t i = 0; i < padded; i += TALL)
+        block<TALL, 2, false>(queries + i * p.dim, p.dim, 1, panel, PANEL, p.dim,
+                              logits + i * plan.line + j, plan.line);
+    }
+    const float *weights = buffer + plan.weights + left;
+    for (int64_t i = 0; i < count; i++) {
+      float *row = logits + i * plan.line;
+      for (int64_t j = 0; j < width; j += LANES) store(row + j, load(row + j) + load(weights + j));
+    }
+    for (int64_t at = mask_from; at < mask_to; at++) {
+      int64_t column = p.masked_columns[at] - left;
+      if (column >= 0 && column < width) logits[(p.masked_rows[at] - top) * plan.line + column] = NONE;
+    }
+  }
+
+  float top_of(int64_t row, int64_t width) const {
+    const float *at = logits + row * plan.line;
+    vec best = all(NONE);
+    for (int64_t j = 0; j < width; j += LANES) {
+      vec x = load(at + j);
+      best = x > best ? x : best;
+    }
+    return highest(best);
+  }
+
+  // Logits become exp(logit - shift); their sum.
+  float raise(int64_t row, int64_t width, float shift) {
+    float *at = logits + row * plan.line;
+    vec sum = {};
+    for (int64_t j = 0; j < width; j += LANES) {
+      vec e = exponential(load(at + j) - shift);
+      store(at + j, e);
+      sum += e;
+    }
+    return total(sum);
+  }
+
+  // Largest logit and sum of exponentials beside it of each row; with one block they stay.
+  void sum_up(float *shift, float *sum) {
+    for (int64_t i = 0; i < count; i++) shift[i] = NONE, sum[i] = 0;
+    for (int64_t b = 0; b < plan.blocks; b++) {
+      score(b);
+      int64_t width = width_of(b);
+      for (int64_t i = 0; i < count; i++) {
+        float best = top_of(i, width), before = shift[i];
+        if (best > before) {
+          shift[i] = best;
+          sum[i] = before > NONE ? sum[i] * expf(before - best) : 0.f;
+        }
+        sum[i] += raise(i, width, shift[i] > NONE ? shift[i] : 0.f);
+      }
+    }
+  }
+
+  void begin_gradients(const float *scale) {
+    memset(moved, 0, sizeof(float) * padded * plan.dims);
+    memset(pulled, 0, sizeof(float) * padded * plan.dims);
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t k = 0; k < p.dim; k++) pulled[i * plan.dims + k] = queries[i * p.dim + k] * scale[i];
+  }
+
+  // What the exponentials of a block pull at both sides.
+  void pull(int64_t block_number) {
+    int64_t left = block_number * plan.width, width = width_of(block_number), dims = plan.dims;
+    const float *vectors = buffer + plan.vectors + left * dims;
+    // So many candidates stay in the first-level cache while all rows meet them.
+    const int64_t some = 8192 / dims > 16 ? 8192 / dims : 16;
+    for (int64_t k = 0; k < width; k += some)
+      for (int64_t i = 0; i < padded; i += LOW)
+        add_rows(logits + i * plan.line + k, plan.line, 1, vectors + k * dims, dims,
+                 least(some, width - k), moved + i * dims);
+    for (int64_t c = 0; c < width; c += LOW)
+      add_rows(logits + c, 1, plan.line, pulled, dims, padded, gradient + (left + c) * dims);
+  }
+
+  void end_gradients(const float *scale, float *grad_queries) {
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t k = 0; k < p.dim; k++)
+        grad_queries[(top + i) * p.dim + k] = moved[i * plan.dims + k] * scale[i];
+  }
+};
+
+// Rows of a thread, in whole groups of TALL.
+int64_t edge(const Problem &p, const Plan &plan, int64_t thread) {
+  int64_t groups = (p.rows + TALL - 1) / TALL;
+  return least(groups * thread / plan.threads * TALL, p.rows);
+}
+
+void add_up(const Problem &p, const Plan &plan, const float *buffer, float *grad_candidates) {
+#pragma omp parallel for num_threads(plan.threads) schedule(static)
+  for (int64_t c = 0; c < p.candidates; c++)
+    for (int64_t k = 0; k < p.dim; k++) {
+      float sum = 0;
+      for (int64_t t = 0; t < plan.threads; t++)
+        sum += buffer[t * plan.own + plan.gradient + c * plan.dims + k];
+      grad_candidates[c * p.dim + k] = sum;
+    }
+}
+
+void clear(const Plan &plan, Rows &rows) {
+  memset(rows.gradient, 0, sizeof(float) * (plan.columns + LOW) * plan.dims);
+  // Columns beside the last candidate are multiplied too, into rows that nobody reads.
+  memset(rows.logits, 0, sizeof(float) * plan.height * plan.line);
+}
+
+float logarithm(float shift, float sum) { return sum > 0 ? shift + logf(sum) : (sum == 0 ? NONE : sum); }
+
+float share(float part, float whole) {
+  return part == NONE || whole == NONE ? 0.f : expf(part - whole);
+}
+
+float log_of_both(float a, float b) {
+  if (a == NONE || b == NONE) return a == NONE ? b : a;
+  float high = a > b ? a : b, low = a > b ? b : a;
+  return high + log1pf(expf(low - high));
+}
+
+} // namespace
+
+extern "C" {
+
+// Floats that ``buffer`` must hold. floats: of logits that a thread keeps in its cache.
+int64_t recclr_room(int64_t rows, int64_t candidates, int64_t dim, int64_t threads, int64_t floats,
+                    int32_t backward) {
+  Problem p = {rows, candidates, dim, 0, 0, 0, 0, 0, 0};
+  return Plan(p, threads, floats, backward).room;
+}
+
+// result[B]: as kernels.masked_logsumexp_reference.
+void recclr_logsumexp(int64_t rows, int64_t candidates, int64_t dim, const float *queries,
+                      const float *vectors, const float *log_weights, const int64_t *masked_rows,
+                      const int64_t *masked_columns, int64_t masked, int64_t threads,
+                      int64_t floats, float *buffer, float *result) {
+  Problem p = {rows, candidates, dim, queries, vectors, log_weights, masked_rows, masked_columns, masked};
+  Plan plan(p, threads, floats, false);
+  pack(p, plan, buffer, false);
+#pragma omp parallel for num_threads(plan.threads) schedule(static, 1)
+  for (int64_t t = 0; t < plan.threads; t++) {
+    Rows mine(p, plan, buffer, t);
+    int64_t end = edge(p, plan, t + 1);
+    float shift[96], sum[96];
+    for (int64_t top = edge(p, plan, t); top < end; top += plan.height) {
+      mine.take(top, least(plan.height, end - top));
+      mine.sum_up(shift, sum);
+      for (int64_t i = 0; i < mine.count; i++) result[top + i] = logarithm(shift[i], sum[i]);
+    }
+  }
+}
+
+// Gradients of sum(slope * logsumexp). grad_weights: [threads, columns] of partial sums, or null.
+void recclr_logsumexp_backward(int64_t rows, int64_t candidates, int64_t dim, const float *queries,
+                               const float *vectors, const float *log_weights,
+                               const int64_t *masked_rows, const int64_t *masked_columns,
+                               int64_t masked, int64_t threads, int64_t floats, float *buffer,
+                               const float *result, const float *slope, float *grad_queries,
+                               float *grad_candidates, float *grad_weights) {
+  Problem p = {rows, candidates, dim, queries, vectors, log_weights, masked_rows, masked_columns, masked};
+  Plan plan(p, threads, floats, true);
+  pack(p, plan, buffer, true);
+#pragma omp parallel for num_threads(plan.threads) schedule(static, 1)
+  for (int64_t t = 0; t < plan.threads; t++) {
+    Rows mine(p, plan, buffer, t);
+    clear(plan, mine);
+    int64_t end = edge(p, plan, t + 1);
+    for (int64_t top = edge(p, plan, t); top < end; top += plan.height) {
+      mine.take(top, least(plan.height, end - top));
+      mine.begin_gradients(slope + top);
+      for (int64_t b = 0; b < plan.blocks; b++) {
+        int64_t width = mine.width_of(b);
+        mine.score(b);
+        for (int64_t i = 0; i < mine.count; i++) {
+          float whole = result[top + i];
+          mine.raise(i, width, whole == NONE ? 0.f : whole);
+          if (!grad_weights) continue;
+          float *into = grad_weights + t * candidates + b * plan.width;
+          const float *from = mine.logits + i * plan.line;
+          for (int64_t j = 0; j < least(width, candidates - b * plan.width); j++)
+            into[j] += slope[top + i] * from[j];
+        }
+        mine.pull(b);
+      }
+      mine.end_gradients(slope + top, grad_queries);
+    }
+  }
+  add_up(p, plan, buffer, grad_candidates);
+}
+
+// Losses of all rows and the gradients of their weighted sum, as kernels/fused.py has it.
+// own: log-partition of a row's own negatives, or null. power: of the denominator (the ratio of two
+// temperatures), or NaN for InfoNCE.
+void recclr_contrastive(int64_t rows, int64_t candidates, int64_t dim, const float *queries,
+                        const float *vectors, const float *log_weights, const int64_t *masked_rows,
+                        const int64_t *masked_columns, int64_t masked, int64_t threads,
+                        int64_t floats, float *buffer, const float *positives,
+                        const float *row_weights, const float *own, float power, float *losses,
+                        float *grad_queries, float *grad_candidates, float *grad_positives,
+                        float *grad_own) {
+  Problem p = {rows, candidates, dim, queries, vectors, log_weights, masked_rows, masked_columns, masked};
+  Plan plan(p, threads, floats, true);
+  pack(p, plan, buffer, true);
+#pragma omp parallel for num_threads(plan.threads) schedule(static, 1)
+  for (int64_t t = 0; t < plan.threads; t++) {
+    Rows mine(p, plan, buffer, t);
+    clear(plan, mine);
+    int64_t end = edge(p, plan, t + 1);
+    float shift[96], sum[96], scale[96];
+    for (int64_t top = edge(p, plan, t); top < end; top += plan.height) {
+      mine.take(top, least(plan.height, end - top));
+      mine.sum_up(shift, sum);
+      for (int64_t i = 0; i < mine.count; i++) {
+        int64_t r = top + i;
+        float whole = logarithm(shift[i], sum[i]);
+        if (own) whole = log_of_both(whole, own[r]);
+        float slope, pull;
+        if (power == power) {
+          losses[r] = (whole == NONE ? 0.f : power * whole) - positives[r];
+          slope = -1.f, pull = whole == NONE ? 0.f : power;
+        } else {
+          losses[r] = log_of_both(positives[r], whole) - positives[r];
+          pull = 1.f / (1.f + expf(positives[r] - whole));
+          slope = -pull;
+        }
+        grad_positives[r] = slope * row_weights[r];
+        pull *= row_weights[r];
+        if (own) grad_own[r] = pull * share(own[r], whole);
+        // Kept exponentials are relative to their row's largest; those made again, to the whole.
+        scale[i] = pull * (plan.blocks == 1 ? share(shift[i], whole) : (whole == NONE ? 0.f : 1.f));
+        shift[i] = whole == NONE ? 0.f : whole;
+      }
+      mine.begin_gradients(scale);
+      for (int64_t b = 0; b < plan.blocks; b++) {
+        if (plan.blocks > 1) {
+          mine.score(b);
+          for (int64_t i = 0; i < mine.count; i++) mine.raise(i, mine.width_of(b), shift[i]);
+        }
+        mine.pull(b);
+      }
+      mine.end_gradients(scale, grad_queries);
+    }
+  }
+  add_up(p, plan, buffer, grad_candidates);
+}
+
+} // extern "C"

@@ -1,0 +1,114 @@
+"""The kernels for CPUs that were compiled when recclr was installed (``recclr/cpp``).
+
+They do what the twins in PyTorch do, in blocks that stay in registers and the second-level cache,
+with PyTorch's own threads: a step's loss with its gradients in a third of the time, an update of a
+table in one pass over its rows. Where they are missing, the twins run. RECCLR_NATIVE=0 in the
+environment turns them off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parents[1] / "cpp"
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_OPENMP = re.compile(r"(/.*/lib(?:gomp|iomp5|omp)\b[^/]*)$")
+# Sizes of a problem, its five arrays, number of masked pairs, threads, floats in cache, buffer.
+_PROBLEM = [_INT] * 3 + [_POINTER] * 5 + [_INT] * 3 + [_POINTER]
+_SIGNATURES: dict[str, tuple[list[type], type | None]] = {
+    "recclr_room": ([_INT] * 5 + [ctypes.c_int32], _INT),
+    "recclr_logsumexp": ([*_PROBLEM, _POINTER], None),
+    "recclr_logsumexp_backward": ([*_PROBLEM, *[_POINTER] * 5], None),
+    "recclr_contrastive": ([*_PROBLEM, *[_POINTER] * 3, _FLOAT, *[_POINTER] * 5], None),
+}
+_off = False
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they are missing or turned off."""
+    return None if _off else _loaded()[0]
+
+
+def why_not() -> str | None:
+    """Why the compiled kernels are not used; None where they are."""
+    return "turned off" if _off else _loaded()[1]
+
+
+@contextmanager
+def turned_off() -> Iterator[None]:
+    """Within it the twins in PyTorch run."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
+
+
+def usable(*tensors: Tensor | None) -> ctypes.CDLL | None:
+    """The kernels, for tensors that are all on the CPU."""
+    found = library()
+    if found is None or any(each is not None and each.device.type != "cpu" for each in tensors):
+        return None
+    return found
+
+
+def address(x: Tensor | None) -> int | None:
+    """Where its data lie; the caller keeps the tensor, contiguous, until the call is over."""
+    return None if x is None else x.data_ptr()
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    if os.environ.get("RECCLR_NATIVE", "1") == "0":
+        return None, "RECCLR_NATIVE=0 turns them off"
+    kind = torch.backends.cpu.get_cpu_capability().lower()
+    path = FOLDER / f"kernels-{kind}.so"
+    if not path.is_file():
+        return None, f"{path.name} is missing: recclr was installed without a compiler"
+    try:
+        openmp = _openmp()
+        if openmp is None:
+            return None, "PyTorch runs without OpenMP, whose threads they would share"
+        # Their OpenMP is not linked: what PyTorch has loaded already shall answer.
+        ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
+        found = ctypes.CDLL(str(path))
+        found.recclr_sources.restype = ctypes.c_char_p
+        if found.recclr_sources().decode() != _fingerprint():
+            return None, f"{path.name} was compiled from other sources: install recclr again"
+        for name, (arguments, result) in _SIGNATURES.items():
+            function = getattr(found, name)
+            function.argtypes, function.restype = arguments, result
+    except (OSError, AttributeError) as error:
+        return None, f"{path.name}: {error}"
+    return found, None
+
+
+def _openmp() -> str | None:
+    """The OpenMP library that PyTorch loaded into this process."""
+    if sys.platform != "linux":
+        return None
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    found = {match.group(1) for line in lines if (match := _OPENMP.search(line))}
+    home = str(Path(torch.__file__).parent)
+    # Another library may have brought a second one; PyTorch's own comes with it.
+    return min(found, key=lambda path: (not path.startswith(home), path), default=None)
+
+
+def _fingerprint() -> str:
+    """As ``hatch_build.fingerprint``."""
+    digest = hashlib.sha256()
+    for path in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]

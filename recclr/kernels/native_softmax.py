@@ -1,0 +1,148 @@
+"""``masked_logsumexp`` and the loss with its gradients by the compiled kernels (``native``).
+
+Shape letters: B queries, C candidates, D dimension.
+
+Cost: 6·B·C·D multiply-adds and B·C exponentials for a loss with its gradients where 24 rows of
+logits fit a thread's part of the cache (C up to 10,900), 8·B·C·D and 2·B·C beyond that and for a
+log-sum-exp alone. Memory beside arguments and gradients: (threads + 2)·C·D floats.
+"""
+
+from __future__ import annotations
+
+import math
+from ctypes import CDLL
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from recclr.errors import ShapeError
+from recclr.kernels.native import address
+from recclr.kernels.reference import PairMask
+from recclr.kernels.tiled import borrow, give_back
+
+# Logits that a thread keeps between the products: 1 MiB. A quarter to eight times as much is as
+# fast at C = 1,024; at 8,192 and D = 128 a half costs a third more, since rows must be made twice.
+_FLOATS = 1 << 18
+
+# Losses [B]; gradients of their weighted sum by queries, candidates, positive logits and
+# ``own_partition``, the last None where that is.
+OnePass = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+
+
+class _Problem:
+    """Arguments as the kernels take them, kept alive and contiguous while they run."""
+
+    def __init__(
+        self, queries: Tensor, candidates: Tensor, log_weights: Tensor, mask: PairMask | None
+    ) -> None:
+        self.sizes = len(queries), len(candidates), queries.shape[1]
+        self.threads = torch.get_num_threads()
+        self.arrays = [x.detach().contiguous() for x in (queries, candidates, log_weights)]
+        pairs = () if mask is None else (mask.rows, mask.columns)
+        self.pairs = [x.contiguous() for x in pairs]
+
+    def room(self, kernels: CDLL, *, backward: bool) -> Tensor:
+        size = kernels.recclr_room(*self.sizes, self.threads, _FLOATS, backward)
+        return borrow(size, torch.device("cpu"))
+
+    def arguments(self, buffer: Tensor) -> tuple[int | None, ...]:
+        pairs = [address(x) for x in self.pairs] or [None, None]
+        masked = len(self.pairs[0]) if self.pairs else 0
+        arrays = [address(x) for x in self.arrays]
+        return *self.sizes, *arrays, *pairs, masked, self.threads, _FLOATS, address(buffer)
+
+
+def contrastive(
+    queries: Tensor,
+    candidates: Tensor,
+    log_weights: Tensor,
+    positive_logits: Tensor,
+    row_weights: Tensor,
+    own_partition: Tensor | None,
+    *,
+    kernels: CDLL,
+    mask: PairMask | None,
+    second_temperature: float | None,
+) -> OnePass:
+    """Losses and gradients; arguments as ``total_contrastive_loss`` has them, B and C at least 1.
+
+    Raises:
+        ShapeError: a value per row is missing, or not float32.
+    """
+    by_row = [positive_logits, row_weights] + ([] if own_partition is None else [own_partition])
+    for x in by_row:
+        if x.shape != queries.shape[:1] or x.dtype != torch.float32:
+            raise ShapeError(
+                f"expected float32 {tuple(queries.shape[:1])} for each value of a row, found "
+                f"{x.dtype} {tuple(x.shape)}"
+            )
+    by_row = [x.detach().contiguous() for x in by_row]
+    problem = _Problem(queries, candidates, log_weights, mask)
+    losses, grad_positives = torch.empty_like(by_row[0]), torch.empty_like(by_row[0])
+    grad_queries, grad_candidates = (torch.empty_like(x) for x in problem.arrays[:2])
+    grad_own = None if own_partition is None else torch.empty_like(losses)
+    buffer = problem.room(kernels, backward=True)
+    kernels.recclr_contrastive(
+        *problem.arguments(buffer),
+        address(by_row[0]),
+        address(by_row[1]),
+        None if own_partition is None else address(by_row[2]),
+        math.nan if second_temperature is None else second_temperature,
+        *(address(x) for x in (losses, grad_queries, grad_candidates, grad_positives, grad_own)),
+    )
+    give_back(buffer)
+    return losses, grad_queries, grad_candidates, grad_positives, grad_own
+
+
+def masked_logsumexp_native(
+    queries: Tensor,
+    candidates: Tensor,
+    log_weights: Tensor,
+    mask: PairMask | None,
+    kernels: CDLL,
+) -> Tensor:
+    """As ``masked_logsumexp``, for arguments that it has checked and at least one candidate."""
+    result: Tensor = _LogSumExp.apply(queries, candidates, log_weights, mask, kernels)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Keeps the results only; the backward pass makes the probabilities again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        candidates: Tensor,
+        log_weights: Tensor,
+        mask: PairMask | None,
+        kernels: CDLL,
+    ) -> Tensor:
+        problem = _Problem(queries, candidates, log_weights, mask)
+        result = torch.empty(len(queries))
+        buffer = problem.room(kernels, backward=False)
+        kernels.recclr_logsumexp(*problem.arguments(buffer), address(result))
+        give_back(buffer)
+        ctx.save_for_backward(queries, candidates, log_weights, result)
+        ctx.mask, ctx.kernels = mask, kernels
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        queries, candidates, log_weights, result = ctx.saved_tensors
+        problem = _Problem(queries, candidates, log_weights, ctx.mask)
+        slope = grad_outputs[0].contiguous()
+        gradients = [torch.empty_like(x) for x in problem.arrays[:2]]
+        by_weights = None
+        if ctx.needs_input_grad[2]:
+            by_weights = torch.zeros(problem.threads, problem.sizes[1])
+        buffer = problem.room(ctx.kernels, backward=True)
+        ctx.kernels.recclr_logsumexp_backward(
+            *problem.arguments(buffer),
+            *(address(x) for x in (result, slope, *gradients, by_weights)),
+        )
+        give_back(buffer)
+        return *gradients, None if by_weights is None else by_weights.sum(0), None, None
