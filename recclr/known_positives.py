@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from recclr.data.log import Csr, EncodedLog
-from recclr.kernels import BitMask, PairMask
+from recclr.kernels import BitMask, PairMask, native
+from recclr.kernels.native_pairs import known_of_candidates, known_of_rows
 
 
 class KnownPositives:
@@ -123,6 +124,12 @@ class KnownPositives:
         return BitMask.from_dense(hidden), hidden.sum()
 
     def _from_rows(self, user_idx: Tensor, candidate_idx: Tensor) -> PairMask:
+        kernels = native.usable(user_idx)
+        if kernels is not None:
+            self._fill_slots(candidate_idx)
+            found = known_of_rows(kernels, user_idx, self.user_items, self.item_slots)
+            self.item_slots[candidate_idx] = -1
+            return found
         histories = self.user_items.take(user_idx)
         columns = self._slots_of(candidate_idx, histories.values)
         hit = (columns >= 0).nonzero().squeeze(1)
@@ -130,6 +137,10 @@ class KnownPositives:
         return PairMask(rows, columns[hit])
 
     def _from_candidates(self, user_idx: Tensor, candidate_idx: Tensor) -> PairMask:
+        kernels = native.usable(user_idx)
+        if kernels is not None:
+            lists = self.item_users, self.user_slots
+            return known_of_candidates(kernels, user_idx, candidate_idx, *lists)
         # A user may own several rows of the batch: rows sorted by user, one range each.
         order = torch.argsort(user_idx, stable=True)
         users, counts = torch.unique_consecutive(user_idx[order], return_counts=True)
@@ -151,12 +162,14 @@ class KnownPositives:
 
     def _slots_of(self, candidate_idx: Tensor, item_idx: Tensor) -> Tensor:
         """Place of each item among the candidates, -1 for none."""
-        self.item_slots[candidate_idx] = torch.arange(
-            len(candidate_idx), device=candidate_idx.device
-        )
+        self._fill_slots(candidate_idx)
         slots = self.item_slots.index_select(0, item_idx)
         self.item_slots[candidate_idx] = -1
         return slots
+
+    def _fill_slots(self, candidate_idx: Tensor) -> None:
+        places = torch.arange(len(candidate_idx), device=candidate_idx.device)
+        self.item_slots[candidate_idx] = places
 
     @staticmethod
     def _length(csr: Csr, rows: Tensor) -> int:

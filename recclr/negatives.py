@@ -29,6 +29,7 @@ from recclr.availability import Availability
 from recclr.data.log import EncodedLog
 from recclr.distinct import counted, padded_distinct
 from recclr.errors import ConfigError
+from recclr.kernels.native_rows import unique
 from recclr.settings import LossSettings, NegativesSettings, TrainSettings
 from recclr.statistics import DAY_S
 from recclr.streaming import StreamingShares
@@ -170,7 +171,7 @@ class CandidateSampler:
             found = padded_distinct(merged, self.num_items)
             item_idx, inverse, places = found.values, found.inverse(), found.places
         else:
-            item_idx, inverse = torch.unique(merged, return_inverse=True)
+            item_idx, inverse = unique(merged)
         num_counted = all_drawn if self.settings.in_batch else num_draws
         draws = counted(inverse[:num_counted], len(item_idx))
         if self.availability is not None:

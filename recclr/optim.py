@@ -18,6 +18,8 @@ from torch.nn.functional import embedding_bag
 
 from recclr.distinct import padded_distinct
 from recclr.errors import CheckpointError
+from recclr.kernels import native, native_rows
+from recclr.kernels.native_rows import Part, places_of
 from recclr.order import mix
 
 TableOptimizerKind = Literal["adam", "rowwise_adam", "rowwise_adagrad", "sgd"]
@@ -124,15 +126,20 @@ class Table(nn.Module):
         Args:
             fixed_shape: as many rows as there can be, see ``summed_rows``.
         """
+        found = self.take_lookups()
+        if not found:
+            return None
+        return summed_rows(found, num_rows=self.num_rows if fixed_shape else None)
+
+    def take_lookups(self) -> list[Part]:
+        """The same before anything is summed: look-ups that a gradient arrived at."""
         found = [
             (each.rows, each.vectors.grad, each.places)
             for each in self.lookups
             if each.vectors.grad is not None
         ]
         self.lookups.clear()
-        if not found:
-            return None
-        return summed_rows(found, num_rows=self.num_rows if fixed_shape else None)
+        return found
 
     def _vectors(self, rows: Tensor) -> Tensor:
         return self.weight.index_select(0, rows)
@@ -229,13 +236,33 @@ class TableOptimizer:
     @torch.no_grad()
     def apply(self, lr: float | Tensor, gradients: Iterable[RowGradients] | None = None) -> None:
         """As ``step``, once ``seed`` was called: what runs on the device."""
-        for name, rows, grad in self.gradients() if gradients is None else gradients:
-            # Written back by copy: rows are distinct (or written the same again), and adding to
-            # places is single-threaded.
-            weight = self.tables[name].weight
-            moved = weight.index_select(0, rows)
-            self._move(moved, name, rows, grad, lr)
-            weight.index_copy_(0, rows, moved)
+        if self.fixed_shapes:
+            for name, rows, grad in self.gradients() if gradients is None else gradients:
+                self._write(name, rows, grad, lr)
+            return
+        if gradients is None:
+            taken = ((name, table.take_lookups()) for name, table in self.tables.items())
+        else:
+            taken = ((name, [(rows, grad, None)]) for name, rows, grad in gradients)
+        for name, parts in taken:
+            if parts and not self._moved_in_one_pass(name, parts, lr):
+                self._write(name, *summed_rows(parts), lr)
+
+    def _moved_in_one_pass(self, name: str, parts: list[Part], lr: float | Tensor) -> bool:
+        """Sum and move by the compiled kernels, where they can."""
+        weight = self.tables[name].weight
+        kernels = None if isinstance(lr, Tensor) else native.usable(weight)
+        if kernels is None:
+            return False
+        return native_rows.move(kernels, self.kind, parts, weight, self.state[name], float(lr))
+
+    def _write(self, name: str, rows: Tensor, grad: Tensor, lr: float | Tensor) -> None:
+        # Written back by copy: rows are distinct (or written the same again), and adding to
+        # places is single-threaded.
+        weight = self.tables[name].weight
+        moved = weight.index_select(0, rows)
+        self._move(moved, name, rows, grad, lr)
+        weight.index_copy_(0, rows, moved)
 
     def gradients(self) -> Iterator[RowGradients]:
         """Take the lookups of this step: what each table that had some has to learn."""
@@ -348,9 +375,7 @@ def _left(beta: float, count: Tensor) -> Tensor:
     return torch.expm1(count * math.log(beta)).neg_()
 
 
-def summed_rows(
-    parts: Sequence[tuple[Tensor, Tensor, Tensor | None]], *, num_rows: int | None = None
-) -> tuple[Tensor, Tensor]:
+def summed_rows(parts: Sequence[Part], *, num_rows: int | None = None) -> tuple[Tensor, Tensor]:
     """Distinct rows, rising, and the sum of each one's gradients in the order of ``parts``.
 
     Args:
@@ -364,25 +389,18 @@ def summed_rows(
     single = len(parts) == 1 and first_places is None and num_rows is None
     if single and bool((first_rows.diff() > 0).all()):
         return first_rows, first_grads
+    kernels = native.usable(first_rows) if num_rows is None else None
+    found = None if kernels is None else native_rows.summed(kernels, parts)
+    if found is not None:
+        return found
     grads = torch.cat([grad for _, grad, _ in parts])
-    rows, places = torch.cat([rows for rows, _, _ in parts]), _places(parts)
+    rows, places = torch.cat([rows for rows, _, _ in parts]), places_of(parts)
     if num_rows is not None:
-        found = padded_distinct(rows, num_rows)
-        sums = embedding_bag(places[found.order], grads, found.starts(), mode="sum")
-        return found.values, sums.index_select(0, found.places)
+        padded = padded_distinct(rows, num_rows)
+        sums = embedding_bag(places[padded.order], grads, padded.starts(), mode="sum")
+        return padded.values, sums.index_select(0, padded.places)
     rows, order = rows.sort(stable=True)
     distinct, counts = torch.unique_consecutive(rows, return_counts=True)
     # Sums each row's gradients in the order of the lookups, on all cores.
     starts = counts.cumsum(0) - counts
     return distinct, embedding_bag(places[order], grads, starts, mode="sum")
-
-
-def _places(parts: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
-    """Where the gradient of each row stands among those of all parts, int64 [n]."""
-    found, before = [], 0
-    for rows, grads, places in parts:
-        if places is None:
-            places = torch.arange(len(grads), device=rows.device)
-        found.append(places + before)
-        before += len(grads)
-    return torch.cat(found)

@@ -148,7 +148,11 @@ class _TotalLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        queries, candidates, positives, *rest = (each * grad for each in ctx.saved_tensors)
+        found: tuple[Tensor, ...] = ctx.saved_tensors
+        # Mostly the loss is all there is, and multiplying by 1 would cost another pass.
+        if float(grad) != 1.0:
+            found = tuple(each * grad for each in found)
+        queries, candidates, positives, *rest = found
         return queries, candidates, None, positives, None, rest[0] if ctx.has_own else None, None
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +27,20 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _OPENMP = re.compile(r"(/.*/lib(?:gomp|iomp5|omp)\b[^/]*)$")
 # Sizes of a problem, its five arrays, number of masked pairs, threads, floats in cache, buffer.
 _PROBLEM = [_INT] * 3 + [_POINTER] * 5 + [_INT] * 3 + [_POINTER]
-_SIGNATURES: dict[str, tuple[list[type], type | None]] = {
+_SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "recclr_room": ([_INT] * 5 + [ctypes.c_int32], _INT),
     "recclr_logsumexp": ([*_PROBLEM, _POINTER], None),
     "recclr_logsumexp_backward": ([*_PROBLEM, *[_POINTER] * 5], None),
     "recclr_contrastive": ([*_PROBLEM, *[_POINTER] * 3, _FLOAT, *[_POINTER] * 5], None),
+    "recclr_group": ([_INT, *[_POINTER] * 6], _INT),
+    "recclr_move": (
+        [ctypes.c_int32, _INT, *[_POINTER] * 6, _INT, *[_POINTER] * 4, _FLOAT, _INT],
+        None,
+    ),
+    "recclr_unit": ([_INT] * 2 + [_POINTER] * 3 + [_INT], None),
+    "recclr_unit_backward": ([_INT] * 2 + [_POINTER] * 4 + [_INT], None),
+    "recclr_known_of_rows": ([_INT, *[_POINTER] * 7, _INT], _INT),
+    "recclr_known_of_candidates": ([_INT, _POINTER, _INT, *[_POINTER] * 8], _INT),
 }
 _off = False
 

@@ -1,0 +1,203 @@
+// Rows of embedding tables: equal ones found by radix sort, their gradients summed and the optimiser
+// applied in one pass, and rows scaled to length 1. Shape letters: n look-ups, R distinct rows,
+// D dimension. The same numbers come out for any number of threads: a row is one thread's.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+const int DIGIT = 11, BUCKETS = 1 << DIGIT;
+const double BETA_1 = 0.9, BETA_2 = 0.999;
+const float EPSILON = 1e-8f;
+
+// Stable, by the upper half; tmp: another n. Where the result lies, keys or tmp.
+uint64_t *sorted(uint64_t *keys, uint64_t *tmp, int64_t n, uint64_t most) {
+  for (int low = 32; most >> (low - 32); low += DIGIT) {
+    int64_t starts[BUCKETS] = {0};
+    for (int64_t i = 0; i < n; i++) starts[(keys[i] >> low) & (BUCKETS - 1)]++;
+    int64_t before = 0;
+    for (int64_t &start : starts) {
+      int64_t count = start;
+      start = before, before += count;
+    }
+    for (int64_t i = 0; i < n; i++) tmp[starts[(keys[i] >> low) & (BUCKETS - 1)]++] = keys[i];
+    uint64_t *other = keys;
+    keys = tmp, tmp = other;
+    if (low + DIGIT >= 64) break;
+  }
+  return keys;
+}
+
+// Gradients of look-ups, from several arrays: vector number p lies in the first array whose end
+// exceeds p.
+struct Gradients {
+  const int64_t *order, *places, *ends;
+  const float *const *arrays;
+  int64_t dim;
+
+  const float *of(int64_t i) const {
+    int64_t place = order ? order[i] : i, part = 0;
+    if (places) place = places[place];
+    while (place >= ends[part]) part++;
+    return arrays[part] + (place - (part ? ends[part - 1] : 0)) * dim;
+  }
+};
+
+struct State {
+  float *weight, *first, *second, *count;
+};
+
+enum Kind { SGD, ROWWISE_ADAGRAD, ROWWISE_ADAM, ADAM, SUM };
+
+float mean_square(const float *g, int64_t dim) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < dim; k++) sum += g[k] * g[k];
+  return sum / dim;
+}
+
+void adam(const State &s, int64_t row, const float *g, int64_t dim, float rate, bool rowwise) {
+  const float keep = (float)BETA_2, fresh_1 = (float)(1 - BETA_1), fresh_2 = (float)(1 - BETA_2);
+  float count = s.count[row] += 1;
+  float left_1 = -(float)expm1(count * log(BETA_1)), left_2 = -(float)expm1(count * log(BETA_2));
+  float scale = -rate * sqrtf(left_2) / left_1;
+  float *weight = s.weight + row * dim, *first = s.first + row * dim;
+  if (rowwise) {
+    float &second = s.second[row];
+    second = second * keep + fresh_2 * mean_square(g, dim);
+    float step = scale / (sqrtf(second) + EPSILON);
+#pragma omp simd
+    for (int64_t k = 0; k < dim; k++) {
+      first[k] += fresh_1 * (g[k] - first[k]);
+      weight[k] += step * first[k];
+    }
+    return;
+  }
+  float *second = s.second + row * dim;
+#pragma omp simd
+  for (int64_t k = 0; k < dim; k++) {
+    first[k] += fresh_1 * (g[k] - first[k]);
+    second[k] = second[k] * keep + fresh_2 * g[k] * g[k];
+    weight[k] += scale * first[k] / (sqrtf(second[k]) + EPSILON);
+  }
+}
+
+void move(Kind kind, const State &s, int64_t row, const float *g, int64_t dim, float rate) {
+  if (kind == ADAM || kind == ROWWISE_ADAM) return adam(s, row, g, dim, rate, kind == ROWWISE_ADAM);
+  float step = -rate;
+  if (kind == ROWWISE_ADAGRAD) {
+    s.second[row] += mean_square(g, dim);
+    step = -rate / (sqrtf(s.second[row]) + EPSILON);
+  }
+  float *weight = s.weight + row * dim;
+#pragma omp simd
+  for (int64_t k = 0; k < dim; k++) weight[k] += step * g[k];
+}
+
+void fetch(const float *at, int64_t dim) {
+  if (!at) return;
+  for (int64_t k = 0; k < dim; k += 16) __builtin_prefetch(at + k, 1);
+}
+
+} // namespace
+
+extern "C" {
+
+// Equal rows side by side, rising, look-ups of one in their order. scratch: 2 n. distinct, starts:
+// n + 1 at most. inverse: which distinct row each look-up has, or null. Gives R; -1 for a row below
+// 0 or beyond 32 bits.
+int64_t recclr_group(int64_t n, const int64_t *rows, uint64_t *scratch, int64_t *order,
+                     int64_t *distinct, int64_t *starts, int64_t *inverse) {
+  uint64_t most = 0;
+  for (int64_t i = 0; i < n; i++) {
+    most |= (uint64_t)rows[i];
+    scratch[i] = (uint64_t)rows[i] << 32 | (uint64_t)i;
+  }
+  if (most >> 32 || n >> 32) return -1;
+  const uint64_t *keys = sorted(scratch, scratch + n, n, most);
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; i++) {
+    int64_t row = keys[i] >> 32, at = keys[i] & 0xffffffff;
+    if (!i || row != distinct[found - 1]) distinct[found] = row, starts[found++] = i;
+    order[i] = at;
+    if (inverse) inverse[at] = found - 1;
+  }
+  starts[found] = n;
+  return found;
+}
+
+// The optimiser's step of each distinct row by the sum of its look-ups' gradients, in their order;
+// kind SUM writes the sums to ``weight`` instead, [R, D]. starts, order: of recclr_group, or null
+// where each row was looked up once. first, second, count: what the kind has of them.
+void recclr_move(int32_t kind, int64_t found, const int64_t *distinct, const int64_t *starts,
+                 const int64_t *order, const int64_t *places, const int64_t *ends,
+                 const float *const *arrays, int64_t dim, float *weight, float *first,
+                 float *second, float *count, float rate, int64_t threads) {
+  const Gradients gradients = {order, places, ends, arrays, dim};
+  const State state = {weight, first, second, count};
+  const bool wide_second = kind == ADAM;
+#pragma omp parallel num_threads(threads)
+  {
+    float *sum = new float[dim];
+    // Popular rows have many look-ups: pieces go to whoever is free.
+#pragma omp for schedule(dynamic, 128)
+    for (int64_t r = 0; r < found; r++) {
+      if (r + 4 < found && kind != SUM) {
+        int64_t next = distinct[r + 4] * dim;
+        fetch(weight + next, dim);
+        fetch(first ? first + next : 0, dim);
+        fetch(wide_second ? second + next : 0, dim);
+      }
+      int64_t low = starts ? starts[r] : r, high = starts ? starts[r + 1] : r + 1;
+      const float *g = gradients.of(low);
+      if (high > low + 1) {
+        memcpy(sum, g, sizeof(float) * dim);
+        for (int64_t i = low + 1; i < high; i++) {
+          const float *more = gradients.of(i);
+#pragma omp simd
+          for (int64_t k = 0; k < dim; k++) sum[k] += more[k];
+        }
+        g = sum;
+      }
+      if (kind == SUM) memcpy(weight + r * dim, g, sizeof(float) * dim);
+      else move((Kind)kind, state, distinct[r], g, dim, rate);
+    }
+    delete[] sum;
+  }
+}
+
+// unit[M, D] = x / max(length, 1e-12), lengths[M].
+void recclr_unit(int64_t rows, int64_t dim, const float *x, float *unit, float *lengths,
+                 int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    const float *from = x + r * dim;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < dim; k++) sum += from[k] * from[k];
+    float length = sqrtf(sum);
+    length = length < 1e-12f ? 1e-12f : length;
+    lengths[r] = length;
+#pragma omp simd
+    for (int64_t k = 0; k < dim; k++) unit[r * dim + k] = from[k] / length;
+  }
+}
+
+// Gradient by x of what has ``grad`` by its unit rows.
+void recclr_unit_backward(int64_t rows, int64_t dim, const float *unit, const float *lengths,
+                          const float *grad, float *result, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    const float *u = unit + r * dim, *g = grad + r * dim;
+    float along = 0;
+#pragma omp simd reduction(+ : along)
+    for (int64_t k = 0; k < dim; k++) along += u[k] * g[k];
+    float left = 1.f / lengths[r];
+#pragma omp simd
+    for (int64_t k = 0; k < dim; k++) result[r * dim + k] = (g[k] - u[k] * along) * left;
+  }
+}
+
+} // extern "C"
