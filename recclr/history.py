@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from recclr.data.log import Csr
 from recclr.distinct import padded_distinct
+from recclr.kernels.bags import weighted_bags
+from recclr.kernels.native_rows import unique
 from recclr.ragged import grid, longest, ranges
 from recclr.rows import Rows
 from recclr.sequences import Shuffle, cropped
@@ -129,7 +131,7 @@ class HistoryPart(nn.Module):
         return torch.where(absent[:, None], self.missing, pooled)
 
     def _pooled(self, bags: Csr, weights: Tensor, rows: Rows) -> Tensor:
-        distinct, inverse = torch.unique(bags.values.long(), return_inverse=True)
+        distinct, inverse = unique(bags.values.long())
         squares = torch.zeros(bags.num_rows, device=weights.device)
         squares.index_add_(0, bags.row_numbers(), weights**2)
         hidden = rows.dropped(self.dropout)
@@ -138,9 +140,7 @@ class HistoryPart(nn.Module):
         vectors = torch.stack([part(wanted) for part in self.item_parts]).sum(0)
         if not len(distinct):
             return self.missing.expand(bags.num_rows, -1)
-        pooled = nn.functional.embedding_bag(
-            inverse, vectors, bags.offsets[:-1], mode="sum", per_sample_weights=weights
-        )
+        pooled = weighted_bags(vectors, inverse, bags.offsets[:-1], weights)
         return self._shown(pooled, squares, hidden)
 
     def _wanted(self, distinct: Tensor, rows: Rows) -> Rows:

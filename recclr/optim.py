@@ -19,6 +19,7 @@ from torch.nn.functional import embedding_bag
 from recclr.distinct import padded_distinct
 from recclr.errors import CheckpointError
 from recclr.kernels import native, native_rows
+from recclr.kernels.bags import weighted_bags
 from recclr.kernels.native_rows import Part, places_of
 from recclr.order import mix
 
@@ -147,7 +148,7 @@ class Table(nn.Module):
     def _sums(self, values: Tensor, offsets: Tensor) -> Tensor:
         if not len(values):
             return self.weight.new_zeros((len(offsets), self.dim))
-        return embedding_bag(values, self.weight, offsets, mode="sum")
+        return weighted_bags(self.weight, values, offsets)
 
     def _watched(self) -> bool:
         return torch.is_grad_enabled() and self.training

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag
 
 from recclr.data.log import Csr
+from recclr.kernels.bags import weighted_bags
+from recclr.kernels.native_rows import unique
 from recclr.optim import Table
 from recclr.ragged import ranges
 from recclr.rows import Rows
@@ -63,15 +64,12 @@ class PropagationPart(nn.Module):
         hidden = rows.dropped(0.0)
         if hidden is not None:
             weights = weights * ~hidden[owner]
-        distinct, inverse = torch.unique(near, return_inverse=True)
+        distinct, inverse = unique(near)
         # Also without any neighbour: the tables of another rank may wait for this lookup.
         vectors: Tensor = self.table(distinct + 1)
         if not len(distinct):
             return vectors.new_zeros((len(idx), self.table.dim))
-        summed: Tensor = embedding_bag(
-            inverse, vectors, places.offsets[:-1], mode="sum", per_sample_weights=weights
-        )
-        return summed
+        return weighted_bags(vectors, inverse, places.offsets[:-1], weights)
 
     def _places(self, start: Tensor, stop: Tensor, rows: Rows) -> tuple[Csr, Tensor]:
         """Which neighbours are added up, and by how much each row's are weighted up, [M]."""

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from recclr.kernels import native
+
 # An example that takes long on a busy machine is no failure.
 settings.register_profile("recclr", deadline=None)
 settings.load_profile("recclr")
@@ -19,6 +21,23 @@ if not torch.cuda.is_available():
     # Read when a kernel is defined, those of Triton's own library included, and TorchRec, which
     # some tests import first, imports Triton.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="module")
+def plain_kernels():
+    """The twins in PyTorch, where compiled kernels would run."""
+    with native.turned_off():
+        yield
+
+
+@pytest.fixture(scope="module", params=["compiled", "plain"])
+def both_kernels(request):
+    """Everything once with the compiled kernels and once with their twins in PyTorch."""
+    if request.param == "plain":
+        request.getfixturevalue("plain_kernels")
+    elif native.library() is None:
+        pytest.skip(str(native.why_not()))
+
 
 SMALL = """
 seed = 3

@@ -13,9 +13,12 @@ from recclr.data.log import Csr
 from recclr.errors import DivergedError
 from recclr.topk import BFloat16Scan, Float32Scan, top_k
 
-pytestmark = pytest.mark.skipif(
-    not supports_bfloat16(torch.device("cpu")), reason="this processor has no bfloat16 GEMM"
-)
+pytestmark = [
+    pytest.mark.usefixtures("plain_kernels"),
+    pytest.mark.skipif(
+        not supports_bfloat16(torch.device("cpu")), reason="this processor has no bfloat16 GEMM"
+    ),
+]
 
 
 @pytest.fixture(autouse=True)

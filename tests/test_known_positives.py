@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from recclr.data.log import EncodedLog
 from recclr.known_positives import KnownPositives
 
+pytestmark = pytest.mark.usefixtures("both_kernels")
+
 
 def case(seed, num_users, num_items, num_rows, batch_size, num_candidates):
     draws = torch.Generator().manual_seed(seed)

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from recclr.errors import CheckpointError
 from recclr.optim import Table, TableOptimizer, _rounded, summed_rows
 
+pytestmark = pytest.mark.usefixtures("both_kernels")
+
 NUM_ROWS, DIM, LR = 7, 3, 0.05
 KINDS = ("adam", "rowwise_adam", "rowwise_adagrad", "sgd")
 

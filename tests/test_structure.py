@@ -67,6 +67,7 @@ FLOORS = {
     3: {
         "topk",
         "coarse",
+        "compiled_scan",
         "selection",
         "checkpoint",
         "keeping",

@@ -11,6 +11,8 @@ from recclr.data.log import Csr
 from recclr.errors import DivergedError, ShapeError
 from recclr.topk import EmbeddingRanker, top_k, top_k_of_scores
 
+pytestmark = pytest.mark.usefixtures("both_kernels")
+
 
 def by_stable_sort(scores, k, seen=None, items=None):
     """Slow twin: mask, then sort each row by (score descending, item ascending)."""

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <immintrin.h>
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -92,6 +93,24 @@ inline float highest(vec x) {
   float best = x[0];
   for (int i = 1; i < LANES; i++) best = x[i] > best ? x[i] : best;
   return best;
+}
+
+// One bit for each number above ``floor``, the lowest for the first; none for what is no number.
+inline uint32_t above(vec x, float floor) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(floor), _CMP_GT_OQ);
+#else
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(floor), _CMP_GT_OQ));
+#endif
+}
+
+// Whether any of them is no number.
+inline bool broken(vec x) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+#else
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)x, _CMP_UNORD_Q));
+#endif
 }
 
 inline float total(vec x) {

@@ -143,6 +143,45 @@ def places_of(parts: Sequence[Part]) -> Tensor:
     return torch.cat(found)
 
 
+def bags(
+    kernels: CDLL, vectors: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor | None
+) -> Tensor:
+    """As ``bags.weighted_bags``, without a gradient."""
+    vectors = vectors.contiguous()
+    starts = torch.cat([offsets, offsets.new_tensor([len(rows)])])
+    result = vectors.new_empty((len(offsets), vectors.shape[1]))
+    _bags(kernels, starts, None, rows.contiguous(), weights, vectors, result)
+    return result
+
+
+def bags_backward(
+    kernels: CDLL, grad: Tensor, rows: Tensor, owners: Tensor, weights: Tensor | None, size: int
+) -> Tensor | None:
+    """Gradient of the ``size`` vectors that ``bags`` was given. owners: int64 [n], bag of each."""
+    groups = _grouped(kernels, rows)
+    if groups is None:
+        return None
+    grad = grad.contiguous()
+    found = grad.new_empty((len(groups.distinct), grad.shape[1]))
+    _bags(kernels, groups.starts, groups.order, owners, weights, grad, found)
+    if len(found) == size:
+        return found
+    return grad.new_zeros((size, grad.shape[1])).index_copy_(0, groups.distinct, found)
+
+
+def _bags(
+    kernels: CDLL,
+    starts: Tensor,
+    order: Tensor | None,
+    rows: Tensor,
+    weights: Tensor | None,
+    vectors: Tensor,
+    result: Tensor,
+) -> None:
+    arrays = (address(x) for x in (starts, order, rows, weights, vectors, result))
+    kernels.recclr_bags(*result.shape, *arrays, torch.get_num_threads())
+
+
 def unit(kernels: CDLL, x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of float32 [M, D] over their lengths, and these, [M, 1], at least 1e-12."""
     x = x.contiguous()

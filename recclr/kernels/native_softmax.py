@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from recclr.errors import ShapeError
 from recclr.kernels.native import address
@@ -130,8 +129,12 @@ class _LogSumExp(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # Not once_differentiable, which would give a gradient without one of its own.
+            raise RuntimeError(
+                "the compiled kernels have no automatic differentiation of gradients"
+            )
         queries, candidates, log_weights, result = ctx.saved_tensors
         problem = _Problem(queries, candidates, log_weights, ctx.mask)
         slope = grad_outputs[0].contiguous()

@@ -11,6 +11,8 @@ from recclr.kernels import PairMask, fused, masked_logsumexp, tiled, total_contr
 from recclr.kernels.reference import masked_logsumexp_reference
 from recclr.losses import contrastive_loss, contrastive_slopes
 
+pytestmark = pytest.mark.usefixtures("plain_kernels")
+
 NAMES = ("queries", "candidates", "positive_logits")
 
 

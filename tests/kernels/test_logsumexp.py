@@ -10,13 +10,23 @@ from hypothesis import strategies as st
 
 import recclr.kernels.tiled as tiled
 from recclr.errors import ShapeError
-from recclr.kernels import BitMask, PairMask, masked_logsumexp
+from recclr.kernels import BitMask, PairMask, masked_logsumexp, native
 from recclr.kernels.reference import masked_logsumexp_reference
 
+pytestmark = pytest.mark.usefixtures("plain_kernels")
 
-@pytest.fixture(params=["kept", "recomputed", "kept, shifted by row", "recomputed, by row"])
+
+PATHS = ("kept", "recomputed", "kept, shifted by row", "recomputed, by row", "compiled")
+
+
+@pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
     """Every way to the probabilities of the backward pass, in tiles of 16 x 16."""
+    if request.param == "compiled":
+        monkeypatch.setattr(native, "_off", False)
+        if native.library() is None:
+            pytest.skip(str(native.why_not()))
+        return request.param
     monkeypatch.setitem(tiled._TILE_BYTES, "cpu", 1)
     monkeypatch.setitem(tiled._MAX_WIDTH, "cpu", 16)
     monkeypatch.setattr(tiled, "_STORE_BYTES", 1 << 27 if "kept" in request.param else 0)
@@ -315,7 +325,7 @@ def test_not_a_number_is_passed_on_and_not_hidden(path):
     assert result[16].isnan()
 
 
-def test_second_derivatives_are_refused_and_not_dropped():
+def test_second_derivatives_are_refused_and_not_dropped(path):
     leaves = [torch.randn(4, 3).requires_grad_(), torch.randn(5, 3).requires_grad_()]
     for leaf in leaves:
         result = masked_logsumexp(*leaves, torch.zeros(5)).sum()

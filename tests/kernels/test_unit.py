@@ -6,6 +6,8 @@ from torch.nn.functional import normalize
 
 from recclr.kernels import unit_rows
 
+pytestmark = pytest.mark.usefixtures("both_kernels")
+
 
 def both(x, upstream):
     for function in (unit_rows, normalize):

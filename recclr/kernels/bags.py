@@ -1,0 +1,62 @@
+"""Weighted sums of bags of vectors, with a gradient that costs what the bags hold.
+
+Shape letters: U vectors, D dimension, M bags, n rows in all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
+
+from recclr.kernels import native, native_rows
+
+
+def weighted_bags(
+    vectors: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Sum of weight times vector over each bag, float32 [M, D]; zero where a bag is empty.
+
+    Args:
+        vectors: float [U, D], at least one. rows: int64 [n], each in [0, U).
+        offsets: int64 [M], start of each bag, the first 0.
+        weights: float32 [n], no gradient; None for ones.
+    """
+    kernels = native.usable(vectors)
+    plain = vectors.dtype != torch.float32
+    if weights is not None:
+        plain = plain or weights.dtype != torch.float32 or weights.requires_grad
+    if kernels is None or plain:
+        return embedding_bag(rows, vectors, offsets, mode="sum", per_sample_weights=weights)
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(vectors):
+        raise IndexError(f"a bag asks for a vector that is none of {len(vectors)}")
+    result: Tensor = _Bags.apply(vectors, rows, offsets, weights)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Bags(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, vectors: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        kernels = native.library()
+        assert kernels is not None
+        ctx.kernels, ctx.size = kernels, len(vectors)
+        ctx.save_for_backward(rows, offsets, weights)
+        return native_rows.bags(kernels, vectors, rows, offsets, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, offsets, weights = ctx.saved_tensors
+        lengths = torch.diff(offsets, append=offsets.new_tensor([len(rows)]))
+        bags = torch.arange(len(offsets), device=rows.device)
+        owners = bags.repeat_interleave(lengths, output_size=len(rows))
+        found = native_rows.bags_backward(
+            ctx.kernels, grad_outputs[0], rows, owners, weights, ctx.size
+        )
+        assert found is not None, "rows are places among vectors in memory"
+        return found, None, None, None
