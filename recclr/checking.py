@@ -15,6 +15,7 @@ from recclr.data.split import Split
 from recclr.errors import ConfigError
 from recclr.evaluate import EvaluationSet
 from recclr.judge import judged_by
+from recclr.kernels import native
 from recclr.little_data import advise
 from recclr.load import pick_device
 from recclr.negatives import lost_negatives
@@ -118,6 +119,7 @@ def check_data(
     del found["inputs"]
     found["encoded"] = data.prepared.counts
     train = data.prepared.tensors.train
+    found["notes"] += _slow_kernels(device)
     found["amount"] = advise(data.log, train, data.examples, settings).to_json()
     if batch_sizes:
         found |= _batch_sizes(settings, data, device)
@@ -135,6 +137,13 @@ def _batch_sizes(config: Config, data: Data, device: str) -> dict[str, Any]:
         "batch_sizes": [asdict(trial) for trial in trials],
         "fastest_batch_size": fastest(trials).batch_size,
     }
+
+
+def _slow_kernels(device: str) -> list[str]:
+    reason = native.why_not()
+    if reason is None or pick_device(device) != "cpu":
+        return []
+    return [f"training on this CPU takes two to three times as long as it could: {reason}"]
 
 
 def _long_rankings(config: Config, num_items: int) -> list[str]:

@@ -317,6 +317,8 @@ def environment(device: str) -> dict[str, Any]:
     """Versions, machine and, where there is one, the git revision of the working folder."""
     import torch
 
+    from recclr.kernels import native
+
     versions: dict[str, str | None] = {}
     for name in _LIBRARIES:
         try:
@@ -329,6 +331,7 @@ def environment(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "cpu_kernels": native.description(),
         "device": device,
         "gpu": gpu,
         "versions": versions,

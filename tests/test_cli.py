@@ -10,6 +10,7 @@ import pytest
 from recclr.cli import app
 from recclr.console import RunProgress, print_frame, print_results, working
 from recclr.errors import InterruptedTraining
+from recclr.kernels import native
 
 pytestmark = pytest.mark.usefixtures("no_power_cut")
 
@@ -215,6 +216,16 @@ def test_check_takes_tables_or_a_configuration(recclr, small_data, small_config)
         ("check", "--config", small_config, "--users", tables[1]),
     ):
         assert recclr(*wrong).code == 2
+
+
+def test_check_says_where_training_is_slower_than_it_could_be(recclr, small_config):
+    def slow():
+        done = recclr("check", "--config", small_config, "--json")
+        return [note for note in json.loads(done.out)["notes"] if "as long as it could" in note]
+
+    assert len(slow()) == (native.why_not() is not None)
+    with native.turned_off():
+        assert slow()[0].endswith("two to three times as long as it could: turned off")
 
 
 def test_check_says_what_accumulation_loses(recclr, small_config):

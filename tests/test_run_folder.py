@@ -11,6 +11,7 @@ import pytest
 from recclr import run_folder
 from recclr.config import load_config, parse_config
 from recclr.errors import CheckpointError, ConfigError, DataError, StoreError
+from recclr.kernels import native
 from recclr.load import pick_device
 
 pytestmark = pytest.mark.usefixtures("no_power_cut")
@@ -255,6 +256,10 @@ def test_the_environment_can_be_compared():
     found = run_folder.environment("cpu")
     assert found["device"] == "cpu"
     assert found["gpu"] is None
+    assert found["cpu_kernels"] == native.description()
+    with native.turned_off():
+        told = run_folder.environment("cpu")["cpu_kernels"]
+    assert told == "those of PyTorch alone: turned off"
     assert {"torch", "numpy", "polars"} <= {n for n, v in found["versions"].items() if v}
     assert json.loads(json.dumps(found)) == found
 

@@ -59,6 +59,13 @@ def why_not() -> str | None:
     return "turned off" if _off else _loaded()[1]
 
 
+def description() -> str:
+    """Which kernels run on the CPU, for a person."""
+    reason = why_not()
+    kind = torch.backends.cpu.get_cpu_capability()
+    return f"compiled, {kind}" if reason is None else f"those of PyTorch alone: {reason}"
+
+
 @contextmanager
 def turned_off() -> Iterator[None]:
     """Within it the twins in PyTorch run."""
