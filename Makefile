@@ -17,7 +17,8 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.core: $(VENV)/.created pyproject.toml constraints.txt
+# Installing compiles the kernels for CPUs, where there is a compiler.
+$(VENV)/.core: $(VENV)/.created pyproject.toml constraints.txt hatch_build.py $(wildcard recclr/cpp/*.cpp recclr/cpp/*.h)
 	$(INSTALL) --editable .
 	touch $@
 
