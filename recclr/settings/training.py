@@ -58,9 +58,9 @@ class TrainSettings:
     """Show users and items as they stood up to so many days before the event, drawn uniformly, as
     at an evaluation that freezes them at the cut-off."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """``bfloat16``: towers and, on a GPU, the products of the loss, with sums and the loss itself in
-    float32. On a CPU the loss is computed so where compiled kernels are missing only (they are
-    faster in float32). ``auto``: on a GPU only."""
+    """``bfloat16``: towers and, on a GPU, the products of the loss; sums and the loss itself are in
+    float32. On a CPU the loss takes it where compiled kernels, which are faster in float32, are
+    missing. ``auto``: on a GPU only."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Capture a step as a CUDA graph and replay it: on a GPU, where nothing stands against it."""
     compile: bool | Literal["auto"] = "auto"
