@@ -9,6 +9,8 @@
 namespace {
 
 const int DIGIT = 11, BUCKETS = 1 << DIGIT;
+// Rows of a table lie anywhere: they are asked for so many turns before they are needed.
+const int64_t AHEAD = 8;
 const double BETA_1 = 0.9, BETA_2 = 0.999;
 const float EPSILON = 1e-8f;
 
@@ -98,7 +100,7 @@ void move(Kind kind, const State &s, int64_t row, const float *g, int64_t dim, f
 
 void fetch(const float *at, int64_t dim) {
   if (!at) return;
-  for (int64_t k = 0; k < dim; k += 16) __builtin_prefetch(at + k, 1);
+  for (int64_t k = 0; k < dim; k += 16) __builtin_prefetch(at + k);
 }
 
 } // namespace
@@ -144,11 +146,11 @@ void recclr_move(int32_t kind, int64_t found, const int64_t *distinct, const int
     // Popular rows have many look-ups: pieces go to whoever is free.
 #pragma omp for schedule(dynamic, 128)
     for (int64_t r = 0; r < found; r++) {
-      if (r + 4 < found && kind != SUM) {
-        int64_t next = distinct[r + 4] * dim;
-        fetch(weight + next, dim);
-        fetch(first ? first + next : 0, dim);
-        fetch(wide_second ? second + next : 0, dim);
+      if (r + AHEAD < found && kind != SUM) {
+        int64_t next = distinct[r + AHEAD];
+        fetch(weight + next * dim, dim);
+        fetch(first ? first + next * dim : 0, dim);
+        if (second) fetch(wide_second ? second + next * dim : second + next, wide_second ? dim : 1);
       }
       int64_t low = starts ? starts[r] : r, high = starts ? starts[r + 1] : r + 1;
       const float *g = gradients.of(low);
@@ -179,6 +181,7 @@ void recclr_bags(int64_t bags, int64_t dim, const int64_t *starts, const int64_t
     memset(sum, 0, sizeof(float) * dim);
     for (int64_t i = starts[r]; i < starts[r + 1]; i++) {
       int64_t j = order ? order[i] : i;
+      if (i + AHEAD < starts[bags]) fetch(from + rows[order ? order[i + AHEAD] : j + AHEAD] * dim, dim);
       const float *one = from + rows[j] * dim;
       const float weight = weights ? weights[j] : 1.f;
 #pragma omp simd
