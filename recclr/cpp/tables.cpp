@@ -171,23 +171,30 @@ void recclr_move(int32_t kind, int64_t found, const int64_t *distinct, const int
 }
 
 // result[R, D]: sum over i from starts[r] to starts[r + 1] of weights[j] * from[rows[j]], where j is
-// order[i], or i without an order; weights may be null for ones.
-void recclr_bags(int64_t bags, int64_t dim, const int64_t *starts, const int64_t *order,
-                 const int64_t *rows, const float *weights, const float *from, float *result,
-                 int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 64)
+// order[i], or i without an order; weights may be null for ones. Gives how many rows are none of
+// ``size``, which are left out.
+int64_t recclr_bags(int64_t bags, int64_t dim, const int64_t *starts, const int64_t *order,
+                    const int64_t *rows, const float *weights, const float *from, int64_t size,
+                    float *result, int64_t threads) {
+  int64_t strangers = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 64) reduction(+ : strangers)
   for (int64_t r = 0; r < bags; r++) {
     float *sum = result + r * dim;
     memset(sum, 0, sizeof(float) * dim);
     for (int64_t i = starts[r]; i < starts[r + 1]; i++) {
       int64_t j = order ? order[i] : i;
       if (i + AHEAD < starts[bags]) fetch(from + rows[order ? order[i + AHEAD] : j + AHEAD] * dim, dim);
+      if (rows[j] < 0 || rows[j] >= size) {
+        strangers++;
+        continue;
+      }
       const float *one = from + rows[j] * dim;
       const float weight = weights ? weights[j] : 1.f;
 #pragma omp simd
       for (int64_t k = 0; k < dim; k++) sum[k] += weight * one[k];
     }
   }
+  return strangers;
 }
 
 // unit[M, D] = x / max(length, 1e-12), lengths[M].

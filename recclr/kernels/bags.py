@@ -24,6 +24,9 @@ def weighted_bags(
         vectors: float [U, D], at least one. rows: int64 [n], each in [0, U).
         offsets: int64 [M], start of each bag, the first 0.
         weights: float32 [n], no gradient; None for ones.
+
+    Raises:
+        IndexError: a row is none of the U vectors (RuntimeError where PyTorch finds it).
     """
     kernels = native.usable(vectors)
     plain = vectors.dtype != torch.float32
@@ -31,8 +34,6 @@ def weighted_bags(
         plain = plain or weights.dtype != torch.float32 or weights.requires_grad
     if kernels is None or plain:
         return embedding_bag(rows, vectors, offsets, mode="sum", per_sample_weights=weights)
-    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(vectors):
-        raise IndexError(f"a bag asks for a vector that is none of {len(vectors)}")
     result: Tensor = _Bags.apply(vectors, rows, offsets, weights)  # type: ignore[no-untyped-call]
     return result
 

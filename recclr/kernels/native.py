@@ -37,7 +37,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
         [ctypes.c_int32, _INT, *[_POINTER] * 6, _INT, *[_POINTER] * 4, _FLOAT, _INT],
         None,
     ),
-    "recclr_bags": ([_INT] * 2 + [_POINTER] * 6 + [_INT], None),
+    "recclr_bags": ([_INT] * 2 + [_POINTER] * 5 + [_INT, _POINTER, _INT], _INT),
     "recclr_unit": ([_INT] * 2 + [_POINTER] * 3 + [_INT], None),
     "recclr_unit_backward": ([_INT] * 2 + [_POINTER] * 4 + [_INT], None),
     "recclr_top_k_room": ([_INT] * 4, _INT),

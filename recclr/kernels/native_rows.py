@@ -68,7 +68,7 @@ def summed(kernels: CDLL, parts: Sequence[Part]) -> tuple[Tensor, Tensor] | None
     """
     if any(grads.dtype != torch.float32 for _, grads, _ in parts):
         return None
-    groups = _grouped(kernels, torch.cat([rows for rows, _, _ in parts]))
+    groups = _grouped(kernels, _rows_of(parts))
     if groups is None:
         return None
     sums = parts[0][1].new_empty((len(groups.distinct), parts[0][1].shape[1]))
@@ -94,7 +94,7 @@ def move(
         return False
     if not all(x.is_contiguous() for x in (weight, *state.values())):
         return False
-    groups = _grouped(kernels, torch.cat([rows for rows, _, _ in parts]))
+    groups = _grouped(kernels, _rows_of(parts))
     if groups is None:
         return False
     _move(kernels, kind, groups, parts, weight, state, lr)
@@ -132,8 +132,15 @@ def _move(
     )
 
 
+def _rows_of(parts: Sequence[Part]) -> Tensor:
+    return parts[0][0] if len(parts) == 1 else torch.cat([rows for rows, _, _ in parts])
+
+
 def places_of(parts: Sequence[Part]) -> Tensor:
     """Where the gradient of each row stands among those of all parts, int64 [n]."""
+    first = parts[0][2]
+    if len(parts) == 1 and first is not None:
+        return first.contiguous()
     found, before = [], 0
     for rows, grads, places in parts:
         if places is None:
@@ -146,7 +153,11 @@ def places_of(parts: Sequence[Part]) -> Tensor:
 def bags(
     kernels: CDLL, vectors: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor | None
 ) -> Tensor:
-    """As ``bags.weighted_bags``, without a gradient."""
+    """As ``bags.weighted_bags``, without a gradient.
+
+    Raises:
+        IndexError: as there.
+    """
     vectors = vectors.contiguous()
     starts = torch.cat([offsets, offsets.new_tensor([len(rows)])])
     result = vectors.new_empty((len(offsets), vectors.shape[1]))
@@ -178,8 +189,10 @@ def _bags(
     vectors: Tensor,
     result: Tensor,
 ) -> None:
-    arrays = (address(x) for x in (starts, order, rows, weights, vectors, result))
-    kernels.recclr_bags(*result.shape, *arrays, torch.get_num_threads())
+    arrays = (address(x) for x in (starts, order, rows, weights, vectors))
+    out = len(vectors), address(result), torch.get_num_threads()
+    if kernels.recclr_bags(*result.shape, *arrays, *out):
+        raise IndexError(f"a bag asks for a vector that is none of {len(vectors)}")
 
 
 def unit(kernels: CDLL, x: Tensor) -> tuple[Tensor, Tensor]:
