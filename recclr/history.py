@@ -120,7 +120,7 @@ class HistoryPart(nn.Module):
             # One draw for an item, wherever it stands.
             found = padded_distinct(flat, len(flat))
             wanted = replace(wanted, whole=Rows(found.values), places=found.inverse())
-        vectors = torch.stack([part(wanted) for part in self.item_parts]).sum(0)
+        vectors = self._vectors(wanted)
         pooled = (vectors.view(*places.shape, -1) * weights[:, :, None]).sum(1)
         return self._shown(pooled, weights.square().sum(1), rows.dropped(self.dropout))
 
@@ -137,7 +137,7 @@ class HistoryPart(nn.Module):
         hidden = rows.dropped(self.dropout)
         wanted = self._wanted(distinct, rows)
         # Also without any item: the tables of another rank may wait for this lookup.
-        vectors = torch.stack([part(wanted) for part in self.item_parts]).sum(0)
+        vectors = self._vectors(wanted)
         if not len(distinct):
             return self.missing.expand(bags.num_rows, -1)
         pooled = weighted_bags(vectors, inverse, bags.offsets[:-1], weights)
@@ -156,6 +156,11 @@ class HistoryPart(nn.Module):
         if not len(every):
             return wanted
         return replace(wanted, whole=Rows(every), places=torch.searchsorted(every, distinct))
+
+    def _vectors(self, wanted: Rows) -> Tensor:
+        first, *others = (part(wanted) for part in self.item_parts)
+        vectors: Tensor = sum(others, first)
+        return vectors
 
     def _items(self, idx: Tensor, rows: Rows) -> Rows:
         """As the item parts are asked for them on behalf of ``rows``."""
