@@ -2,20 +2,33 @@
 // with gradients: what kernels/tiled.py and kernels/fused.py compute, in blocks that stay in cache.
 //
 // Shape letters: B queries, C candidates, D dimension. All matrices lie row by row without gaps.
-// Each thread has a share of the rows, and a gradient of all candidates of its own, which are added
-// up in the order of the threads: results depend on their number, not on chance.
+// Each thread has a share of the rows, and a gradient of the candidates of its own, which are added
+// up in the order of the threads: results depend on their number, not on chance. Candidates of which
+// a thread cannot keep whole rows of logits come a slice at a time, so that memory beside arguments
+// and gradients stays bounded whatever C is.
 
 #include "product.h"
 
 namespace {
 
 const float NONE = -INFINITY;
+// Most rows that a thread has in hand.
+const int64_t MOST_ROWS = 96;
+// Floats of a slice of candidates, with all that is kept of it.
+const int64_t SLICE = 1 << 24;
 
 struct Problem {
   int64_t rows, candidates, dim;
   const float *queries, *vectors, *log_weights;
   const int64_t *masked_rows, *masked_columns; // rows rising
-  int64_t masked;
+  int64_t masked, first = 0;                   // of the candidates, among those that columns count
+
+  Problem slice(int64_t from, int64_t to) const {
+    Problem part = *this;
+    part.candidates = to - from, part.first = from;
+    part.vectors += from * dim, part.log_weights += from;
+    return part;
+  }
 };
 
 // How a problem is cut, and where each piece of a buffer begins, in floats.
@@ -26,14 +39,14 @@ struct Plan {
   Plan(const Problem &p, int64_t wanted, int64_t floats, bool backward) {
     dims = up(p.dim, LANES);
     columns = up(p.candidates, PANEL);
-    // Blocks of candidates of which 96 rows fit; a row that fits whole is kept for its gradient.
-    int64_t most = up(floats / 96, PANEL);
+    // Blocks of candidates of which MOST_ROWS fit; a row that fits whole is kept for its gradient.
+    int64_t most = up(floats / MOST_ROWS, PANEL);
     bool whole = columns * 24 <= floats;
     blocks = whole ? 1 : (columns + most - 1) / most;
     width = up((columns + blocks - 1) / blocks, PANEL);
     blocks = (columns + width - 1) / width;
     height = floats / width / TALL * TALL;
-    height = height < 24 ? 24 : height > 96 ? 96 : height;
+    height = height < 24 ? 24 : height > MOST_ROWS ? MOST_ROWS : height;
     int64_t groups = (p.rows + TALL - 1) / TALL;
     threads = wanted < groups ? wanted : groups;
     if (threads < 1) threads = 1;
@@ -77,6 +90,14 @@ void pack(const Problem &p, const Plan &plan, float *buffer, bool backward) {
       for (int64_t k = 0; k < plan.dims; k++) to[k] = real && k < p.dim ? from[k] : 0.f;
     }
   }
+}
+
+// Candidates of a slice: all, where a thread can keep whole rows of logits.
+int64_t slice_of(const Problem &p, int64_t threads, int64_t floats) {
+  Plan plan(p, threads, floats, true);
+  if (plan.blocks == 1) return p.candidates;
+  int64_t most = SLICE / (plan.dims * (plan.threads + 2)) / plan.width * plan.width;
+  return least(p.candidates, most > plan.width ? most : plan.width);
 }
 
 int64_t first_masked(const Problem &p, int64_t row) {
@@ -129,7 +150,7 @@ struct Rows {
       for (int64_t j = 0; j < width; j += LANES) store(row + j, load(row + j) + load(weights + j));
     }
     for (int64_t at = mask_from; at < mask_to; at++) {
-      int64_t column = p.masked_columns[at] - left;
+      int64_t column = p.masked_columns[at] - p.first - left;
       if (column >= 0 && column < width) logits[(p.masked_rows[at] - top) * plan.line + column] = NONE;
     }
   }
@@ -156,9 +177,9 @@ struct Rows {
     return total(sum);
   }
 
-  // Largest logit and sum of exponentials beside it of each row; with one block they stay.
+  // Largest logit and sum of exponentials beside it of each row, brought up to date with these
+  // candidates; with one block the exponentials stay.
   void sum_up(float *shift, float *sum) {
-    for (int64_t i = 0; i < count; i++) shift[i] = NONE, sum[i] = 0;
     for (int64_t b = 0; b < plan.blocks; b++) {
       score(b);
       int64_t width = width_of(b);
@@ -196,8 +217,10 @@ struct Rows {
 
   void end_gradients(const float *scale, float *grad_queries) {
     for (int64_t i = 0; i < count; i++)
-      for (int64_t k = 0; k < p.dim; k++)
-        grad_queries[(top + i) * p.dim + k] = moved[i * plan.dims + k] * scale[i];
+      for (int64_t k = 0; k < p.dim; k++) {
+        float &into = grad_queries[(top + i) * p.dim + k], more = moved[i * plan.dims + k] * scale[i];
+        into = p.first ? into + more : more;
+      }
   }
 };
 
@@ -236,47 +259,25 @@ float log_of_both(float a, float b) {
   return high + log1pf(expf(low - high));
 }
 
-} // namespace
-
-extern "C" {
-
-// Floats that ``buffer`` must hold. floats: of logits that a thread keeps in its cache.
-int64_t recclr_room(int64_t rows, int64_t candidates, int64_t dim, int64_t threads, int64_t floats,
-                    int32_t backward) {
-  Problem p = {rows, candidates, dim, 0, 0, 0, 0, 0, 0};
-  return Plan(p, threads, floats, backward).room;
-}
-
-// result[B]: as kernels.masked_logsumexp_reference.
-void recclr_logsumexp(int64_t rows, int64_t candidates, int64_t dim, const float *queries,
-                      const float *vectors, const float *log_weights, const int64_t *masked_rows,
-                      const int64_t *masked_columns, int64_t masked, int64_t threads,
-                      int64_t floats, float *buffer, float *result) {
-  Problem p = {rows, candidates, dim, queries, vectors, log_weights, masked_rows, masked_columns, masked};
-  Plan plan(p, threads, floats, false);
+// shift, sum: [B] of what came before.
+void sum_slice(const Problem &p, const Plan &plan, float *buffer, float *shift, float *sum) {
   pack(p, plan, buffer, false);
 #pragma omp parallel for num_threads(plan.threads) schedule(static, 1)
   for (int64_t t = 0; t < plan.threads; t++) {
     Rows mine(p, plan, buffer, t);
     int64_t end = edge(p, plan, t + 1);
-    float shift[96], sum[96];
     for (int64_t top = edge(p, plan, t); top < end; top += plan.height) {
       mine.take(top, least(plan.height, end - top));
-      mine.sum_up(shift, sum);
-      for (int64_t i = 0; i < mine.count; i++) result[top + i] = logarithm(shift[i], sum[i]);
+      mine.sum_up(shift + top, sum + top);
     }
   }
 }
 
-// Gradients of sum(slope * logsumexp). grad_weights: [threads, columns] of partial sums, or null.
-void recclr_logsumexp_backward(int64_t rows, int64_t candidates, int64_t dim, const float *queries,
-                               const float *vectors, const float *log_weights,
-                               const int64_t *masked_rows, const int64_t *masked_columns,
-                               int64_t masked, int64_t threads, int64_t floats, float *buffer,
-                               const float *result, const float *slope, float *grad_queries,
-                               float *grad_candidates, float *grad_weights) {
-  Problem p = {rows, candidates, dim, queries, vectors, log_weights, masked_rows, masked_columns, masked};
-  Plan plan(p, threads, floats, true);
+// Gradients of what has ``slope`` by the log-sum-exps ``result``. grad_weights: [threads, stride]
+// of partial sums from the slice's first candidate on, or null.
+void pull_slice(const Problem &p, const Plan &plan, float *buffer, const float *result,
+                const float *slope, float *grad_queries, float *grad_candidates,
+                float *grad_weights, int64_t stride) {
   pack(p, plan, buffer, true);
 #pragma omp parallel for num_threads(plan.threads) schedule(static, 1)
   for (int64_t t = 0; t < plan.threads; t++) {
@@ -293,9 +294,9 @@ void recclr_logsumexp_backward(int64_t rows, int64_t candidates, int64_t dim, co
           float whole = result[top + i];
           mine.raise(i, width, whole == NONE ? 0.f : whole);
           if (!grad_weights) continue;
-          float *into = grad_weights + t * candidates + b * plan.width;
+          float *into = grad_weights + t * stride + b * plan.width;
           const float *from = mine.logits + i * plan.line;
-          for (int64_t j = 0; j < least(width, candidates - b * plan.width); j++)
+          for (int64_t j = 0; j < least(width, p.candidates - b * plan.width); j++)
             into[j] += slope[top + i] * from[j];
         }
         mine.pull(b);
@@ -304,6 +305,107 @@ void recclr_logsumexp_backward(int64_t rows, int64_t candidates, int64_t dim, co
     }
   }
   add_up(p, plan, buffer, grad_candidates);
+}
+
+// What a row's loss is made of, beside its log-partition.
+struct Losses {
+  const float *positives, *row_weights, *own;
+  float power;
+  float *losses, *grad_positives, *grad_own;
+
+  // Loss and gradients of row r. whole: log-partition of the shared candidates, to which the row's
+  // own is added. Gives the slope by the whole, weighted.
+  float row(int64_t r, float &whole) const {
+    if (own) whole = log_of_both(whole, own[r]);
+    float slope, pull;
+    if (power == power) {
+      losses[r] = (whole == NONE ? 0.f : power * whole) - positives[r];
+      slope = -1.f, pull = whole == NONE ? 0.f : power;
+    } else {
+      losses[r] = log_of_both(positives[r], whole) - positives[r];
+      pull = 1.f / (1.f + expf(positives[r] - whole));
+      slope = -pull;
+    }
+    grad_positives[r] = slope * row_weights[r];
+    pull *= row_weights[r];
+    if (own) grad_own[r] = pull * share(own[r], whole);
+    return pull;
+  }
+};
+
+// All in one pass over the rows, whose exponentials stay where they are.
+void contrast(const Problem &p, const Plan &plan, float *buffer, const Losses &each,
+              float *grad_queries, float *grad_candidates) {
+  pack(p, plan, buffer, true);
+#pragma omp parallel for num_threads(plan.threads) schedule(static, 1)
+  for (int64_t t = 0; t < plan.threads; t++) {
+    Rows mine(p, plan, buffer, t);
+    clear(plan, mine);
+    int64_t end = edge(p, plan, t + 1);
+    float shift[MOST_ROWS], sum[MOST_ROWS], scale[MOST_ROWS];
+    for (int64_t top = edge(p, plan, t); top < end; top += plan.height) {
+      mine.take(top, least(plan.height, end - top));
+      for (int64_t i = 0; i < mine.count; i++) shift[i] = NONE, sum[i] = 0;
+      mine.sum_up(shift, sum);
+      for (int64_t i = 0; i < mine.count; i++) {
+        float whole = logarithm(shift[i], sum[i]);
+        scale[i] = each.row(top + i, whole);
+        // Exponentials are relative to their row's largest.
+        scale[i] *= share(shift[i], whole);
+      }
+      mine.begin_gradients(scale);
+      mine.pull(0);
+      mine.end_gradients(scale, grad_queries);
+    }
+  }
+  add_up(p, plan, buffer, grad_candidates);
+}
+
+} // namespace
+
+extern "C" {
+
+// Floats that ``buffer`` must hold. floats: of logits that a thread keeps in its cache.
+int64_t recclr_room(int64_t rows, int64_t candidates, int64_t dim, int64_t threads, int64_t floats,
+                    int32_t backward) {
+  Problem p = {rows, candidates, dim, 0, 0, 0, 0, 0, 0};
+  int64_t step = slice_of(p, threads, floats), left = step ? candidates % step : 0;
+  int64_t room = Plan(p.slice(0, step), threads, floats, backward).room;
+  // The last slice has fewer candidates, but may be cut in wider blocks.
+  int64_t last = left ? Plan(p.slice(0, left), threads, floats, backward).room : 0;
+  return 2 * up(rows, 16) + (last > room ? last : room);
+}
+
+// result[B]: as kernels.masked_logsumexp_reference.
+void recclr_logsumexp(int64_t rows, int64_t candidates, int64_t dim, const float *queries,
+                      const float *vectors, const float *log_weights, const int64_t *masked_rows,
+                      const int64_t *masked_columns, int64_t masked, int64_t threads,
+                      int64_t floats, float *buffer, float *result) {
+  Problem p = {rows, candidates, dim, queries, vectors, log_weights, masked_rows, masked_columns, masked};
+  float *shift = buffer, *sum = buffer + up(rows, 16), *room = sum + up(rows, 16);
+  for (int64_t r = 0; r < rows; r++) shift[r] = NONE, sum[r] = 0;
+  int64_t step = slice_of(p, threads, floats);
+  for (int64_t from = 0; from < candidates; from += step) {
+    Problem part = p.slice(from, least(from + step, candidates));
+    sum_slice(part, Plan(part, threads, floats, false), room, shift, sum);
+  }
+  for (int64_t r = 0; r < rows; r++) result[r] = logarithm(shift[r], sum[r]);
+}
+
+// Gradients of sum(slope * logsumexp). grad_weights: [threads, C] of partial sums, or null.
+void recclr_logsumexp_backward(int64_t rows, int64_t candidates, int64_t dim, const float *queries,
+                               const float *vectors, const float *log_weights,
+                               const int64_t *masked_rows, const int64_t *masked_columns,
+                               int64_t masked, int64_t threads, int64_t floats, float *buffer,
+                               const float *result, const float *slope, float *grad_queries,
+                               float *grad_candidates, float *grad_weights) {
+  Problem p = {rows, candidates, dim, queries, vectors, log_weights, masked_rows, masked_columns, masked};
+  int64_t step = slice_of(p, threads, floats);
+  for (int64_t from = 0; from < candidates; from += step) {
+    Problem part = p.slice(from, least(from + step, candidates));
+    pull_slice(part, Plan(part, threads, floats, true), buffer, result, slope, grad_queries,
+               grad_candidates + from * dim, grad_weights ? grad_weights + from : 0, candidates);
+  }
 }
 
 // Losses of all rows and the gradients of their weighted sum, as kernels/fused.py has it.
@@ -318,48 +420,16 @@ void recclr_contrastive(int64_t rows, int64_t candidates, int64_t dim, const flo
                         float *grad_own) {
   Problem p = {rows, candidates, dim, queries, vectors, log_weights, masked_rows, masked_columns, masked};
   Plan plan(p, threads, floats, true);
-  pack(p, plan, buffer, true);
-#pragma omp parallel for num_threads(plan.threads) schedule(static, 1)
-  for (int64_t t = 0; t < plan.threads; t++) {
-    Rows mine(p, plan, buffer, t);
-    clear(plan, mine);
-    int64_t end = edge(p, plan, t + 1);
-    float shift[96], sum[96], scale[96];
-    for (int64_t top = edge(p, plan, t); top < end; top += plan.height) {
-      mine.take(top, least(plan.height, end - top));
-      mine.sum_up(shift, sum);
-      for (int64_t i = 0; i < mine.count; i++) {
-        int64_t r = top + i;
-        float whole = logarithm(shift[i], sum[i]);
-        if (own) whole = log_of_both(whole, own[r]);
-        float slope, pull;
-        if (power == power) {
-          losses[r] = (whole == NONE ? 0.f : power * whole) - positives[r];
-          slope = -1.f, pull = whole == NONE ? 0.f : power;
-        } else {
-          losses[r] = log_of_both(positives[r], whole) - positives[r];
-          pull = 1.f / (1.f + expf(positives[r] - whole));
-          slope = -pull;
-        }
-        grad_positives[r] = slope * row_weights[r];
-        pull *= row_weights[r];
-        if (own) grad_own[r] = pull * share(own[r], whole);
-        // Kept exponentials are relative to their row's largest; those made again, to the whole.
-        scale[i] = pull * (plan.blocks == 1 ? share(shift[i], whole) : (whole == NONE ? 0.f : 1.f));
-        shift[i] = whole == NONE ? 0.f : whole;
-      }
-      mine.begin_gradients(scale);
-      for (int64_t b = 0; b < plan.blocks; b++) {
-        if (plan.blocks > 1) {
-          mine.score(b);
-          for (int64_t i = 0; i < mine.count; i++) mine.raise(i, mine.width_of(b), shift[i]);
-        }
-        mine.pull(b);
-      }
-      mine.end_gradients(scale, grad_queries);
-    }
-  }
-  add_up(p, plan, buffer, grad_candidates);
+  const Losses each = {positives, row_weights, own, power, losses, grad_positives, grad_own};
+  if (plan.blocks == 1) return contrast(p, plan, buffer, each, grad_queries, grad_candidates);
+  // Rows that do not fit are summed first, and their exponentials made again.
+  float *whole = buffer + up(rows, 16), *slope = buffer, *room = whole + up(rows, 16);
+  recclr_logsumexp(rows, candidates, dim, queries, vectors, log_weights, masked_rows,
+                   masked_columns, masked, threads, floats, buffer, whole);
+  for (int64_t r = 0; r < rows; r++) slope[r] = each.row(r, whole[r]);
+  recclr_logsumexp_backward(rows, candidates, dim, queries, vectors, log_weights, masked_rows,
+                            masked_columns, masked, threads, floats, room, whole, slope,
+                            grad_queries, grad_candidates, 0);
 }
 
 } // extern "C"

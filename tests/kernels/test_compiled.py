@@ -133,6 +133,43 @@ def test_the_loss_in_one_pass_is_that_of_float64(
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=2e-5 * size * max(scale, 1))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_candidates_by_the_hundred_thousand_come_in_slices(threads):
+    """Two slices, the second of them small; the mask counts columns across both."""
+    torch.set_num_threads(threads)
+    num_candidates = (1 << 24) // (16 * (threads + 2)) + 1_234
+    *arguments, _ = problem(5, 13, num_candidates, 5, share=0.0)
+    columns = torch.tensor([7, num_candidates - 900, num_candidates - 1])
+    mask = PairMask(torch.tensor([0, 4, 12]), columns)
+    upstream = torch.linspace(-1.0, 2.0, 13)
+    found, ours = gradients(lambda *x: masked_logsumexp(*x, mask), arguments, upstream)
+    wide = [x.double() for x in arguments]
+    expected, theirs = gradients(
+        lambda *x: masked_logsumexp_reference(*x, mask), wide, upstream.double()
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(ours, theirs, strict=True):
+        size = float(other.abs().max())
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5 * size)
+    positives, row_weights = torch.zeros(13), torch.rand(13)
+    leaves = [arguments[0].requires_grad_(), arguments[1].requires_grad_()]
+    loss = total_contrastive_loss(*leaves, arguments[2], positives, row_weights, mask)
+    by_queries, by_candidates = torch.autograd.grad(loss, leaves)
+    leaves = [x.double() for x in leaves]
+    partition = masked_logsumexp_reference(*leaves, arguments[2].double(), mask)
+    slow = (torch.logaddexp(torch.zeros(13).double(), partition) * row_weights).sum()
+    torch.testing.assert_close(loss.double(), slow, rtol=1e-5, atol=1e-5)
+    expected = torch.autograd.grad(slow, leaves)
+    for one, other in zip((by_queries, by_candidates), expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5 * float(other.max()))
+
+
+def test_memory_beside_the_candidates_does_not_grow_with_them():
+    sizes = [native.library().recclr_room(96, n, 64, 16, 1 << 18, 1) for n in (10**6, 10**8)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+    assert sizes[1] < 40 << 20  # floats, for 16 threads
+
+
 def test_the_same_threads_give_the_same_bits():
     queries, candidates, weights, mask = problem(3, 205, 301, 33)
     upstream = torch.ones(205)
