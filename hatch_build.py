@@ -42,7 +42,10 @@ class KernelsHook(BuildHookInterface):  # type: ignore[misc, valid-type]
         try:
             built = compile_kernels(FOLDER)
         except RuntimeError as error:
-            self.app.display_warning(f"recclr goes without its kernels for CPUs: {error}")
+            self.app.display_warning(
+                f"recclr goes without its kernels for CPUs: {error}\n"
+                "Once that is mended, install with --no-cache-dir: pip keeps what it has built."
+            )
             return
         build_data["artifacts"] += [f"/recclr/cpp/{path.name}" for path in built]
         build_data["pure_python"], build_data["infer_tag"] = False, True
@@ -56,16 +59,22 @@ def compile_kernels(folder: Path) -> list[Path]:
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise RuntimeError(f"there are none for {sys.platform} on {platform.machine()}")
-    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    found = os.environ.get("CXX") or shutil.which("g++")
     if not found:
-        raise RuntimeError("there is no g++ and no clang++, and CXX names no other compiler")
-    return [_compile(shlex.split(found), folder, name) for name in INSTRUCTION_SETS]
+        raise RuntimeError("there is no g++, and CXX names no other compiler")
+    try:
+        compiler = shlex.split(found)
+    except ValueError as error:
+        raise RuntimeError(f"CXX={found}: {error}") from error
+    return [_compile(compiler, folder, name) for name in INSTRUCTION_SETS]
 
 
 def _compile(compiler: list[str], folder: Path, name: str) -> Path:
     target = folder / f"kernels-{name}.so"
     # Renamed into place: a process that has the old one mapped keeps it, and none sees half of it.
-    fresh = folder / f".{target.name}.{os.getpid()}"
+    handle, fresh_name = tempfile.mkstemp(prefix=f".{target.name}.", dir=folder.resolve())
+    os.close(handle)
+    fresh = Path(fresh_name)
     options = [*FLAGS.split(), *INSTRUCTION_SETS[name].split()]
     options.append(f'-DRECCLR_SOURCES="{fingerprint(folder)}"')
     sources = sorted(str(path.resolve()) for path in folder.glob("*.cpp"))
@@ -75,7 +84,10 @@ def _compile(compiler: list[str], folder: Path, name: str) -> Path:
             # Linked without OpenMP: the threads shall be PyTorch's own, of the library that it has
             # loaded by then. Two pools would wait for each other's cores.
             parts = sorted(str(path) for path in Path(objects).glob("*.o"))
-            _run([*compiler, "-shared", "-o", str(fresh.resolve()), *parts], objects)
+            _run([*compiler, "-shared", "-o", str(fresh), *parts], objects)
+        if b"__kmpc_" in fresh.read_bytes():
+            raise RuntimeError(f"{compiler[0]} asks for another OpenMP than PyTorch's; take g++")
+        fresh.chmod(0o755)
         fresh.replace(target)
     except OSError as error:
         raise RuntimeError(f"{compiler[0]}: {error}") from error

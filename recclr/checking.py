@@ -141,7 +141,7 @@ def _batch_sizes(config: Config, data: Data, device: str) -> dict[str, Any]:
 
 def _slow_kernels(device: str) -> list[str]:
     reason = native.why_not()
-    if reason is None or pick_device(device) != "cpu":
+    if reason is None or not native.kernels_exist() or pick_device(device) != "cpu":
         return []
     return [f"training on this CPU takes two to three times as long as it could: {reason}"]
 

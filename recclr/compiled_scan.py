@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recclr.errors import DivergedError
-from recclr.kernels.native import address
+from recclr.kernels.native import floats, longs, threads_for
 from recclr.ranking import TopK
 
 # Queries between two signs of progress.
@@ -38,12 +38,12 @@ class CompiledScan:
         self.kernels, self.kept = kernels, min(k, len(corpus))
         self.columns, self.dim = corpus.shape
         self.threads = torch.get_num_threads()
+        corpus = corpus.float().contiguous()
         sizes = self.columns, self.dim
         room = kernels.recclr_top_k_room(*sizes, self.kept, self.threads)
-        self.buffer = torch.empty(room)
-        corpus = corpus.float().contiguous()
-        arguments = address(corpus), self.threads, address(self.buffer)
-        kernels.recclr_top_k_pack(*sizes, *arguments)
+        self.buffer = corpus.new_empty(room)
+        threads = threads_for(corpus.numel())
+        kernels.recclr_top_k_pack(*sizes, *floats(corpus), threads, *floats(self.buffer))
 
     def __call__(
         self,
@@ -58,20 +58,22 @@ class CompiledScan:
             floor: what other scans leave out results below of; nothing is gained by it here.
 
         Raises:
-            DivergedError: a score is NaN.
+            DivergedError: a score is NaN, be it of something that was seen.
         """
         queries = queries.float().contiguous()
-        scores = torch.empty(len(queries), self.kept)
-        items = torch.empty(len(queries), self.kept, dtype=torch.int64)
+        scores = queries.new_empty((len(queries), self.kept))
+        items = queries.new_empty(scores.shape, dtype=torch.int64)
         offsets, columns = (None, None) if seen is None else self._lists(seen, len(queries))
         odd = self.kernels.recclr_top_k(
             len(queries),
             self.columns,
             self.dim,
             self.kept,
-            *(address(x) for x in (queries, offsets, columns)),
-            self.threads,
-            *(address(x) for x in (self.buffer, scores, items)),
+            *floats(queries),
+            *longs(offsets, columns),
+            min(self.threads, threads_for(queries.numel() * self.columns)),
+            *floats(self.buffer, scores),
+            *longs(items),
         )
         if odd:
             raise DivergedError("a ranker produced NaN scores; nothing can be ranked by them")
@@ -79,8 +81,12 @@ class CompiledScan:
 
     def _lists(self, seen: tuple[Tensor, Tensor], num_rows: int) -> tuple[Tensor, Tensor]:
         """Columns of each row, rising, and where those of each row begin, [R + 1]."""
+        # An item that is none of the corpus would count as one of the next query.
+        inside = (seen[1] >= 0) & (seen[1] < self.columns)
+        if not bool(inside.all()):
+            seen = seen[0][inside], seen[1][inside]
         keys = seen[0] * self.columns + seen[1]
         if bool((keys.diff() < 0).any()):
             keys = keys.sort().values
-        edges = torch.arange(num_rows + 1) * self.columns
+        edges = torch.arange(num_rows + 1, device=keys.device) * self.columns
         return torch.searchsorted(keys, edges), keys % self.columns

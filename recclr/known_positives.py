@@ -124,12 +124,14 @@ class KnownPositives:
         return BitMask.from_dense(hidden), hidden.sum()
 
     def _from_rows(self, user_idx: Tensor, candidate_idx: Tensor) -> PairMask:
-        kernels = native.usable(user_idx)
+        kernels = native.usable(user_idx, candidate_idx)
         if kernels is not None:
             self._fill_slots(candidate_idx)
-            found = known_of_rows(kernels, user_idx, self.user_items, self.item_slots)
-            self.item_slots[candidate_idx] = -1
-            return found
+            # An interruption must not leave slots of these candidates to the next ones.
+            try:
+                return known_of_rows(kernels, user_idx, self.user_items, self.item_slots)
+            finally:
+                self.item_slots[candidate_idx] = -1
         histories = self.user_items.take(user_idx)
         columns = self._slots_of(candidate_idx, histories.values)
         hit = (columns >= 0).nonzero().squeeze(1)
@@ -137,7 +139,7 @@ class KnownPositives:
         return PairMask(rows, columns[hit])
 
     def _from_candidates(self, user_idx: Tensor, candidate_idx: Tensor) -> PairMask:
-        kernels = native.usable(user_idx)
+        kernels = native.usable(user_idx, candidate_idx)
         if kernels is not None:
             lists = self.item_users, self.user_slots
             return known_of_candidates(kernels, user_idx, candidate_idx, *lists)
@@ -163,9 +165,10 @@ class KnownPositives:
     def _slots_of(self, candidate_idx: Tensor, item_idx: Tensor) -> Tensor:
         """Place of each item among the candidates, -1 for none."""
         self._fill_slots(candidate_idx)
-        slots = self.item_slots.index_select(0, item_idx)
-        self.item_slots[candidate_idx] = -1
-        return slots
+        try:
+            return self.item_slots.index_select(0, item_idx)
+        finally:
+            self.item_slots[candidate_idx] = -1
 
     def _fill_slots(self, candidate_idx: Tensor) -> None:
         places = torch.arange(len(candidate_idx), device=candidate_idx.device)

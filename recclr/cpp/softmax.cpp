@@ -37,19 +37,20 @@ struct Plan {
   int64_t panels, vectors, weights, own, queries, pulled, moved, logits, gradient, room;
 
   Plan(const Problem &p, int64_t wanted, int64_t floats, bool backward) {
-    dims = up(p.dim, LANES);
+    dims = up(p.dim > 1 ? p.dim : 1, LANES);
     columns = up(p.candidates, PANEL);
+    int64_t groups = (p.rows + TALL - 1) / TALL;
+    threads = wanted < groups ? wanted : groups;
+    if (threads < 1) threads = 1;
     // Blocks of candidates of which MOST_ROWS fit; a row that fits whole is kept for its gradient.
-    int64_t most = up(floats / MOST_ROWS, PANEL);
-    bool whole = columns * 24 <= floats;
+    int64_t most = up(floats / MOST_ROWS, PANEL), held = SLICE / (dims * (threads + 2)) / PANEL * PANEL;
+    if (most > held) most = held > PANEL ? held : PANEL;
+    bool whole = columns * 24 <= floats && columns * dims * (threads + 2) <= 4 * SLICE;
     blocks = whole ? 1 : (columns + most - 1) / most;
     width = up((columns + blocks - 1) / blocks, PANEL);
     blocks = (columns + width - 1) / width;
     height = floats / width / TALL * TALL;
     height = height < 24 ? 24 : height > MOST_ROWS ? MOST_ROWS : height;
-    int64_t groups = (p.rows + TALL - 1) / TALL;
-    threads = wanted < groups ? wanted : groups;
-    if (threads < 1) threads = 1;
     // A row of logits ends aside of a power of two: rows of 4 KiB would share one set of the cache.
     line = width + 16;
     int64_t at = 0;

@@ -172,8 +172,8 @@ void recclr_move(int32_t kind, int64_t found, const int64_t *distinct, const int
 
 // result[R, D]: sum over i from starts[r] to starts[r + 1] of weights[j] * from[rows[j]], where j is
 // order[i], or i without an order; weights may be null for ones. Gives how many rows are none of
-// ``size``, which are left out.
-int64_t recclr_bags(int64_t bags, int64_t dim, const int64_t *starts, const int64_t *order,
+// ``size``, or bags do not lie within n rows; they are left out.
+int64_t recclr_bags(int64_t bags, int64_t dim, int64_t n, const int64_t *starts, const int64_t *order,
                     const int64_t *rows, const float *weights, const float *from, int64_t size,
                     float *result, int64_t threads) {
   int64_t strangers = 0;
@@ -181,9 +181,13 @@ int64_t recclr_bags(int64_t bags, int64_t dim, const int64_t *starts, const int6
   for (int64_t r = 0; r < bags; r++) {
     float *sum = result + r * dim;
     memset(sum, 0, sizeof(float) * dim);
+    if (starts[r] < 0 || starts[r + 1] > n || starts[r] > starts[r + 1]) {
+      strangers++;
+      continue;
+    }
     for (int64_t i = starts[r]; i < starts[r + 1]; i++) {
       int64_t j = order ? order[i] : i;
-      if (i + AHEAD < starts[bags]) fetch(from + rows[order ? order[i + AHEAD] : j + AHEAD] * dim, dim);
+      if (i + AHEAD < n) fetch(from + rows[order ? order[i + AHEAD] : j + AHEAD] * dim, dim);
       if (rows[j] < 0 || rows[j] >= size) {
         strangers++;
         continue;

@@ -28,11 +28,13 @@ def weighted_bags(
     Raises:
         IndexError: a row is none of the U vectors (RuntimeError where PyTorch finds it).
     """
-    kernels = native.usable(vectors)
-    plain = vectors.dtype != torch.float32
+    kernels = native.usable(vectors, rows, offsets, weights)
+    plain = vectors.dtype != torch.float32 or not rows.dtype == offsets.dtype == torch.int64
     if weights is not None:
         plain = plain or weights.dtype != torch.float32 or weights.requires_grad
-    if kernels is None or plain:
+        plain = plain or weights.shape != rows.shape
+    # What is wrong is left to PyTorch, which says so.
+    if kernels is None or plain or not len(offsets) or int(offsets[0]):
         return embedding_bag(rows, vectors, offsets, mode="sum", per_sample_weights=weights)
     result: Tensor = _Bags.apply(vectors, rows, offsets, weights)  # type: ignore[no-untyped-call]
     return result

@@ -82,7 +82,7 @@ def total_contrastive_loss(
     if tracked and fits and not isinstance(mask, BitMask):
         require_shapes(queries, candidates, log_weights)
         one_pass: Callable[..., OnePass] | None = None
-        kernels = native.library()
+        kernels = native.usable(queries, candidates, log_weights, positive_logits, row_weights)
         if kernels is not None:
             one_pass = partial(native_softmax.contrastive, kernels=kernels, mask=mask)
         else:

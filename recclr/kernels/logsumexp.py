@@ -64,7 +64,7 @@ def masked_logsumexp(
         return torch.cat(found).index_select(0, places)
     if isinstance(mask, BitMask):
         return masked_logsumexp_reference(queries, candidates, log_weights, mask)
-    kernels = native.usable(queries)
+    kernels = native.usable(queries, candidates, log_weights)
     if kernels is not None:
         return masked_logsumexp_native(queries, candidates, log_weights, mask, kernels)
     return masked_logsumexp_tiled(queries, candidates, log_weights, mask)

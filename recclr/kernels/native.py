@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import re
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from recclr.errors import ShapeError
 
 FOLDER = Path(__file__).parents[1] / "cpp"
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -37,7 +40,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
         [ctypes.c_int32, _INT, *[_POINTER] * 6, _INT, *[_POINTER] * 4, _FLOAT, _INT],
         None,
     ),
-    "recclr_bags": ([_INT] * 2 + [_POINTER] * 5 + [_INT, _POINTER, _INT], _INT),
+    "recclr_bags": ([_INT] * 3 + [_POINTER] * 5 + [_INT, _POINTER, _INT], _INT),
     "recclr_unit": ([_INT] * 2 + [_POINTER] * 3 + [_INT], None),
     "recclr_unit_backward": ([_INT] * 2 + [_POINTER] * 4 + [_INT], None),
     "recclr_top_k_room": ([_INT] * 4, _INT),
@@ -46,6 +49,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "recclr_known_of_rows": ([_INT, *[_POINTER] * 7, _INT], _INT),
     "recclr_known_of_candidates": ([_INT, _POINTER, _INT, *[_POINTER] * 8], _INT),
 }
+_GRAIN = 1 << 15
 _off = False
 
 
@@ -57,6 +61,12 @@ def library() -> ctypes.CDLL | None:
 def why_not() -> str | None:
     """Why the compiled kernels are not used; None where they are."""
     return "turned off" if _off else _loaded()[1]
+
+
+def kernels_exist() -> bool:
+    """Whether there are compiled kernels for processors of this kind at all."""
+    kind = torch.backends.cpu.get_cpu_capability().lower()
+    return sys.platform == "linux" and kind in ("avx2", "avx512")
 
 
 def description() -> str:
@@ -85,9 +95,35 @@ def usable(*tensors: Tensor | None) -> ctypes.CDLL | None:
     return found
 
 
-def address(x: Tensor | None) -> int | None:
-    """Where its data lie; the caller keeps the tensor, contiguous, until the call is over."""
-    return None if x is None else x.data_ptr()
+def address(x: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
+    """Where its data lie; the caller keeps the tensor until the call is over.
+
+    Raises:
+        ShapeError: a kernel would read something else there.
+    """
+    if x is None:
+        return None
+    if x.dtype != dtype or x.device.type != "cpu" or not x.is_contiguous():
+        raise ShapeError(
+            f"a kernel needs {dtype} without gaps on the CPU, found {x.dtype} of strides "
+            f"{x.stride()} on {x.device}"
+        )
+    return x.data_ptr()
+
+
+def longs(*tensors: Tensor | None) -> list[int | None]:
+    """Addresses of int64."""
+    return [address(x, torch.int64) for x in tensors]
+
+
+def floats(*tensors: Tensor | None) -> list[int | None]:
+    """Addresses of float32."""
+    return [address(x) for x in tensors]
+
+
+def threads_for(work: int) -> int:
+    """Threads for so many multiply-adds: below PyTorch's own grain one, which waits for nobody."""
+    return torch.get_num_threads() if work >= _GRAIN else 1
 
 
 @cache
@@ -95,9 +131,11 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     if os.environ.get("RECCLR_NATIVE", "1") == "0":
         return None, "RECCLR_NATIVE=0 turns them off"
     kind = torch.backends.cpu.get_cpu_capability().lower()
+    if not kernels_exist():
+        return None, f"there are none for {platform.machine()} ({kind}) on {sys.platform}"
     path = FOLDER / f"kernels-{kind}.so"
     if not path.is_file():
-        return None, f"{path.name} is missing: recclr was installed without a compiler"
+        return None, f"{path.name} is missing: recclr was installed without g++ (see the README)"
     try:
         openmp = _openmp()
         if openmp is None:
@@ -118,8 +156,6 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
 
 def _openmp() -> str | None:
     """The OpenMP library that PyTorch loaded into this process."""
-    if sys.platform != "linux":
-        return None
     lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     found = {match.group(1) for line in lines if (match := _OPENMP.search(line))}
     home = str(Path(torch.__file__).parent)

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from recclr.data.log import Csr
-from recclr.kernels.native import address
+from recclr.kernels.native import address, longs, threads_for
 from recclr.kernels.reference import PairMask
+
+# What a row's list costs, in multiply-adds: some thirty entries from anywhere in memory.
+_WORK = 64
 
 
 def known_of_rows(kernels: CDLL, user_idx: Tensor, user_items: Csr, item_slots: Tensor) -> PairMask:
@@ -22,12 +25,13 @@ def known_of_rows(kernels: CDLL, user_idx: Tensor, user_items: Csr, item_slots: 
     Args:
         user_idx: int64 [B]. item_slots: int64 [num_items], place among the candidates or -1.
     """
-    given = [user_idx.contiguous(), user_items.offsets, user_items.values.int(), item_slots]
-    threads = torch.get_num_threads()
+    users, items = user_idx.contiguous(), user_items.values.int().contiguous()
+    threads = threads_for(_WORK * len(users))
 
     def walk(*out: Tensor | None) -> int:
-        arrays = (address(x) for x in (*given, *out))
-        return int(kernels.recclr_known_of_rows(len(user_idx), *arrays, threads))
+        lists = *longs(users, user_items.offsets), address(items, torch.int32)
+        out_and_slots = longs(item_slots, *out)
+        return int(kernels.recclr_known_of_rows(len(users), *lists, *out_and_slots, threads))
 
     return _pairs(user_idx, walk)
 
@@ -41,12 +45,13 @@ def known_of_candidates(
         candidate_idx: int64 [C]. user_slots: int64 [num_users], -1 everywhere, as it is left.
     """
     users, items = user_idx.contiguous(), candidate_idx.contiguous()
-    lists = item_users.offsets, item_users.values.int(), user_slots, torch.empty_like(users)
+    audience, next_row = item_users.values.int().contiguous(), torch.empty_like(users)
 
     def walk(*out: Tensor | None) -> int:
-        arrays = (address(x) for x in (items, *lists, *out))
-        sizes = len(users), address(users), len(items)
-        return int(kernels.recclr_known_of_candidates(*sizes, *arrays))
+        sizes = len(users), *longs(users), len(items)
+        lists = *longs(items, item_users.offsets), address(audience, torch.int32)
+        scratch = longs(user_slots, next_row, *out)
+        return int(kernels.recclr_known_of_candidates(*sizes, *lists, *scratch))
 
     return _pairs(user_idx, walk)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recclr.kernels.native import address, usable
+from recclr.kernels.native import floats, longs, threads_for, usable
 
 Part = tuple[Tensor, Tensor, Tensor | None]
 
@@ -34,15 +34,16 @@ class _Groups:
 
 
 def _grouped(kernels: CDLL, values: Tensor, *, inverse: bool = False) -> _Groups | None:
-    """None where a value is negative, or does not fit 32 bits."""
+    """None where a value is negative, or does not fit 32 bits, or values are no int64 [n]."""
+    if values.dtype != torch.int64 or values.ndim != 1:
+        return None
     values = values.contiguous()
     n = len(values)
     scratch, order, places = values.new_empty(2 * n), torch.empty_like(values), None
     distinct, starts = torch.empty_like(values), values.new_empty(n + 1)
     if inverse:
         places = torch.empty_like(values)
-    arrays = (address(x) for x in (values, scratch, order, distinct, starts, places))
-    found = kernels.recclr_group(n, *arrays)
+    found = kernels.recclr_group(n, *longs(values, scratch, order, distinct, starts, places))
     if found < 0:
         return None
     return _Groups(distinct[:found], starts[: found + 1], order, places)
@@ -64,9 +65,11 @@ def unique(values: Tensor) -> tuple[Tensor, Tensor]:
 def summed(kernels: CDLL, parts: Sequence[Part]) -> tuple[Tensor, Tensor] | None:
     """Distinct rows, rising, and the sum of each one's gradients in the order of the parts.
 
-    None where the kernels cannot: a gradient is not float32, or a row too large a number.
+    None where the kernels cannot: gradients are not float32 or not of one width, or a row is too
+    large a number.
     """
-    if any(grads.dtype != torch.float32 for _, grads, _ in parts):
+    width = parts[0][1].shape[1]
+    if any(grads.dtype != torch.float32 or grads.shape[1] != width for _, grads, _ in parts):
         return None
     groups = _grouped(kernels, _rows_of(parts))
     if groups is None:
@@ -95,7 +98,10 @@ def move(
     if not all(x.is_contiguous() for x in (weight, *state.values())):
         return False
     groups = _grouped(kernels, _rows_of(parts))
-    if groups is None:
+    # What does not fit is left to PyTorch, which says so.
+    if groups is None or any(grads.shape[1] != weight.shape[1] for _, grads, _ in parts):
+        return False
+    if len(groups.distinct) and int(groups.distinct[-1]) >= len(weight):
         return False
     _move(kernels, kind, groups, parts, weight, state, lr)
     return True
@@ -121,14 +127,13 @@ def _move(
     kernels.recclr_move(
         KINDS.index(kind),
         len(groups.distinct),
-        *(address(x) for x in (groups.distinct, groups.starts, groups.order, places)),
+        *longs(groups.distinct, groups.starts, groups.order, places),
         (ctypes.c_int64 * len(ends))(*ends),
-        (ctypes.c_void_p * len(arrays))(*(address(x) for x in arrays)),
+        (ctypes.c_void_p * len(arrays))(*floats(*arrays)),
         weight.shape[1],
-        address(weight),
-        *(address(state.get(name)) for name in ("first", "second", "count")),
+        *floats(weight, *(state.get(name) for name in ("first", "second", "count"))),
         lr,
-        torch.get_num_threads(),
+        threads_for(len(groups.order) * weight.shape[1]),
     )
 
 
@@ -161,6 +166,7 @@ def bags(
     vectors = vectors.contiguous()
     starts = torch.cat([offsets, offsets.new_tensor([len(rows)])])
     result = vectors.new_empty((len(offsets), vectors.shape[1]))
+    weights = None if weights is None else weights.contiguous()
     _bags(kernels, starts, None, rows.contiguous(), weights, vectors, result)
     return result
 
@@ -172,7 +178,7 @@ def bags_backward(
     groups = _grouped(kernels, rows)
     if groups is None:
         return None
-    grad = grad.contiguous()
+    grad, weights = grad.contiguous(), None if weights is None else weights.contiguous()
     found = grad.new_empty((len(groups.distinct), grad.shape[1]))
     _bags(kernels, groups.starts, groups.order, owners, weights, grad, found)
     if len(found) == size:
@@ -189,25 +195,28 @@ def _bags(
     vectors: Tensor,
     result: Tensor,
 ) -> None:
-    arrays = (address(x) for x in (starts, order, rows, weights, vectors))
-    out = len(vectors), address(result), torch.get_num_threads()
-    if kernels.recclr_bags(*result.shape, *arrays, *out):
-        raise IndexError(f"a bag asks for a vector that is none of {len(vectors)}")
+    arrays = *longs(starts, order, rows), *floats(weights, vectors)
+    threads = threads_for(len(rows) * result.shape[1])
+    out = len(vectors), *floats(result), threads
+    if kernels.recclr_bags(*result.shape, len(rows), *arrays, *out):
+        raise IndexError(
+            f"a bag reaches beyond its {len(rows)} rows, or asks for a vector that is none of "
+            f"{len(vectors)}"
+        )
 
 
 def unit(kernels: CDLL, x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of float32 [M, D] over their lengths, and these, [M, 1], at least 1e-12."""
     x = x.contiguous()
     result, lengths = torch.empty_like(x), x.new_empty((len(x), 1))
-    arrays = (address(each) for each in (x, result, lengths))
-    kernels.recclr_unit(*x.shape, *arrays, torch.get_num_threads())
+    kernels.recclr_unit(*x.shape, *floats(x, result, lengths), threads_for(x.numel()))
     return result, lengths
 
 
 def unit_backward(kernels: CDLL, grad: Tensor, unit: Tensor, lengths: Tensor) -> Tensor:
     """Gradient of the rows that ``unit`` was given."""
-    grad = grad.contiguous()
+    unit, lengths, grad = unit.contiguous(), lengths.contiguous(), grad.contiguous()
     result = torch.empty_like(grad)
-    arrays = (address(each) for each in (unit, lengths, grad, result))
-    kernels.recclr_unit_backward(*grad.shape, *arrays, torch.get_num_threads())
+    arrays = floats(unit, lengths, grad, result)
+    kernels.recclr_unit_backward(*grad.shape, *arrays, threads_for(grad.numel()))
     return result

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from recclr.errors import ShapeError
-from recclr.kernels.native import address
+from recclr.kernels.native import floats, longs, threads_for
 from recclr.kernels.reference import PairMask
 from recclr.kernels.tiled import borrow, give_back
 
@@ -37,7 +37,7 @@ class _Problem:
         self, queries: Tensor, candidates: Tensor, log_weights: Tensor, mask: PairMask | None
     ) -> None:
         self.sizes = len(queries), len(candidates), queries.shape[1]
-        self.threads = torch.get_num_threads()
+        self.threads = threads_for(math.prod(self.sizes))
         self.arrays = [x.detach().contiguous() for x in (queries, candidates, log_weights)]
         pairs = () if mask is None else (mask.rows, mask.columns)
         self.pairs = [x.contiguous() for x in pairs]
@@ -47,10 +47,10 @@ class _Problem:
         return borrow(size, torch.device("cpu"))
 
     def arguments(self, buffer: Tensor) -> tuple[int | None, ...]:
-        pairs = [address(x) for x in self.pairs] or [None, None]
+        pairs = longs(*self.pairs) or [None, None]
         masked = len(self.pairs[0]) if self.pairs else 0
-        arrays = [address(x) for x in self.arrays]
-        return *self.sizes, *arrays, *pairs, masked, self.threads, _FLOATS, address(buffer)
+        arrays = floats(*self.arrays)
+        return *self.sizes, *arrays, *pairs, masked, self.threads, _FLOATS, *floats(buffer)
 
 
 def contrastive(
@@ -85,11 +85,9 @@ def contrastive(
     buffer = problem.room(kernels, backward=True)
     kernels.recclr_contrastive(
         *problem.arguments(buffer),
-        address(by_row[0]),
-        address(by_row[1]),
-        None if own_partition is None else address(by_row[2]),
+        *floats(*by_row[:2], by_row[2] if own_partition is not None else None),
         math.nan if second_temperature is None else second_temperature,
-        *(address(x) for x in (losses, grad_queries, grad_candidates, grad_positives, grad_own)),
+        *floats(losses, grad_queries, grad_candidates, grad_positives, grad_own),
     )
     give_back(buffer)
     return losses, grad_queries, grad_candidates, grad_positives, grad_own
@@ -120,9 +118,9 @@ class _LogSumExp(torch.autograd.Function):
         kernels: CDLL,
     ) -> Tensor:
         problem = _Problem(queries, candidates, log_weights, mask)
-        result = torch.empty(len(queries))
+        result = problem.arrays[0].new_empty(len(queries))
         buffer = problem.room(kernels, backward=False)
-        kernels.recclr_logsumexp(*problem.arguments(buffer), address(result))
+        kernels.recclr_logsumexp(*problem.arguments(buffer), *floats(result))
         give_back(buffer)
         ctx.save_for_backward(queries, candidates, log_weights, result)
         ctx.mask, ctx.kernels = mask, kernels
@@ -141,11 +139,11 @@ class _LogSumExp(torch.autograd.Function):
         gradients = [torch.empty_like(x) for x in problem.arrays[:2]]
         by_weights = None
         if ctx.needs_input_grad[2]:
-            by_weights = torch.zeros(problem.threads, problem.sizes[1])
+            by_weights = result.new_zeros(problem.threads, problem.sizes[1])
         buffer = problem.room(ctx.kernels, backward=True)
         ctx.kernels.recclr_logsumexp_backward(
             *problem.arguments(buffer),
-            *(address(x) for x in (result, slope, *gradients, by_weights)),
+            *floats(result, slope, *gradients, by_weights),
         )
         give_back(buffer)
         return *gradients, None if by_weights is None else by_weights.sum(0), None, None
