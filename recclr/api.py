@@ -164,7 +164,14 @@ class TwoTower:
 
 
 def _prepared(settings: Config, train: Log, valid: Log | None, extra: Sequence[Log]) -> PreparedLog:
-    return prepare(train, valid, user=settings.user, item=settings.item, extra_ids=extra)
+    return prepare(
+        train,
+        valid,
+        user=settings.user,
+        item=settings.item,
+        extra_ids=extra,
+        whole_tables=settings.taught_without_log,
+    )
 
 
 def _trained(

@@ -69,7 +69,12 @@ def read_data(config: Config, inputs: Mapping[str, Any], *, with_test: bool = Tr
     # Items that a sample of train leaves out stay candidates.
     extra += [] if split.left_out is None else [split.left_out]
     prepared = prepare(
-        split.train, split.valid, user=config.user, item=config.item, extra_ids=extra
+        split.train,
+        split.valid,
+        user=config.user,
+        item=config.item,
+        extra_ids=extra,
+        whole_tables=config.taught_without_log,
     )
     examples = None
     if split.valid is not None:

@@ -69,6 +69,11 @@ class Config(BaseModel):
         return self.model.init == "auto" and self.model.mode == "user_item" and ids
 
     @property
+    def taught_without_log(self) -> bool:
+        """Whether vectors of entities that have no train interaction are taught too."""
+        return self.model.init_from is not None or self.self_supervision is not None
+
+    @property
     def served_similarity(self) -> str:
         """Of the vectors that a run serves: several models side by side have no unit length, and
         with a bias of items among the coordinates the score is neither cosine nor distance.

@@ -223,7 +223,8 @@ def _final_stage(context: Context, split: Split, selected: Stage) -> Stage:
     config = context.config
     train = split.train.concat(split.valid)
     extra = () if split.left_out is None else (split.left_out,)
-    prepared = prepare(train, split.test, user=config.user, item=config.item, extra_ids=extra)
+    told: dict[str, Any] = {"extra_ids": extra, "whole_tables": config.taught_without_log}
+    prepared = prepare(train, split.test, user=config.user, item=config.item, **told)
     _save(context, prepared, context.out)
     model, steps = _fit(context, "refit", context.out, prepared, None, selected.steps)
     ranker = ranker_of(model, prepared.tensors.cutoff)

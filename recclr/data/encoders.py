@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from recclr.data.column import Column, as_lists, as_texts
-from recclr.data.log import CategoricalColumn, RaggedColumn
-from recclr.data.text import distinct_in_rows, hash_buckets, text_buckets
+from recclr.data.log import CategoricalColumn, Csr, RaggedColumn
+from recclr.data.text import distinct_in_rows, hash_buckets, kept_values, text_buckets
 from recclr.data.vocabulary import Vocabulary
 from recclr.errors import DataError
 
@@ -149,24 +149,59 @@ class MultiHotEncoder:
 
 @dataclass(frozen=True, eq=False)
 class TextEncoder:
-    """Words, pairs of words and character 3-grams, hashed; see ``text``. Fits nothing."""
+    """Words, pairs of words and character 3-grams, hashed; see ``text``.
+
+    Attributes:
+        known: bool [buckets]; terms of the others, whose vectors nothing has taught, are left out.
+            None where all are known.
+    """
 
     kind: ClassVar[str] = "text"
     column: str
     buckets: int
+    known: NDArray[np.bool_] | None = None
+
+    @staticmethod
+    def known_terms(
+        columns: Sequence[Column], buckets: int, *, min_count: int
+    ) -> NDArray[np.bool_]:
+        """Buckets that terms of at least ``min_count`` rows fall into, over all columns."""
+        counts = np.zeros(buckets, dtype=np.int64)
+        for column in columns:
+            counts += np.bincount(_terms(column, buckets).values.numpy(), minlength=buckets)
+        known: NDArray[np.bool_] = counts >= min_count
+        return known
 
     def encode(self, column: Column) -> RaggedColumn:
-        values = column.values
-        if not isinstance(values.dtype, (pl.String, pl.Categorical, pl.Enum, pl.Null)):
-            raise column.wrong_type("strings")
-        return RaggedColumn(text_buckets(values.cast(pl.String), self.buckets), self.buckets)
+        csr = _terms(column, self.buckets)
+        if self.known is not None:
+            csr = kept_values(csr, self.known)
+        return RaggedColumn(csr, self.buckets)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "column": self.column, "buckets": self.buckets}
+        told = {"kind": self.kind, "column": self.column, "buckets": self.buckets}
+        return (
+            told
+            if self.known is None
+            else told | {"known": np.packbits(self.known).tobytes().hex()}
+        )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TextEncoder:
-        return cls(str(data["column"]), int(data["buckets"]))
+        buckets, known = int(data["buckets"]), None
+        if "known" in data:
+            bits = np.frombuffer(bytes.fromhex(str(data["known"])), dtype=np.uint8)
+            known = np.unpackbits(bits)[:buckets].astype(bool)
+            if len(known) != buckets:
+                raise ValueError(f"{buckets} buckets, but {len(known)} bits of which are known")
+        return cls(str(data["column"]), buckets, known)
+
+
+def _terms(column: Column, buckets: int) -> Csr:
+    values = column.values
+    if not isinstance(values.dtype, (pl.String, pl.Categorical, pl.Enum, pl.Null)):
+        raise column.wrong_type("strings")
+    return text_buckets(values.cast(pl.String), buckets)
 
 
 def _row_counts(column: Column) -> pl.DataFrame:

@@ -112,12 +112,16 @@ def fit_encoders(
     item: TowerSettings,
     train_user_ids: pl.Series,
     train_item_ids: pl.Series,
+    *,
+    whole_tables: bool = False,
 ) -> tuple[FeatureEncoder, FeatureEncoder]:
     """Fit the features of both towers on the rows of train entities.
 
     Args:
         user_frame, item_frame: tables with ``user_id`` / ``item_id``; None where there is none.
         train_user_ids, train_item_ids: ids with a train interaction; repeats are allowed.
+        whole_tables: terms of texts are known from all rows, because their vectors are taught by
+            more than the log.
 
     Returns:
         The encoders of users and of items.
@@ -150,8 +154,13 @@ def fit_encoders(
         for (side, name), settings in features.items()
     }
     spaces = _fit_spaces(features, columns)
+    texts = {key: column for key, column in columns.items() if features[key].kind == "text"}
+    if whole_tables:
+        texts = {key: _whole(frames[key[0]], column) for key, column in texts.items()}
+    terms = _known_terms(features, texts)
     fitted = {
-        key: _fit(settings, columns[key], spaces.get(key)) for key, settings in features.items()
+        key: _fit(settings, columns[key], spaces.get(key), terms.get(key))
+        for key, settings in features.items()
     }
     sides = [
         FeatureEncoder(side, {name: value for (of, name), value in fitted.items() if of == side})
@@ -189,7 +198,8 @@ def _check(feature: str, settings: FeatureSettings) -> None:
             f"{feature}.buckets: a {settings.kind} feature has no buckets; leave them out, or "
             "choose kind categorical, multi_hot or text"
         )
-    if settings.min_count > 1 and (settings.buckets is not None or not hashes):
+    counted = settings.kind == "text" or (hashes and settings.buckets is None)
+    if settings.min_count > 1 and not counted:
         raise ConfigError(
             f"{feature}.min_count = {settings.min_count} needs a vocabulary, and there is none "
             f"(kind {settings.kind!r}, buckets = {settings.buckets}); leave one of them out"
@@ -209,13 +219,8 @@ def _fit_spaces(
     features: Mapping[_Key, FeatureSettings], columns: Mapping[_Key, Column]
 ) -> dict[_Key, CategorySpace]:
     """One space of categories per shared name, or per feature that shares none."""
-    groups: dict[tuple[str, ...], list[_Key]] = {}
-    for key, settings in features.items():
-        if settings.kind in (*_SPACED, "text"):
-            group = key if settings.shared is None else (settings.shared,)
-            groups.setdefault(group, []).append(key)
     spaces: dict[_Key, CategorySpace] = {}
-    for keys in groups.values():
+    for keys in _tables(features):
         first = features[keys[0]]
         _check_alike(features, keys)
         if first.kind == "text":
@@ -226,6 +231,36 @@ def _fit_spaces(
             space = CategorySpace.fit([columns[key] for key in keys], min_count=first.min_count)
         spaces |= dict.fromkeys(keys, space)
     return spaces
+
+
+def _known_terms(
+    features: Mapping[_Key, FeatureSettings], texts: Mapping[_Key, Column]
+) -> dict[_Key, NDArray[np.bool_]]:
+    """The buckets of texts that count, likewise."""
+    terms: dict[_Key, NDArray[np.bool_]] = {}
+    for keys in _tables({key: features[key] for key in texts}):
+        first = features[keys[0]]
+        assert first.buckets is not None, "required by the settings"
+        together = [texts[key] for key in keys]
+        known = TextEncoder.known_terms(together, first.buckets, min_count=first.min_count)
+        terms |= dict.fromkeys(keys, known)
+    return terms
+
+
+def _tables(features: Mapping[_Key, FeatureSettings]) -> list[list[_Key]]:
+    """Features that use one table together."""
+    groups: dict[tuple[str, ...], list[_Key]] = {}
+    for key, settings in features.items():
+        if settings.kind in (*_SPACED, "text"):
+            group = key if settings.shared is None else (settings.shared,)
+            groups.setdefault(group, []).append(key)
+    return list(groups.values())
+
+
+def _whole(frame: pl.DataFrame | None, column: Column) -> Column:
+    """The same column, of all rows of its table."""
+    rows = np.arange(0 if frame is None else frame.height)
+    return take_column(frame, column.name, feature=column.feature, kind=column.kind, rows=rows)
 
 
 def _check_alike(features: Mapping[_Key, FeatureSettings], keys: list[_Key]) -> None:
@@ -242,10 +277,15 @@ def _check_alike(features: Mapping[_Key, FeatureSettings], keys: list[_Key]) -> 
             )
 
 
-def _fit(settings: FeatureSettings, column: Column, space: CategorySpace | None) -> ColumnEncoder:
+def _fit(
+    settings: FeatureSettings,
+    column: Column,
+    space: CategorySpace | None,
+    terms: NDArray[np.bool_] | None,
+) -> ColumnEncoder:
     if settings.kind == "text":
         assert settings.buckets is not None, "required by the settings"
-        return TextEncoder(column.name, settings.buckets)
+        return TextEncoder(column.name, settings.buckets, terms)
     if settings.kind == "vector":
         return VectorEncoder.fit(column)
     if settings.kind == "numeric":

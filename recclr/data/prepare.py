@@ -35,6 +35,7 @@ def prepare(
     item: TowerSettings,
     vocabulary: tuple[Vocabulary, Vocabulary] | None = None,
     extra_ids: Sequence[Log] | None = None,
+    whole_tables: bool = False,
 ) -> PreparedLog:
     """Encode a split.
 
@@ -48,6 +49,7 @@ def prepare(
         user, item: the towers, for their features.
         vocabulary: users and items of an earlier ``prepare``, to keep their indices.
         extra_ids: logs whose ids enter the vocabulary without anything being fitted on them.
+        whole_tables: as ``fit_encoders`` has it.
 
     Raises:
         ConfigError: a feature needs a table or timestamps that are not there.
@@ -71,6 +73,7 @@ def prepare(
         item,
         train.events["user_id"],
         train.events["item_id"],
+        whole_tables=whole_tables,
     )
     features = (
         _encode_features(encoders[0], tables["user"], users),

@@ -58,6 +58,14 @@ def distinct_in_rows(
     return Csr(torch.from_numpy(offsets.astype(np.int64)), torch.from_numpy(kept))
 
 
+def kept_values(csr: Csr, keep: NDArray[np.bool_]) -> Csr:
+    """The values of each row that ``keep``, by value, says."""
+    kept = torch.from_numpy(keep)[csr.values.long()]
+    ends = torch.zeros(len(kept) + 1, dtype=torch.int64)
+    torch.cumsum(kept, 0, out=ends[1:])
+    return Csr(ends[csr.offsets], csr.values[kept])
+
+
 def join_rows(parts: list[Csr]) -> Csr:
     """The rows of all parts below one another; no rows for no parts."""
     offsets, total = [torch.zeros(1, dtype=torch.int64)], 0

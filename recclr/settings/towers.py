@@ -27,7 +27,8 @@ class FeatureSettings:
     buckets: int | None = None
     """Hash into this many buckets instead of a vocabulary (required for ``text``)."""
     min_count: int = 1
-    """A category seen fewer times in train is treated as unknown."""
+    """A category, or term of a ``text``, of fewer rows of train is treated as unknown. Rare terms
+    are ids in disguise: what a model puts on them is of no use to new items."""
     transform: Literal["standardize", "quantile"] = "standardize"
     """How ``numeric`` values are scaled."""
     windows_d: tuple[float, ...] = (7.0, 30.0)

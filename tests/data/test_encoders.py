@@ -1,6 +1,7 @@
 import json
 import logging
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -163,6 +164,7 @@ def test_text_takes_strings_only() -> None:
         (CategoryEncoder("c", CategorySpace.hashed(9)), pl.Series("c", ["b", "é", None])),
         (tags(pl.Series("c", LISTS)), pl.Series("c", LISTS)),
         (TextEncoder("c", 33), pl.Series("c", ["A b", None])),
+        (TextEncoder("c", 33, np.arange(33) % 2 == 0), pl.Series("c", ["A b c d e", None])),
     ],
 )
 def test_json_round_trip(encoder, values: pl.Series) -> None:

@@ -74,7 +74,7 @@ def test_every_kind_gives_its_column_in_the_order_of_the_settings() -> None:
     assert list(table.columns) == [name for name in ALL_KINDS if name != "recent"]
     assert {name: count_missing(column) for name, column in table.columns.items()} == {
         "genres": 3,  # null, unknown and empty
-        "title": 2,
+        "title": 3,  # null, without a word, and without a term that train has
         "year": 1,
         "rank": 1,
         "colour": 2,
@@ -173,6 +173,61 @@ def test_a_shared_table_has_one_vocabulary_over_both_towers() -> None:
     assert [origin.csr.row(i).tolist() for i in range(2)] == [[1, 3], [1]]
     assert country.cardinality == origin.cardinality == 4
     assert item_encoder.encode(items).columns["own"].cardinality == 3
+
+
+TITLES = pl.DataFrame(
+    {"item_id": [1, 2, 3, 4], "title": ["red mug", "red cup", "red tin", "mug cup of jade"]}
+)
+
+
+def lengths(encoder: FeatureEncoder, name: str = "title") -> list[int]:
+    return encoder.encode(TITLES).columns[name].csr.lengths().tolist()
+
+
+def test_terms_of_a_text_that_train_lacks_are_left_out() -> None:
+    """Nothing has taught their vectors; of rare ones likewise, where min_count says so."""
+    title = {"kind": "text", "buckets": 1 << 20}
+    every = lengths(fit_items(TITLES, [1, 2, 3, 4], title=FeatureSettings(**title)))
+    train = [1, 2, 3]
+    known = fit_items(TITLES, train, title=FeatureSettings(**title))
+    # Of item 4 the words mug and cup are left, and their three grams each: <mu mug ug> <cu cup up>.
+    assert lengths(known) == [*every[:3], 8]
+    frequent = fit_items(TITLES, train, title=FeatureSettings(min_count=2, **title))
+    # All three have red and its grams.
+    assert lengths(frequent) == [4, 4, 4, 0]
+    back = FeatureEncoder.from_json(json.loads(json.dumps(frequent.to_json())))
+    assert lengths(back) == [4, 4, 4, 0]
+
+
+def test_vectors_that_more_than_the_log_teaches_know_the_whole_table() -> None:
+    features = tower(title=FeatureSettings(kind="text", buckets=1 << 20))
+    ids = pl.Series([1, 2, 3])
+    whole = fit_encoders(None, TITLES, TowerSettings(), features, NO_IDS, ids, whole_tables=True)[1]
+    every = fit_items(TITLES, [1, 2, 3, 4], title=FeatureSettings(kind="text", buckets=1 << 20))
+    assert lengths(whole) == lengths(every)
+
+
+def test_texts_that_share_a_table_count_their_terms_together() -> None:
+    settings = {"kind": "text", "buckets": 1 << 20, "shared": "words", "min_count": 2}
+    frame = TITLES.with_columns(pl.Series("note", ["mug", None, None, "jade"]))
+    features = tower(title=FeatureSettings(**settings), note=FeatureSettings(**settings))
+    _, encoder = fit_encoders(None, frame, TowerSettings(), features, NO_IDS, pl.Series([1, 2]))
+    table = encoder.encode(frame)
+    # red twice in titles; mug once in each column.
+    assert table.columns["title"].csr.lengths().tolist() == [8, 4, 4, 4]
+    assert table.columns["note"].csr.lengths().tolist() == [4, 0, 0, 0]
+
+
+def test_a_run_without_a_list_of_known_terms_knows_all() -> None:
+    """As written before there was one."""
+    encoder = fit_items(TITLES, [1], title=FeatureSettings(kind="text", buckets=1 << 20))
+    told = json.loads(json.dumps(encoder.to_json()))
+    del told["columns"]["title"]["known"]
+    every = fit_items(TITLES, [1, 2, 3, 4], title=FeatureSettings(kind="text", buckets=1 << 20))
+    assert lengths(FeatureEncoder.from_json(told)) == lengths(every)
+    told["columns"]["title"]["known"] = "ff"
+    with pytest.raises(CheckpointError, match="damaged"):
+        FeatureEncoder.from_json(told)
 
 
 def test_a_shared_hash_space_gives_equal_buckets() -> None:
