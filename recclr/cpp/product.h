@@ -70,6 +70,42 @@ inline void add_rows(const float *a, int64_t a_row, int64_t a_step, const float 
     block<LOW, 1, true>(a, a_row, a_step, b + j, columns, depth, c + j, columns);
 }
 
+// Rows ``first`` to ``first + PANEL`` of a matrix, one below the other; zeros beyond its last row.
+inline void pack_panel(const float *matrix, int64_t rows, int64_t dim, int64_t first, float *panel) {
+  for (int64_t i = 0; i < PANEL; i++)
+    for (int64_t k = 0; k < dim; k++)
+      panel[k * PANEL + i] = first + i < rows ? matrix[(first + i) * dim + k] : 0.f;
+}
+
+// Some rows of a matrix to ``to``, with zeros up to a multiple of TALL, which is given.
+inline int64_t take_rows(const float *matrix, int64_t top, int64_t count, int64_t dim, float *to) {
+  int64_t tall = up(count, TALL);
+  memcpy(to, matrix + top * dim, sizeof(float) * count * dim);
+  memset(to + count * dim, 0, sizeof(float) * (tall - count) * dim);
+  return tall;
+}
+
+// Products of ``tall`` taken rows with ``width`` rows that lie in panels; a row of them is ``line``
+// long.
+inline void multiply(const float *rows, int64_t tall, int64_t dim, const float *panels,
+                     int64_t width, float *products, int64_t line) {
+  for (int64_t j = 0; j < width; j += PANEL)
+    for (int64_t i = 0; i < tall; i += TALL)
+      block<TALL, 2, false>(rows + i * dim, dim, 1, panels + j * dim, PANEL, dim,
+                            products + i * line + j, line);
+}
+
+// How many of rising numbers are below ``value``.
+inline int64_t count_below(const int64_t *rising, int64_t size, int64_t value) {
+  int64_t low = 0, high = size;
+  while (low < high) {
+    int64_t middle = low + (high - low) / 2;
+    if (rising[middle] < value) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
 // exp of numbers up to about 0, 2e-7 off; below -87 it is 0, as what is beside a sum of 1 may be.
 // Cody and Waite's reduction to |r| <= ln(2)/2, then a polynomial.
 inline vec exponential(vec x) {

@@ -1,6 +1,6 @@
 // The k largest products of each query with a corpus, exactly: scores are made a block at a time and
-// compared, while they are in cache, with the worst that a query keeps. Items are below 2^31. Shape letters: Q queries,
-// V corpus, D dimension, K kept.
+// compared, while they are in cache, with the worst that a query keeps. Items are below 2^31.
+// Shape letters: Q queries, V corpus, D dimension, K kept.
 
 #include "product.h"
 
@@ -126,17 +126,9 @@ int64_t own_room(int64_t dim, int64_t kept) {
   return up(height * dim, 16) + height * LINE + up(2 * height * room_of(kept), 16);
 }
 
-bool holds(const int64_t *from, const int64_t *to, int64_t value) {
-  while (from < to) {
-    const int64_t *middle = from + (to - from) / 2;
-    if (*middle < value) from = middle + 1;
-    else to = middle;
-  }
-  return *from == value;
-}
-
-bool has(const int64_t *columns, int64_t low, int64_t high, int64_t value) {
-  return low < high && value <= columns[high - 1] && holds(columns + low, columns + high - 1, value);
+bool has(const int64_t *rising, int64_t size, int64_t value) {
+  int64_t at = count_below(rising, size, value);
+  return at < size && rising[at] == value;
 }
 
 } // namespace
@@ -152,10 +144,7 @@ void recclr_top_k_pack(int64_t columns, int64_t dim, const float *corpus, int64_
                        float *buffer) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t first = 0; first < columns; first += PANEL)
-    for (int64_t i = 0; i < PANEL; i++)
-      for (int64_t k = 0; k < dim; k++)
-        buffer[first * dim + k * PANEL + i] =
-            first + i < columns ? corpus[(first + i) * dim + k] : 0.f;
+    pack_panel(corpus, columns, dim, first, buffer + first * dim);
 }
 
 // scores, items: [Q, K]. seen: columns to leave out, those of query q rising between offsets[q] and
@@ -175,17 +164,12 @@ int64_t recclr_top_k(int64_t rows, int64_t columns, int64_t dim, int64_t kept, c
     int64_t end = least(groups * (t + 1) / threads * TALL, rows);
     Kept found[HEIGHT];
     for (int64_t top = groups * t / threads * TALL; top < end; top += height) {
-      int64_t count = least(height, end - top), tall = up(count, TALL);
-      memcpy(own, queries + top * dim, sizeof(float) * count * dim);
-      memset(own + count * dim, 0, sizeof(float) * (tall - count) * dim);
+      int64_t count = least(height, end - top), tall = take_rows(queries, top, count, dim, own);
       for (int64_t i = 0; i < count; i++)
         found[i] = {ranks + i * room, places + i * room, 0, kept, room, -INFINITY};
       for (int64_t left = 0; left < columns; left += WIDTH) {
         int64_t width = least(WIDTH, padded - left), real = least(WIDTH, columns - left);
-        for (int64_t j = 0; j < width; j += PANEL)
-          for (int64_t i = 0; i < tall; i += TALL)
-            block<TALL, 2, false>(own + i * dim, dim, 1, buffer + (left + j) * dim, PANEL, dim,
-                                  block_scores + i * LINE + j, LINE);
+        multiply(own, tall, dim, buffer + left * dim, width, block_scores, LINE);
         for (int64_t i = 0; i < count; i++) {
           float *row = block_scores + i * LINE;
           // Beside the last item lie zeros, which nothing may keep.
@@ -195,7 +179,8 @@ int64_t recclr_top_k(int64_t rows, int64_t columns, int64_t dim, int64_t kept, c
             odd += broken(x);
             for (uint32_t bits = above(x, found[i].floor); bits; bits &= bits - 1) {
               int64_t place = j + __builtin_ctz(bits), item = left + place;
-              if (offsets && has(seen, offsets[top + i], offsets[top + i + 1], item)) continue;
+              const int64_t *own_seen = offsets ? offsets + top + i : 0;
+              if (own_seen && has(seen + own_seen[0], own_seen[1] - own_seen[0], item)) continue;
               found[i].add(row[place], item);
             }
           }

@@ -79,14 +79,12 @@ void pack(const Problem &p, const Plan &plan, float *buffer, bool backward) {
   float *weights = buffer + plan.weights;
 #pragma omp parallel for num_threads(plan.threads) schedule(static)
   for (int64_t first = 0; first < plan.columns; first += PANEL) {
-    float *panel = buffer + plan.panels + first * p.dim;
-    for (int64_t i = 0; i < PANEL; i++) {
-      int64_t c = first + i;
+    pack_panel(p.vectors, p.candidates, p.dim, first, buffer + plan.panels + first * p.dim);
+    for (int64_t c = first; c < first + PANEL; c++) {
       bool real = c < p.candidates;
       weights[c] = real ? p.log_weights[c] : NONE;
-      const float *from = p.vectors + c * p.dim;
-      for (int64_t k = 0; k < p.dim; k++) panel[k * PANEL + i] = real ? from[k] : 0.f;
       if (!backward) continue;
+      const float *from = p.vectors + c * p.dim;
       float *to = buffer + plan.vectors + c * plan.dims;
       for (int64_t k = 0; k < plan.dims; k++) to[k] = real && k < p.dim ? from[k] : 0.f;
     }
@@ -99,16 +97,6 @@ int64_t slice_of(const Problem &p, int64_t threads, int64_t floats) {
   if (plan.blocks == 1) return p.candidates;
   int64_t most = SLICE / (plan.dims * (plan.threads + 2)) / plan.width * plan.width;
   return least(p.candidates, most > plan.width ? most : plan.width);
-}
-
-int64_t first_masked(const Problem &p, int64_t row) {
-  int64_t low = 0, high = p.masked;
-  while (low < high) {
-    int64_t middle = (low + high) / 2;
-    if (p.masked_rows[middle] < row) low = middle + 1;
-    else high = middle;
-  }
-  return low;
 }
 
 // One thread's view of the rows that it has in hand.
@@ -126,10 +114,9 @@ struct Rows {
   }
 
   void take(int64_t from, int64_t number) {
-    top = from, count = number, padded = up(number, TALL);
-    memcpy(queries, p.queries + top * p.dim, sizeof(float) * count * p.dim);
-    memset(queries + count * p.dim, 0, sizeof(float) * (padded - count) * p.dim);
-    mask_from = first_masked(p, top), mask_to = first_masked(p, top + count);
+    top = from, count = number, padded = take_rows(p.queries, top, count, p.dim, queries);
+    mask_from = count_below(p.masked_rows, p.masked, top);
+    mask_to = count_below(p.masked_rows, p.masked, top + count);
   }
 
   int64_t width_of(int64_t block) const {
@@ -139,12 +126,8 @@ struct Rows {
   // Logits with their log-weights; -inf where a pair is masked.
   void score(int64_t block_number) {
     int64_t left = block_number * plan.width, width = width_of(block_number);
-    for (int64_t j = 0; j < width; j += PANEL) {
-      const float *panel = buffer + plan.panels + (left + j) * p.dim;
-      for (int64_t i = 0; i < padded; i += TALL)
-        block<TALL, 2, false>(queries + i * p.dim, p.dim, 1, panel, PANEL, p.dim,
-                              logits + i * plan.line + j, plan.line);
-    }
+    const float *panels = buffer + plan.panels + left * p.dim;
+    multiply(queries, padded, p.dim, panels, width, logits, plan.line);
     const float *weights = buffer + plan.weights + left;
     for (int64_t i = 0; i < count; i++) {
       float *row = logits + i * plan.line;
@@ -242,10 +225,24 @@ void add_up(const Problem &p, const Plan &plan, const float *buffer, float *grad
     }
 }
 
-void clear(const Plan &plan, Rows &rows) {
-  memset(rows.gradient, 0, sizeof(float) * (plan.columns + LOW) * plan.dims);
-  // Columns beside the last candidate are multiplied too, into rows that nobody reads.
-  memset(rows.logits, 0, sizeof(float) * plan.height * plan.line);
+// Packs the candidates, and gives each thread its rows, some at a time: body(rows, thread).
+template <class Body>
+void each_rows(const Problem &p, const Plan &plan, float *buffer, bool backward, Body body) {
+  pack(p, plan, buffer, backward);
+#pragma omp parallel for num_threads(plan.threads) schedule(static, 1)
+  for (int64_t t = 0; t < plan.threads; t++) {
+    Rows mine(p, plan, buffer, t);
+    if (backward) {
+      memset(mine.gradient, 0, sizeof(float) * (plan.columns + LOW) * plan.dims);
+      // Columns beside the last candidate are multiplied too, into rows that nobody reads.
+      memset(mine.logits, 0, sizeof(float) * plan.height * plan.line);
+    }
+    int64_t end = edge(p, plan, t + 1);
+    for (int64_t top = edge(p, plan, t); top < end; top += plan.height) {
+      mine.take(top, least(plan.height, end - top));
+      body(mine, t);
+    }
+  }
 }
 
 float logarithm(float shift, float sum) { return sum > 0 ? shift + logf(sum) : (sum == 0 ? NONE : sum); }
@@ -262,16 +259,8 @@ float log_of_both(float a, float b) {
 
 // shift, sum: [B] of what came before.
 void sum_slice(const Problem &p, const Plan &plan, float *buffer, float *shift, float *sum) {
-  pack(p, plan, buffer, false);
-#pragma omp parallel for num_threads(plan.threads) schedule(static, 1)
-  for (int64_t t = 0; t < plan.threads; t++) {
-    Rows mine(p, plan, buffer, t);
-    int64_t end = edge(p, plan, t + 1);
-    for (int64_t top = edge(p, plan, t); top < end; top += plan.height) {
-      mine.take(top, least(plan.height, end - top));
-      mine.sum_up(shift + top, sum + top);
-    }
-  }
+  each_rows(p, plan, buffer, false,
+            [=](Rows &mine, int64_t) { mine.sum_up(shift + mine.top, sum + mine.top); });
 }
 
 // Gradients of what has ``slope`` by the log-sum-exps ``result``. grad_weights: [threads, stride]
@@ -279,32 +268,25 @@ void sum_slice(const Problem &p, const Plan &plan, float *buffer, float *shift, 
 void pull_slice(const Problem &p, const Plan &plan, float *buffer, const float *result,
                 const float *slope, float *grad_queries, float *grad_candidates,
                 float *grad_weights, int64_t stride) {
-  pack(p, plan, buffer, true);
-#pragma omp parallel for num_threads(plan.threads) schedule(static, 1)
-  for (int64_t t = 0; t < plan.threads; t++) {
-    Rows mine(p, plan, buffer, t);
-    clear(plan, mine);
-    int64_t end = edge(p, plan, t + 1);
-    for (int64_t top = edge(p, plan, t); top < end; top += plan.height) {
-      mine.take(top, least(plan.height, end - top));
-      mine.begin_gradients(slope + top);
-      for (int64_t b = 0; b < plan.blocks; b++) {
-        int64_t width = mine.width_of(b);
-        mine.score(b);
-        for (int64_t i = 0; i < mine.count; i++) {
-          float whole = result[top + i];
-          mine.raise(i, width, whole == NONE ? 0.f : whole);
-          if (!grad_weights) continue;
-          float *into = grad_weights + t * stride + b * plan.width;
-          const float *from = mine.logits + i * plan.line;
-          for (int64_t j = 0; j < least(width, p.candidates - b * plan.width); j++)
-            into[j] += slope[top + i] * from[j];
-        }
-        mine.pull(b);
+  each_rows(p, plan, buffer, true, [&](Rows &mine, int64_t thread) {
+    const float *own_slope = slope + mine.top;
+    mine.begin_gradients(own_slope);
+    for (int64_t b = 0; b < plan.blocks; b++) {
+      int64_t width = mine.width_of(b);
+      mine.score(b);
+      for (int64_t i = 0; i < mine.count; i++) {
+        float whole = result[mine.top + i];
+        mine.raise(i, width, whole == NONE ? 0.f : whole);
+        if (!grad_weights) continue;
+        float *into = grad_weights + thread * stride + b * plan.width;
+        const float *from = mine.logits + i * plan.line;
+        for (int64_t j = 0; j < least(width, p.candidates - b * plan.width); j++)
+          into[j] += own_slope[i] * from[j];
       }
-      mine.end_gradients(slope + top, grad_queries);
+      mine.pull(b);
     }
-  }
+    mine.end_gradients(own_slope, grad_queries);
+  });
   add_up(p, plan, buffer, grad_candidates);
 }
 
@@ -337,28 +319,20 @@ struct Losses {
 // All in one pass over the rows, whose exponentials stay where they are.
 void contrast(const Problem &p, const Plan &plan, float *buffer, const Losses &each,
               float *grad_queries, float *grad_candidates) {
-  pack(p, plan, buffer, true);
-#pragma omp parallel for num_threads(plan.threads) schedule(static, 1)
-  for (int64_t t = 0; t < plan.threads; t++) {
-    Rows mine(p, plan, buffer, t);
-    clear(plan, mine);
-    int64_t end = edge(p, plan, t + 1);
+  each_rows(p, plan, buffer, true, [&](Rows &mine, int64_t) {
     float shift[MOST_ROWS], sum[MOST_ROWS], scale[MOST_ROWS];
-    for (int64_t top = edge(p, plan, t); top < end; top += plan.height) {
-      mine.take(top, least(plan.height, end - top));
-      for (int64_t i = 0; i < mine.count; i++) shift[i] = NONE, sum[i] = 0;
-      mine.sum_up(shift, sum);
-      for (int64_t i = 0; i < mine.count; i++) {
-        float whole = logarithm(shift[i], sum[i]);
-        scale[i] = each.row(top + i, whole);
-        // Exponentials are relative to their row's largest.
-        scale[i] *= share(shift[i], whole);
-      }
-      mine.begin_gradients(scale);
-      mine.pull(0);
-      mine.end_gradients(scale, grad_queries);
+    for (int64_t i = 0; i < mine.count; i++) shift[i] = NONE, sum[i] = 0;
+    mine.sum_up(shift, sum);
+    for (int64_t i = 0; i < mine.count; i++) {
+      float whole = logarithm(shift[i], sum[i]);
+      scale[i] = each.row(mine.top + i, whole);
+      // Exponentials are relative to their row's largest.
+      scale[i] *= share(shift[i], whole);
     }
-  }
+    mine.begin_gradients(scale);
+    mine.pull(0);
+    mine.end_gradients(scale, grad_queries);
+  });
   add_up(p, plan, buffer, grad_candidates);
 }
 

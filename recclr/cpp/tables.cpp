@@ -14,7 +14,7 @@ const int64_t AHEAD = 8;
 const double BETA_1 = 0.9, BETA_2 = 0.999;
 const float EPSILON = 1e-8f;
 
-// Stable, by the upper half; tmp: another n. Where the result lies, keys or tmp.
+// Stable, by the upper half, which no key has above ``most``; tmp: another n. Where the result lies, keys or tmp.
 uint64_t *sorted(uint64_t *keys, uint64_t *tmp, int64_t n, uint64_t most) {
   for (int low = 32; most >> (low - 32); low += DIGIT) {
     int64_t starts[BUCKETS] = {0};
@@ -27,7 +27,6 @@ uint64_t *sorted(uint64_t *keys, uint64_t *tmp, int64_t n, uint64_t most) {
     for (int64_t i = 0; i < n; i++) tmp[starts[(keys[i] >> low) & (BUCKETS - 1)]++] = keys[i];
     uint64_t *other = keys;
     keys = tmp, tmp = other;
-    if (low + DIGIT >= 64) break;
   }
   return keys;
 }
@@ -40,7 +39,7 @@ struct Gradients {
   int64_t dim;
 
   const float *of(int64_t i) const {
-    int64_t place = order ? order[i] : i, part = 0;
+    int64_t place = order[i], part = 0;
     if (places) place = places[place];
     while (place >= ends[part]) part++;
     return arrays[part] + (place - (part ? ends[part - 1] : 0)) * dim;
@@ -131,8 +130,8 @@ int64_t recclr_group(int64_t n, const int64_t *rows, uint64_t *scratch, int64_t 
 }
 
 // The optimiser's step of each distinct row by the sum of its look-ups' gradients, in their order;
-// kind SUM writes the sums to ``weight`` instead, [R, D]. starts, order: of recclr_group, or null
-// where each row was looked up once. first, second, count: what the kind has of them.
+// kind SUM writes the sums to ``weight`` instead, [R, D]. starts, order: of recclr_group. first,
+// second, count: what the kind has of them.
 void recclr_move(int32_t kind, int64_t found, const int64_t *distinct, const int64_t *starts,
                  const int64_t *order, const int64_t *places, const int64_t *ends,
                  const float *const *arrays, int64_t dim, float *weight, float *first,
@@ -152,7 +151,7 @@ void recclr_move(int32_t kind, int64_t found, const int64_t *distinct, const int
         fetch(first ? first + next * dim : 0, dim);
         if (second) fetch(wide_second ? second + next * dim : second + next, wide_second ? dim : 1);
       }
-      int64_t low = starts ? starts[r] : r, high = starts ? starts[r + 1] : r + 1;
+      int64_t low = starts[r], high = starts[r + 1];
       const float *g = gradients.of(low);
       if (high > low + 1) {
         memcpy(sum, g, sizeof(float) * dim);

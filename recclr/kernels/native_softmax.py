@@ -4,7 +4,8 @@ Shape letters: B queries, C candidates, D dimension.
 
 Cost: 6·B·C·D multiply-adds and B·C exponentials for a loss with its gradients where 24 rows of
 logits fit a thread's part of the cache (C up to 10,900), 8·B·C·D and 2·B·C beyond that and for a
-log-sum-exp alone. Memory beside arguments and gradients: (threads + 2)·C·D floats.
+log-sum-exp alone. Memory beside arguments and gradients: (threads + 2)·C·D floats, up to 256 MiB;
+beyond that candidates come a slice at a time.
 """
 
 from __future__ import annotations
