@@ -14,6 +14,9 @@ must not wait for a GPU, ``bits`` gives the same as one bit for each row and can
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -126,12 +129,8 @@ class KnownPositives:
     def _from_rows(self, user_idx: Tensor, candidate_idx: Tensor) -> PairMask:
         kernels = native.usable(user_idx, candidate_idx)
         if kernels is not None:
-            self._fill_slots(candidate_idx)
-            # An interruption must not leave slots of these candidates to the next ones.
-            try:
-                return known_of_rows(kernels, user_idx, self.user_items, self.item_slots)
-            finally:
-                self.item_slots[candidate_idx] = -1
+            with self._slots(candidate_idx) as slots:
+                return known_of_rows(kernels, user_idx, self.user_items, slots)
         histories = self.user_items.take(user_idx)
         columns = self._slots_of(candidate_idx, histories.values)
         hit = (columns >= 0).nonzero().squeeze(1)
@@ -164,15 +163,19 @@ class KnownPositives:
 
     def _slots_of(self, candidate_idx: Tensor, item_idx: Tensor) -> Tensor:
         """Place of each item among the candidates, -1 for none."""
-        self._fill_slots(candidate_idx)
+        with self._slots(candidate_idx) as slots:
+            return slots.index_select(0, item_idx)
+
+    @contextmanager
+    def _slots(self, candidate_idx: Tensor) -> Iterator[Tensor]:
+        """Of every item its place among the candidates, int64 [num_items], -1 for none."""
+        places = torch.arange(len(candidate_idx), device=candidate_idx.device)
+        # However the block ends, none of these candidates is left to the next ones.
         try:
-            return self.item_slots.index_select(0, item_idx)
+            self.item_slots[candidate_idx] = places
+            yield self.item_slots
         finally:
             self.item_slots[candidate_idx] = -1
-
-    def _fill_slots(self, candidate_idx: Tensor) -> None:
-        places = torch.arange(len(candidate_idx), device=candidate_idx.device)
-        self.item_slots[candidate_idx] = places
 
     @staticmethod
     def _length(csr: Csr, rows: Tensor) -> int:

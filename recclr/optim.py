@@ -19,7 +19,7 @@ from torch.nn.functional import embedding_bag
 from recclr.distinct import padded_distinct
 from recclr.errors import CheckpointError
 from recclr.kernels import native, native_rows
-from recclr.kernels.bags import weighted_bags
+from recclr.kernels.bags import owners_of, weighted_bags
 from recclr.kernels.native_rows import Part, places_of
 from recclr.order import mix
 
@@ -89,10 +89,7 @@ class Table(nn.Module):
             # The gradient of a row is the sum of those of its bags, whatever else is in them, so
             # only the bags are kept: M vectors, not one for each value.
             bags.requires_grad_(True)
-            lengths = torch.diff(offsets, append=offsets.new_tensor([len(values)]))
-            numbers = torch.arange(len(offsets), device=offsets.device)
-            places = numbers.repeat_interleave(lengths, output_size=len(values))
-            self.lookups.append(Lookup(values, bags, places))
+            self.lookups.append(Lookup(values, bags, owners_of(offsets, len(values))))
         return bags
 
     def padded_bag(self, values: Tensor, alive: Tensor) -> Tensor:

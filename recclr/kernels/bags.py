@@ -5,6 +5,7 @@ Shape letters: U vectors, D dimension, M bags, n rows in all of them.
 
 from __future__ import annotations
 
+from ctypes import CDLL
 from typing import Any
 
 import torch
@@ -36,17 +37,27 @@ def weighted_bags(
     # What is wrong is left to PyTorch, which says so.
     if kernels is None or plain or not len(offsets) or int(offsets[0]):
         return embedding_bag(rows, vectors, offsets, mode="sum", per_sample_weights=weights)
-    result: Tensor = _Bags.apply(vectors, rows, offsets, weights)  # type: ignore[no-untyped-call]
+    result: Tensor = _Bags.apply(vectors, rows, offsets, weights, kernels)  # type: ignore[no-untyped-call]
     return result
+
+
+def owners_of(offsets: Tensor, num_rows: int) -> Tensor:
+    """The bag of each row, int64 [n]. offsets: int64 [M], as ``weighted_bags`` has them."""
+    lengths = torch.diff(offsets, append=offsets.new_tensor([num_rows]))
+    numbers = torch.arange(len(offsets), device=offsets.device)
+    return numbers.repeat_interleave(lengths, output_size=num_rows)
 
 
 class _Bags(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, vectors: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor | None
+        ctx: Any,
+        vectors: Tensor,
+        rows: Tensor,
+        offsets: Tensor,
+        weights: Tensor | None,
+        kernels: CDLL,
     ) -> Tensor:
-        kernels = native.library()
-        assert kernels is not None
         ctx.kernels, ctx.size = kernels, len(vectors)
         ctx.save_for_backward(rows, offsets, weights)
         return native_rows.bags(kernels, vectors, rows, offsets, weights)
@@ -55,11 +66,9 @@ class _Bags(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         rows, offsets, weights = ctx.saved_tensors
-        lengths = torch.diff(offsets, append=offsets.new_tensor([len(rows)]))
-        bags = torch.arange(len(offsets), device=rows.device)
-        owners = bags.repeat_interleave(lengths, output_size=len(rows))
+        owners = owners_of(offsets, len(rows))
         found = native_rows.bags_backward(
             ctx.kernels, grad_outputs[0], rows, owners, weights, ctx.size
         )
         assert found is not None, "rows are places among vectors in memory"
-        return found, None, None, None
+        return found, None, None, None, None

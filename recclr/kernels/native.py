@@ -65,15 +65,13 @@ def why_not() -> str | None:
 
 def kernels_exist() -> bool:
     """Whether there are compiled kernels for processors of this kind at all."""
-    kind = torch.backends.cpu.get_cpu_capability().lower()
-    return sys.platform == "linux" and kind in ("avx2", "avx512")
+    return sys.platform == "linux" and _kind() in ("avx2", "avx512")
 
 
 def description() -> str:
     """Which kernels run on the CPU, for a person."""
     reason = why_not()
-    kind = torch.backends.cpu.get_cpu_capability()
-    return f"compiled, {kind}" if reason is None else f"those of PyTorch alone: {reason}"
+    return f"compiled, {_kind().upper()}" if reason is None else f"those of PyTorch alone: {reason}"
 
 
 @contextmanager
@@ -130,10 +128,9 @@ def threads_for(work: int) -> int:
 def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     if os.environ.get("RECCLR_NATIVE", "1") == "0":
         return None, "RECCLR_NATIVE=0 turns them off"
-    kind = torch.backends.cpu.get_cpu_capability().lower()
     if not kernels_exist():
-        return None, f"there are none for {platform.machine()} ({kind}) on {sys.platform}"
-    path = FOLDER / f"kernels-{kind}.so"
+        return None, f"there are none for {platform.machine()} ({_kind()}) on {sys.platform}"
+    path = FOLDER / f"kernels-{_kind()}.so"
     if not path.is_file():
         return None, f"{path.name} is missing: recclr was installed without g++ (see the README)"
     try:
@@ -152,6 +149,11 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     except (OSError, AttributeError) as error:
         return None, f"{path.name}: {error}"
     return found, None
+
+
+def _kind() -> str:
+    """The instruction set that PyTorch chose, which the environment can tell it."""
+    return torch.backends.cpu.get_cpu_capability().lower()
 
 
 def _openmp() -> str | None:

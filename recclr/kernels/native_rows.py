@@ -74,7 +74,7 @@ def summed(kernels: CDLL, parts: Sequence[Part]) -> tuple[Tensor, Tensor] | None
     groups = _grouped(kernels, _rows_of(parts))
     if groups is None:
         return None
-    sums = parts[0][1].new_empty((len(groups.distinct), parts[0][1].shape[1]))
+    sums = parts[0][1].new_empty((len(groups.distinct), width))
     _move(kernels, "sum", groups, parts, sums, {}, 0.0)
     return groups.distinct, sums
 
