@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +13,7 @@ import polars as pl
 from recclr.config import Config, parse_config
 from recclr.data.infer import infer_features
 from recclr.data.interactions import Log, read
-from recclr.data.prepare import PreparedLog, prepare
+from recclr.data.prepare import PreparedLog, prepare_for
 from recclr.errors import ConfigError
 from recclr.evaluate import Evaluation, EvaluationSet, evaluate, selecting_metrics
 from recclr.fitting import fit_model
@@ -82,10 +82,10 @@ class TwoTower:
         device = pick_device(device)
         with RunProgress(settings.evaluate.select, quiet=not progress) as shown:
             extra = [] if valid is None or settings.train.refit else [valid]
-            prepared = _prepared(settings, train, valid, extra)
+            prepared = prepare_for(settings, train, valid, extra)
             model, steps = _trained(settings, prepared, device, shown)
             if valid is not None and settings.train.refit:
-                prepared, kept = _prepared(settings, train.concat(valid), None, []), None
+                prepared, kept = prepare_for(settings, train.concat(valid), None, []), None
                 model, _ = _trained(settings, prepared, device, shown, num_steps=steps)
         return cls(settings, prepared, ranker_of(model, prepared.tensors.cutoff), kept)
 
@@ -161,17 +161,6 @@ class TwoTower:
             StoreError: the store refused the write, or holds something else afterwards.
         """
         return ship(self.prepared, self.ranker, target, run=None, config=self.config, name=name)
-
-
-def _prepared(settings: Config, train: Log, valid: Log | None, extra: Sequence[Log]) -> PreparedLog:
-    return prepare(
-        train,
-        valid,
-        user=settings.user,
-        item=settings.item,
-        extra_ids=extra,
-        whole_tables=settings.taught_without_log,
-    )
 
 
 def _trained(

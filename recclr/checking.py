@@ -10,7 +10,7 @@ from typing import Any
 from recclr.batch_size import fastest, try_batch_sizes
 from recclr.config import Config, apply_override, load_config, parse_config
 from recclr.data.interactions import Log, read_log
-from recclr.data.prepare import PreparedLog, prepare
+from recclr.data.prepare import PreparedLog, prepare_for
 from recclr.data.split import Split
 from recclr.errors import ConfigError
 from recclr.evaluate import EvaluationSet
@@ -68,14 +68,7 @@ def read_data(config: Config, inputs: Mapping[str, Any], *, with_test: bool = Tr
     extra = [] if refits(config, split) or split.valid is None else [split.valid]
     # Items that a sample of train leaves out stay candidates.
     extra += [] if split.left_out is None else [split.left_out]
-    prepared = prepare(
-        split.train,
-        split.valid,
-        user=config.user,
-        item=config.item,
-        extra_ids=extra,
-        whole_tables=config.taught_without_log,
-    )
+    prepared = prepare_for(config, split.train, split.valid, extra)
     examples = None
     if split.valid is not None:
         _, examples = judged_by(prepared, split.valid, config, also=split.had_before("valid"))

@@ -18,7 +18,7 @@ from recclr.blend_stage import blend_final, blend_selected, require_runs, requir
 from recclr.checking import Data, read_data, refits
 from recclr.config import Config
 from recclr.data.log import Prepared
-from recclr.data.prepare import PreparedLog, prepare
+from recclr.data.prepare import PreparedLog, prepare_for
 from recclr.data.split import Split
 from recclr.distributed import ALONE, LONG_S, Ranks
 from recclr.evaluate import Evaluation, EvaluationSet, evaluate
@@ -223,8 +223,7 @@ def _final_stage(context: Context, split: Split, selected: Stage) -> Stage:
     config = context.config
     train = split.train.concat(split.valid)
     extra = () if split.left_out is None else (split.left_out,)
-    told: dict[str, Any] = {"extra_ids": extra, "whole_tables": config.taught_without_log}
-    prepared = prepare(train, split.test, user=config.user, item=config.item, **told)
+    prepared = prepare_for(config, train, split.test, extra)
     _save(context, prepared, context.out)
     model, steps = _fit(context, "refit", context.out, prepared, None, selected.steps)
     ranker = ranker_of(model, prepared.tensors.cutoff)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recclr.config import Config
 from recclr.data.explicit import explicit_lists
 from recclr.data.features import FeatureEncoder, count_missing, fit_encoders
 from recclr.data.ids import align_ids
@@ -24,7 +25,7 @@ from recclr.data.vocabulary import Vocabulary
 from recclr.errors import ConfigError, DataError
 from recclr.settings import TowerSettings
 
-__all__ = ["PreparedLog", "encode_held_out", "prepare"]
+__all__ = ["PreparedLog", "encode_held_out", "prepare", "prepare_for"]
 
 
 def prepare(
@@ -92,6 +93,20 @@ def prepare(
         user_encoder=encoders[0],
         item_encoder=encoders[1],
         counts=_train_counts(users, items, features) | counts,
+    )
+
+
+def prepare_for(
+    config: Config, train: Log, held_out: Log | None, extra_ids: Sequence[Log]
+) -> PreparedLog:
+    """``prepare`` as a configuration wants it."""
+    return prepare(
+        train,
+        held_out,
+        user=config.user,
+        item=config.item,
+        extra_ids=extra_ids,
+        whole_tables=config.taught_without_log,
     )
 
 
