@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recclr.distributed import Ranks
 from recclr.rows import Rows
 
 Embed = Callable[[Rows], Tensor]
@@ -29,19 +28,23 @@ class Encoding:
     """How towers are run in a step.
 
     Attributes:
-        ranks: who shares the step. chunk_size: rows that a tower encodes at once, at most; None for
-            all. bfloat16: precision of the towers.
+        chunk_size: rows that a tower encodes at once, at most; None for all. bfloat16: precision
+            of the towers.
     """
 
-    ranks: Ranks
     chunk_size: int | None
     bfloat16: bool
 
-    def __call__(self, embed: Embed, rows: Rows, num_rows: int) -> Tensor:
-        """Embeddings of this rank's ``rows``, a part of ``num_rows``, in as many chunks as all."""
+    def __call__(self, embed: Embed, rows: Rows, most: int) -> Tensor:
+        """Embeddings of this rank's ``rows``, in as many chunks as those of any rank.
+
+        Args:
+            most: no rank has more rows than these. The same on all, which may exchange something
+                for each chunk.
+        """
         num_chunks = 1
-        if self.chunk_size is not None and num_rows:
-            num_chunks = -(-max(self.ranks.counts(num_rows)) // self.chunk_size)
+        if self.chunk_size is not None and most:
+            num_chunks = -(-most // self.chunk_size)
 
         def embed_mixed(rows: Rows) -> Tensor:
             # Entered here, since the backward pass of chunks runs outside.

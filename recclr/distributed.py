@@ -28,6 +28,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from recclr.errors import ConfigError, PeerError, RankError, RecclrError
+from recclr.host_memory import HostMemory, capacity_for, row_bytes, shared_by
 
 # For what one process does alone while the others wait: baselines, export.
 LONG_S = 24 * 3600.0
@@ -63,6 +64,7 @@ class Ranks:
         self.local_size = local_size or size
         self.timeout_s = JOIN_S
         self._store = store
+        self._memory: HostMemory | None = None
         self._meetings = 0
         self._watched = False
 
@@ -72,7 +74,10 @@ class Ranks:
         return self.rank == 0
 
     def start(self, device: str, timeout_s: float) -> None:
-        """Open the channel of tensors: gloo on a CPU, NCCL beside it on GPUs."""
+        """Open the channel of tensors: gloo on a CPU, NCCL beside it on GPUs.
+
+        On the CPUs of one machine most of them then go through memory that the ranks share.
+        """
         if self.size == 1:
             return
         self.timeout_s = timeout_s
@@ -92,6 +97,9 @@ class Ranks:
                 world_size=self.size,
                 timeout=timedelta(seconds=timeout_s),
             )
+        capacity = capacity_for(self.size)
+        if device == "cpu" and self.local_size == self.size and capacity is not None:
+            self._memory = shared_by(self, capacity)
 
     def own_device(self, device: str) -> str:
         """The device of this rank, from what was asked for all.
@@ -122,14 +130,19 @@ class Ranks:
 
     def sum_(self, x: Tensor, name: str) -> Tensor:
         """``x`` summed over ranks, in place; the same bits everywhere."""
-        if self.size > 1:
-            # Gloo sums memory in the order it lies in, whatever the strides say.
-            dense = x.contiguous()
+        if self.size == 1:
+            return x
+        # Gloo sums memory in the order it lies in, whatever the strides say.
+        dense = x.contiguous()
+        if self._shared(dense.numel() * dense.element_size(), dense.device):
+            first, *others = self._every(dense.view(1, -1), 1, name)
+            dense = first.view_as(x) + others[0].view_as(x)
+            for other in others[1:]:
+                dense += other.view_as(x)
+        else:
             with self.operation(name):
                 dist.all_reduce(dense)
-            if dense is not x:
-                x.copy_(dense)
-        return x
+        return x if dense is x else x.copy_(dense)
 
     def gather(self, x: Tensor, counts: Sequence[int], name: str) -> Tensor:
         """Blocks of rows of all ranks, one below the other.
@@ -142,16 +155,43 @@ class Ranks:
         """
         if self.size == 1 or not max(counts):
             return x
+        return torch.cat(self.gather_blocks(x, counts, name))
+
+    def gather_blocks(self, x: Tensor, counts: Sequence[int], name: str) -> list[Tensor]:
+        """As ``gather``, the block of each rank by itself; good until the next exchange."""
+        if self.size == 1 or not max(counts):
+            return [x] * self.size
+        blocks = self._every(x.contiguous(), max(counts), name)
+        return [block[:count] for block, count in zip(blocks, counts, strict=True)]
+
+    def _every(self, x: Tensor, most: int, name: str) -> list[Tensor]:
+        """[most, ...] of each rank, the rows beyond its own of any content."""
+        if self._shared(most * row_bytes(x), x.device):
+            assert self._memory is not None
+            with self.operation(name):
+                return self._memory.gather(x, most, timeout_s=self.timeout_s, heed=self._heed)
         # One shape for all: collectives of unequal lengths are where others wait for ever.
-        padded = x.new_zeros((max(counts), *x.shape[1:]))
-        padded[: len(x)] = x
-        blocks = x.new_empty((self.size * max(counts), *x.shape[1:]))
-        each = torch.split(blocks, max(counts))
+        padded = x
+        if len(x) < most:
+            padded = x.new_empty((most, *x.shape[1:]))
+            padded[: len(x)] = x
+        blocks = list(torch.split(x.new_empty((self.size * most, *x.shape[1:])), most))
         with self.operation(name):
-            dist.all_gather(list(each), padded)
-        if min(counts) == max(counts):
-            return blocks
-        return torch.cat([b[:n] for b, n in zip(each, counts, strict=True)])
+            dist.all_gather(blocks, padded)
+        return blocks
+
+    def _shared(self, needed: int, device: torch.device) -> bool:
+        """Whether a block goes through the memory that ranks share, which grows up to a limit."""
+        memory = self._memory
+        if memory is None or device.type != "cpu":
+            return False
+        if needed > memory.capacity:
+            capacity = capacity_for(self.size, needed)
+            if capacity is None:
+                return False
+            self._memory = shared_by(self, capacity)
+            memory.close()
+        return self._memory is not None
 
     def gather_rows(self, x: Tensor, counts: Sequence[int], name: str) -> Tensor:
         """As ``gather``; the gradient of a row is the sum of what all ranks made of it."""
@@ -295,6 +335,9 @@ class Ranks:
         """Close both channels; with ``wait``, once all ranks do."""
         assert self._store is not None
         self.unwatch()
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
         with contextlib.suppress(RuntimeError):
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -332,6 +375,11 @@ class _GatherRows(torch.autograd.Function):
 def _peer(word: str) -> PeerError:
     found = json.loads(word)
     return PeerError(f"rank {found['rank']} failed", exit_code=int(found["exit_code"]))
+
+
+def _blocks(gathered: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    parts = torch.split(gathered, max(counts))
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
 def _ranks(numbers: Sequence[int]) -> str:

@@ -1,7 +1,7 @@
 """What the ranks of a step tell each other once their gradients are there.
 
 One sum carries everything small: the gradients of dense layers, the loss, whether a signal came,
-and how many table rows each rank has; two gathers then carry the rows and their gradients. Every
+and how many table rows each rank has; one gather then carries the rows and their gradients. Every
 rank applies the same bits, so weights stay equal without being sent.
 
 Shape letters: D dimension of a table, R rows of one rank.
@@ -9,13 +9,15 @@ Shape letters: D dimension of a table, R rows of one rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from recclr.distributed import Ranks
-from recclr.optim import RowGradients, summed_rows
+from recclr.kernels.native_rows import Part
+from recclr.optim import RowGradients, Table, summed_rows
 from recclr.optimizers import Optimizers
 from recclr.step_stats import StepStats
 
@@ -43,12 +45,11 @@ class StepExchange:
             the step of all ranks; gradients of tables for ``Optimizers.step``; whether any rank was
             asked to end.
         """
-        ranks, own = self.ranks, list(self.optimizers.tables.gradients())
-        dense = list(self.optimizers.dense.values())
+        ranks, dense = self.ranks, list(self.optimizers.dense.values())
         device = stats.loss.device
         tables = self.optimizers.tables.tables
         lengths = torch.zeros((len(tables), ranks.size), device=device)
-        found = {name: (rows, grads) for name, rows, grads in own}
+        found = {name: sent for name, table in tables.items() if (sent := _sent_of(table))}
         for place, name in enumerate(tables):
             lengths[place, ranks.rank] = len(found[name][0]) if name in found else 0
         few = [float(stats.loss.detach()), float(stats.num_masked), float(stopped)]
@@ -80,31 +81,48 @@ class StepExchange:
         tables = self.optimizers.tables.tables
         if not tables:
             return []
-        device = next(iter(tables.values())).weight.device
-        none = torch.empty(0, dtype=torch.int64, device=device)
-        for name, table in tables.items():
-            found.setdefault(name, (none, table.weight.new_empty((0, table.dim))))
-        by_rank = list(zip(*counts, strict=True))
-        own_rows = torch.cat([found[name][0] for name in tables])
-        own_grads = torch.cat([found[name][1].reshape(-1) for name in tables])
         dims = [table.dim for table in tables.values()]
-        sizes = [[n * dim for n, dim in zip(of, dims, strict=True)] for of in by_rank]
-        rows = self._gathered(own_rows, [list(of) for of in by_rank], "rows of tables")
-        grads = self._gathered(own_grads, sizes, "gradients of tables")
-        merged: list[RowGradients] = []
-        for place, (name, dim) in enumerate(zip(tables, dims, strict=True)):
-            parts = [
-                (rows[rank][place], grads[rank][place].view(-1, dim), None)
-                for rank in range(self.ranks.size)
-                if counts[place][rank]
-            ]
-            if parts:
-                merged.append((name, *summed_rows(parts)))
-        return merged
+        device = next(iter(tables.values())).weight.device
+        sizes = [_packed_sizes(of, dims) for of in zip(*counts, strict=True)]
+        blocks = self.ranks.gather_blocks(
+            _packed([found[name] for name in tables if name in found], device),
+            [sum(of) for of in sizes],
+            "gradients of tables",
+        )
+        merged: dict[str, list[Part]] = {name: [] for name in tables}
+        for block, of in zip(blocks, sizes, strict=True):
+            _, *parts = torch.split(block, of)
+            for name, dim, rows, grads in zip(
+                tables, dims, parts[: len(dims)], parts[len(dims) :], strict=True
+            ):
+                if len(rows):
+                    told = rows.view(torch.int64), grads.view(torch.float32).view(-1, dim), None
+                    merged[name].append(told)
+        return [(name, parts) for name, parts in merged.items() if parts]
 
-    def _gathered(self, own: Tensor, lengths: list[list[int]], name: str) -> list[list[Tensor]]:
-        """By rank and table, from what each rank has of all tables in one vector."""
-        totals = [sum(of) for of in lengths]
-        whole = self.ranks.gather(own, totals, name)
-        parts = torch.split(whole, totals)
-        return [list(torch.split(part, of)) for part, of in zip(parts, lengths, strict=True)]
+
+def _sent_of(table: Table) -> tuple[Tensor, Tensor] | None:
+    """Rows and gradients as they are sent; None where there are none."""
+    parts = table.take_lookups()
+    if not parts:
+        return None
+    rows, grads, places = parts[0]
+    if len(parts) == 1 and places is None and 2 * len(rows) <= table.num_rows:
+        # Few come twice, and all are summed again where they arrive.
+        return rows, grads
+    return summed_rows(parts)
+
+
+def _packed(own: list[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
+    """Rows of tables, then their gradients, in one vector int32 [n]; see ``_packed_sizes``."""
+    words = [rows.view(torch.int32) for rows, _ in own]
+    words += [grads.contiguous().view(torch.int32).reshape(-1) for _, grads in own]
+    length = sum(map(len, words))
+    return torch.cat([torch.zeros(length % 2, dtype=torch.int32, device=device), *words])
+
+
+def _packed_sizes(counts: Sequence[int], dims: Sequence[int]) -> list[int]:
+    """Words of what one rank sends: a filler, the rows of each table, the gradients of each."""
+    rows, grads = [2 * n for n in counts], [n * dim for n, dim in zip(counts, dims, strict=True)]
+    # Row numbers are two words each, and have to start where two words do.
+    return [sum(grads) % 2, *rows, *grads]

@@ -1,8 +1,9 @@
 """Forward pass of one step: candidates, towers, masks, loss.
 
-Of several ranks each takes its part of the rows and encodes its part of the items; batch,
-candidates and masks are those of one process, which every rank derives from (seed, step). So is
-what dropout hides (``Rows.uniform``), unless a tower of one's own draws by other means.
+Of several ranks each takes its part of the rows, and encodes the items that ``apportioning`` gives
+it; batch, candidates and masks are those of one process, which every rank derives from (seed,
+step). So is what dropout hides (``Rows.uniform``), unless a tower of one's own draws by other
+means.
 
 Shape letters: B positives of a step, C candidates, D dimension.
 """
@@ -16,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from recclr.apportioning import Named, each_for_itself, most_needed, needed
 from recclr.batches import Batch
 from recclr.caching import Encoding
 from recclr.data.log import Csr, EncodedLog
@@ -73,7 +75,7 @@ class Objective:
         queue: MomentumQueue | None = None,
     ) -> None:
         self.ranks, self.fixed_shapes = ranks, fixed_shapes
-        self._embed = Encoding(ranks, chunk_size, bfloat16)
+        self._embed = Encoding(chunk_size, bfloat16)
         self.loss, self.seed, self.bfloat16 = loss, seed, bfloat16
         self.device = log.device
         self.sampler = CandidateSampler(
@@ -202,26 +204,24 @@ class Objective:
             # of tables are touched as without it.
             wanted = replace(wanted, whole=wanted, places=candidates.places)
         user_idx, item_idx, weight = batch.user_idx, batch.item_idx, batch.weight
-        positive_row = candidates.positive_row
+        num_rows, num_distinct = len(user_idx), _num_distinct(candidates)
+        positive_row, own, ranks = candidates.positive_row, slice(0, num_rows), self.ranks
+        own_row, own_log_weights = _own_of(drawn, candidates)
         share = 1.0 if total is None else batch.total() / total
-        shared, own = self.ranks.size > 1, slice(None)
-        if shared:
-            own = slice(*self.ranks.part(len(user_idx)))
+        if ranks.size > 1:
+            own = slice(*ranks.part(num_rows))
             total = batch.total() if total is None else total
             users = users.part(own.start, own.stop)
-            wanted = wanted.part(*self.ranks.part(len(wanted.idx)))
             user_idx, item_idx, positive_row = user_idx[own], item_idx[own], positive_row[own]
-            weight, more_row, positive_log_weights = (
+            weight, more_row, positive_log_weights, own_row, own_log_weights = (
                 None if each is None else each[own]
-                for each in (weight, more_row, positive_log_weights)
+                for each in (weight, more_row, positive_log_weights, own_row, own_log_weights)
             )
-        queries = self._embed(model.embed_users, users, len(batch.user_idx))
-        items = self._embed(model.embed_items, wanted, len(candidates.item_idx))
         # Loss in float32 whatever the towers compute in.
-        queries, items = queries.float(), items.float()
-        if shared:
-            counts = self.ranks.counts(len(candidates.item_idx))
-            items = self.ranks.gather_rows(items, counts, "item embeddings")
+        queries = self._embed(model.embed_users, users, max(ranks.counts(num_rows))).float()
+        named = positive_row, own_row, more_row
+        items, candidates, named = self._items(model, wanted, candidates, named, num_rows)
+        positive_row, own_row, more_row = named
         mask, num_masked, num_candidates = self._masked(user_idx, item_idx, candidates)
         vectors, log_weights = candidates.weighted(items)
         scored = Scored(
@@ -235,12 +235,13 @@ class Objective:
             log_weights,
             mask,
             mean_weights(len(queries), weight, device=self.device, total=total),
-            *_own_of(drawn, candidates, own),
+            own_row,
+            own_log_weights,
             more_row=more_row,
             positive_log_weights=positive_log_weights,
             similarity=model.similarity,
-            ranks=self.ranks,
-            num_rows=len(batch.user_idx),
+            ranks=ranks,
+            num_rows=num_rows,
             batch_share=share,
         )
         # The lift of distances subtracts large numbers, of which 8 bits would leave nothing.
@@ -252,7 +253,6 @@ class Objective:
             loss = loss_with_queue(scored, without, self.loss, bfloat16=bfloat16)
         if self.mirror is not None:
             loss = torch.lerp(loss, self.mirror.loss(scored, batch), self.loss.symmetric)
-        num_rows = len(batch.user_idx)
         if self.sampler.stream is not None:
             # After its own correction, which has to be independent of what it was drawn from.
             self.sampler.stream.add(batch.item_idx)
@@ -262,9 +262,31 @@ class Objective:
             num_rows * num_candidates,
             num_masked,
             num_rows,
-            _num_distinct(candidates),
+            num_distinct,
             log_weights=log_weights if self.loss.is_plain and not self.own else None,
         )
+
+    def _items(
+        self, model: TwoTower, wanted: Rows, candidates: Candidates, named: Named, num_rows: int
+    ) -> tuple[Tensor, Candidates, Named]:
+        """Embeddings that this rank's rows score, float32; the candidates, and ``named``, there.
+
+        Args:
+            wanted: all items of the step. named: places among them, see ``apportioning.needed``.
+            num_rows: of all ranks.
+        """
+        ranks, num_items = self.ranks, len(wanted.idx)
+        if ranks.size == 1:
+            return self._embed(model.embed_items, wanted, num_items).float(), candidates, named
+        if each_for_itself(ranks, num_rows, len(candidates.log_weights), model.item_tower):
+            most = most_needed(ranks, num_rows, candidates, named)
+            places, candidates, named = needed(candidates, named)
+            own = wanted.only(places)
+            return self._embed(model.embed_items, own, most).float(), candidates, named
+        counts = ranks.counts(num_items)
+        own = wanted.part(*ranks.part(num_items))
+        items = self._embed(model.embed_items, own, max(counts)).float()
+        return ranks.gather_rows(items, counts, "item embeddings"), candidates, named
 
     def _without_queue(
         self, scored: Scored, candidates: Candidates, positives: Tensor, own: slice, batch: Batch
@@ -365,14 +387,11 @@ def _in_batch_counts(batch: Batch) -> tuple[Tensor, int] | None:
     return None if batch.pool is None else (batch.pool, len(batch.pool))
 
 
-def _own_of(
-    drawn: OwnDraws | None, candidates: Candidates, rows: slice
-) -> tuple[Tensor | None, Tensor | None]:
-    """Rows among the embedded items, and log weights, of what some rows of a batch drew."""
+def _own_of(drawn: OwnDraws | None, candidates: Candidates) -> tuple[Tensor | None, Tensor | None]:
+    """Rows among the embedded items, and log weights, of what each row of a batch drew."""
     if drawn is None or candidates.own_row is None:
         return None, None
-    own_row = candidates.own_row.view(drawn.item_idx.shape)
-    return own_row[rows], drawn.log_weights[rows]
+    return candidates.own_row.view(drawn.item_idx.shape), drawn.log_weights
 
 
 def _num_distinct(candidates: Candidates) -> Tensor:

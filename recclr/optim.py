@@ -26,8 +26,8 @@ from recclr.order import mix
 TableOptimizerKind = Literal["adam", "rowwise_adam", "rowwise_adagrad", "sgd"]
 StateKind = Literal["float32", "bfloat16"]
 
-# Name of a table, distinct rows int64 [R], the sum of each one's gradients [R, dim].
-RowGradients = tuple[str, Tensor, Tensor]
+# Name of a table, what it has to learn.
+RowGradients = tuple[str, list[Part]]
 
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
 _ROUNDING = 31
@@ -225,7 +225,7 @@ class TableOptimizer:
 
         Args:
             lr: absolute learning rate, float32 scalar if it is a tensor.
-            gradients: instead of the lookups' own, which were taken already.
+            gradients: instead of the lookups' own, which were taken already; not with fixed shapes.
             number: of the step; keys the rounding of the moments.
         """
         self.seed(number)
@@ -235,14 +235,12 @@ class TableOptimizer:
     def apply(self, lr: float | Tensor, gradients: Iterable[RowGradients] | None = None) -> None:
         """As ``step``, once ``seed`` was called: what runs on the device."""
         if self.fixed_shapes:
-            for name, rows, grad in self.gradients() if gradients is None else gradients:
+            for name, rows, grad in self.gradients():
                 self._write(name, rows, grad, lr)
             return
         if gradients is None:
-            taken = ((name, table.take_lookups()) for name, table in self.tables.items())
-        else:
-            taken = ((name, [(rows, grad, None)]) for name, rows, grad in gradients)
-        for name, parts in taken:
+            gradients = ((name, table.take_lookups()) for name, table in self.tables.items())
+        for name, parts in gradients:
             if parts and not self._moved_in_one_pass(name, parts, lr):
                 self._write(name, *summed_rows(parts), lr)
 
@@ -262,8 +260,10 @@ class TableOptimizer:
         self._move(moved, name, rows, grad, lr)
         weight.index_copy_(0, rows, moved)
 
-    def gradients(self) -> Iterator[RowGradients]:
-        """Take the lookups of this step: what each table that had some has to learn."""
+    def gradients(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Take the lookups of this step: names of tables that had some, distinct rows int64 [R],
+        rising, and the sum of each one's gradients, float32 [R, dim].
+        """
         for name, table in self.tables.items():
             found = table.take_gradient(fixed_shape=self.fixed_shapes)
             if found is not None:

@@ -26,7 +26,6 @@ from recclr.config import Config
 from recclr.data.features import FeatureEncoder, fit_encoders
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
 from recclr.data.side_tables import read_side_table
-from recclr.distributed import ALONE
 from recclr.errors import ConfigError
 from recclr.files import sha256_of, write_bytes_atomic, write_json_atomic
 from recclr.kernels import unit_rows
@@ -224,7 +223,7 @@ class CatalogueStepper:
         )
         place = torch.device(device)
         views = TwoViews("item", of, dim=config.model.embedding_dim, seed=config.seed, device=place)
-        encode = Encoding(ALONE, train.chunk_size, use_bfloat16(train, place))
+        encode = Encoding(train.chunk_size, use_bfloat16(train, place))
         self.objective = CatalogueObjective(views, encode)
         self.num_steps = max(1, round(train.epochs * self.source.steps_per_epoch))
         self.optimizers = Optimizers(model, train, self.num_steps, also=views.parameters())

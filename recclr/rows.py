@@ -70,6 +70,18 @@ class Rows:
             hidden=None if self.hidden is None else self.hidden[own],
         )
 
+    def only(self, places: Tensor) -> Rows:
+        """Those of these rows, which are no part of others, that stand at ``places``, int64 [P]."""
+        return replace(
+            self,
+            idx=self.idx[places],
+            at=self.at if self.at is None or self.at.ndim == 0 else self.at[places],
+            without=None if self.without is None else self.without[places],
+            whole=self,
+            places=places,
+            hidden=None if self.hidden is None else self.hidden[places],
+        )
+
     def uniform(self, *shape: int, shared: bool = False) -> Tensor:
         """Draws from [0, 1), float32 [M, *shape]; only where there is a generator.
 

@@ -77,7 +77,7 @@ class TwoViews:
         for view in range(2):
             rows = self.rows(idx, at, number, view, progress)
             rows = rows if self.ranks.size == 1 else rows.part(*part)
-            views.append(self.head(encode(embed, rows, num_rows).float()))
+            views.append(self.head(encode(embed, rows, max(counts)).float()))
         both = self.ranks.gather_rows(torch.cat(views, dim=1), counts, f"views of {self.side}s")
         first, second = both.chunk(2, dim=1)
         return nt_xent(first, second, self.settings.temperature, entity_idx=idx, part=part)

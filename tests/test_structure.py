@@ -23,7 +23,16 @@ FLOORS = {
         "distinct",
         "stopping",
     },
-    1: {"data", "metrics", "bootstrap", "distributed", "joining"},
+    1: {
+        "data",
+        "metrics",
+        "bootstrap",
+        "losses",
+        "kernels",
+        "host_memory",
+        "distributed",
+        "joining",
+    },
     2: {
         "caching",
         "spectral",
@@ -39,7 +48,6 @@ FLOORS = {
         "history",
         "propagation",
         "towers",
-        "losses",
         "co_interactions",
         "siamese",
         "blending",
@@ -63,7 +71,7 @@ FLOORS = {
         "within",
         "known_positives",
     }
-    | {"kernels", "windows", "batches", "objective", "optimizers", "ranking", "exchange"},
+    | {"windows", "batches", "apportioning", "objective", "optimizers", "ranking", "exchange"},
     3: {
         "topk",
         "coarse",

@@ -47,11 +47,14 @@ def work():
 
 @pytest.fixture(scope="session")
 def spread():
-    """Runs a function of ``work.py`` on several ranks and waits for all."""
+    """Runs a function of ``work.py`` on several ranks and waits for all.
+
+    They exchange tensors through shared memory, or, with ``sockets``, through gloo's.
+    """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(PRELOADED)
 
-    def begin(function, size, folder, *, timeout_s=30.0, ends_s=60.0, **arguments):
+    def begin(function, size, folder, *, timeout_s=30.0, ends_s=60.0, sockets=False, **arguments):
         folder.mkdir(exist_ok=True)
         port, processes = free_port(), []
         for rank in range(size):
@@ -64,6 +67,9 @@ def spread():
                 "MASTER_PORT": str(port),
                 "CUDA_VISIBLE_DEVICES": "",
             }
+            if sockets:
+                # Ranks wait for each other in shared memory by a compiled kernel.
+                environment["RECCLR_NATIVE"] = "0"
             program = PROGRAM.format(
                 environment=environment,
                 log=str(folder / f"stderr-{rank}.txt"),

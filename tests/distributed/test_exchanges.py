@@ -3,11 +3,14 @@
 import socket
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from torch.distributed import HashStore
 
 from recclr import joining
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, RankError
+from recclr.kernels import native
 
 
 def test_a_process_alone_exchanges_nothing(work, tmp_path):
@@ -17,11 +20,26 @@ def test_a_process_alone_exchanges_nothing(work, tmp_path):
     assert ALONE.own_device("cuda:3") == "cuda:3"
 
 
+@pytest.mark.parametrize("sockets", [False, True])
 @pytest.mark.parametrize("size", [2, 3])
-def test_blocks_of_unequal_lengths_arrive_whole_with_their_gradients(spread, tmp_path, size):
-    ended = spread("exchanges", size, tmp_path)
+def test_blocks_of_unequal_lengths_arrive_whole_with_their_gradients(
+    spread, tmp_path, size, sockets
+):
+    ended = spread("exchanges", size, tmp_path, sockets=sockets)
     assert ended.codes == [0] * size, ended.texts
     assert len(list(tmp_path.glob("done-*"))) == size
+
+
+@pytest.mark.parametrize("sockets", [False, True])
+@pytest.mark.parametrize("size", [2, 3])
+def test_memory_gives_what_sockets_give(spread, tmp_path, size, sockets):
+    memory = not sockets and native.library() is not None
+    ended = spread("through", size, tmp_path, sockets=sockets, memory=memory)
+    assert ended.codes == [0] * size, ended.texts
+    sums = [load_file(tmp_path / f"sum-{rank}.safetensors")["sum"] for rank in range(size)]
+    parts = [torch.randn(1000, generator=torch.Generator().manual_seed(r)) for r in range(size)]
+    assert all(torch.equal(sums[0], other) for other in sums[1:])
+    torch.testing.assert_close(sums[0], torch.stack(parts).sum(0))
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
@@ -67,9 +85,18 @@ def test_a_bug_on_one_rank_shows_its_traceback_and_ends_all(spread, tmp_path):
     assert ended.texts[0] == ""
 
 
-@pytest.mark.parametrize("where", ["collective", pytest.param("meeting", marks=pytest.mark.slow)])
-def test_a_rank_that_hangs_is_named_after_the_time_out(spread, tmp_path, where):
-    ended = spread("sleeps", 3, tmp_path, timeout_s=1.0, ends_s=5.0, who=1, where=where)
+@pytest.mark.parametrize(
+    ("where", "sockets"),
+    [
+        ("collective", False),
+        ("collective", True),
+        pytest.param("meeting", False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_hangs_is_named_after_the_time_out(spread, tmp_path, where, sockets):
+    ended = spread(
+        "sleeps", 3, tmp_path, timeout_s=1.0, ends_s=5.0, sockets=sockets, who=1, where=where
+    )
     assert ended.codes == [75, None, 75], ended.texts
     said = [text for text in (ended.texts[0], ended.texts[2]) if text]
     assert len(said) == 1, ended.texts
@@ -79,8 +106,9 @@ def test_a_rank_that_hangs_is_named_after_the_time_out(spread, tmp_path, where):
     assert "in sleeps" in ended.texts[1]
 
 
-def test_a_rank_that_was_killed_ends_the_others(spread, tmp_path):
-    ended = spread("dies", 2, tmp_path, who=0)
+@pytest.mark.parametrize("sockets", [False, True])
+def test_a_rank_that_was_killed_ends_the_others(spread, tmp_path, sockets):
+    ended = spread("dies", 2, tmp_path, who=0, sockets=sockets)
     assert ended.codes[0] == -9
     assert ended.codes[1] == 75, ended.texts
     assert "lost during 'a sum'" in ended.texts[1]

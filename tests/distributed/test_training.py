@@ -16,6 +16,8 @@ CASES = [
     ("rich", "bsl", "mixed"),
     ("timed", "full_softmax", "mixed"),
     ("rich", "own_only", "not_in_batch"),
+    ("rich", "infonce", "few"),
+    ("ids", "family", "own"),
     ("augmented", "infonce", "mixed"),
     ("rich", "infonce", "own"),
     ("rich", "family", "mixed"),
@@ -41,7 +43,8 @@ def test_loss_and_every_gradient_are_those_of_one_process(
     work, spread, tmp_path, size, towers, loss, negatives
 ):
     settings = {"towers": towers, "loss": loss, "negatives": negatives}
-    ended = spread("gradients", size, tmp_path, **settings)
+    # Those of few negatives go through sockets, all others through shared memory.
+    ended = spread("gradients", size, tmp_path, **settings, sockets=negatives == "few")
     assert ended.codes == [0] * size, ended.texts
     (tmp_path / "one").mkdir()
     work.alone("gradients", tmp_path / "one", **settings)
@@ -61,6 +64,7 @@ def test_loss_and_every_gradient_are_those_of_one_process(
         (2, {"accumulate": 3}),
         (3, {"chunk_size": 3, "accumulate": 2}),
         (2, {"chunk_size": 3, "accumulate": 2, "loss": "family"}),
+        (3, {"chunk_size": 2, "negatives": "few"}),
         (2, {"chunk_size": 3, "accumulate": 2, "loss": "spread", "negatives": "none"}),
     ],
 )

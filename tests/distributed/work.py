@@ -27,7 +27,7 @@ from recclr.data.sharding import rows_for_training
 from recclr.distributed import ALONE
 from recclr.evaluate import EvaluationSet, evaluate
 from recclr.mining import Refresher
-from recclr.optim import Table, TableOptimizer
+from recclr.optim import Table, TableOptimizer, summed_rows
 from recclr.settings import (
     AugmentSettings,
     ExplicitSettings,
@@ -80,6 +80,8 @@ NEGATIVES = {
         ),
         explicit=ExplicitSettings(events=("shown",), count=2),
     ),
+    # No more than a rank's share of the rows.
+    "few": NegativesSettings(in_batch=False, uniform=3),
     "none": NegativesSettings(),
     "queue": NegativesSettings(
         in_batch=True,
@@ -244,7 +246,8 @@ def gradients(
         tables = optimizers.tables.gradients()
         if ranks.size > 1:
             asked = ranks.rank == 1 and step == steps[-1]
-            stats, tables, stopped = stepper.exchange(stats, stopped=asked)
+            stats, merged, stopped = stepper.exchange(stats, stopped=asked)
+            tables = [(name, *summed_rows(parts)) for name, parts in merged]
             assert stopped == (step == steps[-1])
         found[f"{step}/loss"] = stats.loss.detach()
         found[f"{step}/masked"] = torch.tensor(stats.num_masked)
@@ -503,6 +506,40 @@ def exchanges(ranks, folder):
     for _ in range(3):
         ranks.meet("a meeting")
     (folder / f"done-{ranks.rank}").touch()
+
+
+def through(ranks, folder, *, memory):
+    """Blocks of every kind, at the sizes where the way that they go changes."""
+    assert (ranks._memory is not None) == memory
+    for number, dtype in enumerate((torch.float32, torch.int64, torch.bfloat16, torch.bool)):
+        counts = [(2, 5, 0)[(rank + number) % 3] for rank in range(ranks.size)]
+        whole = (torch.arange(3 * sum(counts)) % 7).to(dtype).view(-1, 3)
+        blocks = ranks.gather_blocks(whole.split(counts)[ranks.rank], counts, "blocks")
+        assert all(map(torch.equal, blocks, whole.split(counts)))
+    kinds = set()
+    # 4 MiB, a byte more, twice as much, and more than all memory there may be.
+    for size in (4 << 20, (4 << 20) + 1, 9 << 20, (129 << 20) // ranks.size):
+        own = torch.full((size,), 1 + ranks.rank, dtype=torch.uint8)
+        found = ranks.gather(own, [size] * ranks.size, "much").view(ranks.size, size)
+        assert torch.equal(found.amin(1), found.amax(1))
+        assert found[:, 0].tolist() == list(range(1, ranks.size + 1))
+        kinds.add(None if ranks._memory is None else ranks._memory.capacity >> 20)
+    assert kinds == ({4, 8, 16} if memory else {None})
+    # Many in a row, by ranks that come late in turn: no block is written before it was read.
+    for number in range(60):
+        if number % 7 == ranks.rank:
+            time.sleep(0.002)
+        own = torch.full((50,), 100 * number + ranks.rank)
+        blocks = ranks.gather_blocks(own, [50] * ranks.size, "turns")
+        if number % 5 == ranks.rank:
+            time.sleep(0.002)
+        for rank, block in enumerate(blocks):
+            assert (block == 100 * number + rank).all()
+    generator = torch.Generator().manual_seed(ranks.rank)
+    odd = torch.randn(1000, generator=generator)
+    save_file({"sum": ranks.sum_(odd, "a sum")}, folder / f"sum-{ranks.rank}.safetensors")
+    assert ranks.sum_(torch.tensor(3), "a number") == 3 * ranks.size
+    assert ranks.sum_(torch.empty(0), "nothing").shape == (0,)
 
 
 def disagrees(ranks, folder, *, odd):
