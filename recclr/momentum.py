@@ -26,6 +26,7 @@ from recclr.data.log import Csr
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError
 from recclr.kernels import PairMask
+from recclr.kernels.native_rows import unique
 from recclr.known_positives import KnownPositives
 from recclr.negatives import Queued
 from recclr.rows import Rows
@@ -145,7 +146,7 @@ class MomentumQueue:
         for batch in batches:
             if self.at is not None and batch.item_at is not None:
                 self.at.copy_(batch.item_at)
-            items, inverse = torch.unique(batch.item_idx, return_inverse=True)
+            items, inverse = unique(batch.item_idx)
             own = items[slice(*self.ranks.part(len(items)))]
             vectors = self._embed(self.embedder, own, batch.item_at)
             counts = self.ranks.counts(len(items))
@@ -252,7 +253,7 @@ def mask_repeats(
         user_idx, positives: int64 [B]. candidate_idx: int64 [C], repeats allowed.
         also: as there.
     """
-    distinct, inverse = torch.unique(candidate_idx, return_inverse=True)
+    distinct, inverse = unique(candidate_idx)
     mask = known.mask(user_idx, positives, distinct, also=also)
     numbers = torch.arange(len(candidate_idx), device=candidate_idx.device)
     columns = Csr.from_pairs(inverse, numbers, len(distinct)).take(mask.columns)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recclr.batches import Batch
 from recclr.data.log import Csr
+from recclr.kernels.native_rows import unique
 from recclr.negatives import Candidates
 
 
@@ -81,9 +82,7 @@ def with_items(candidates: Candidates, item_idx: Tensor) -> tuple[Candidates, Te
     assert candidates.places is None, "places are those of fixed shapes"
     some = item_idx >= 0
     count = len(candidates.item_idx)
-    merged, places = torch.unique(
-        torch.cat([candidates.item_idx, item_idx[some]]), return_inverse=True
-    )
+    merged, places = unique(torch.cat([candidates.item_idx, item_idx[some]]))
     rows = torch.full_like(item_idx, -1)
     rows[some] = places[count:]
     if len(merged) == count:

@@ -238,7 +238,7 @@ class CandidateSampler:
 
     def nothing(self, positives: Tensor) -> Candidates:
         """No candidates, for a loss without negatives."""
-        item_idx, inverse = torch.unique(positives, return_inverse=True)
+        item_idx, inverse = unique(positives)
         return Candidates(item_idx, inverse, inverse[:0], torch.empty(0, device=item_idx.device))
 
     def available(self, item_idx: Tensor, at: Tensor | None) -> Tensor:

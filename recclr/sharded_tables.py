@@ -25,6 +25,7 @@ from torch.nn.functional import embedding_bag
 
 from recclr.distributed import Ranks
 from recclr.errors import ConfigError, require
+from recclr.kernels.native_rows import unique
 from recclr.optim import Table
 from recclr.settings import TrainSettings
 
@@ -187,11 +188,11 @@ class ShardedTable(Table):
         self.ranks.watch()
 
     def _vectors(self, rows: Tensor) -> Tensor:
-        distinct, places = torch.unique(rows, return_inverse=True)
+        distinct, places = unique(rows)
         return self._fetched(distinct).index_select(0, places)
 
     def _sums(self, values: Tensor, offsets: Tensor) -> Tensor:
-        distinct, places = torch.unique(values, return_inverse=True)
+        distinct, places = unique(values)
         vectors = self._fetched(distinct)
         if not len(values):
             return vectors.new_zeros((len(offsets), self.dim))

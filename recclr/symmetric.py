@@ -23,6 +23,7 @@ from recclr.batches import Batch
 from recclr.data.log import EncodedLog, Groups
 from recclr.distinct import counted
 from recclr.distributed import Ranks
+from recclr.kernels.native_rows import unique
 from recclr.known_positives import KnownPositives
 from recclr.scoring import Scored, scored_loss
 from recclr.settings import LossSettings
@@ -67,9 +68,8 @@ class Mirror:
         users = self.ranks.gather_rows(
             scored.queries, self.ranks.counts(num_rows), "user embeddings"
         )
-        distinct, row_of, draws = torch.unique(
-            batch.user_idx, return_inverse=True, return_counts=True
-        )
+        distinct, row_of = unique(batch.user_idx)
+        draws = counted(row_of, len(distinct))
         first = torch.full_like(distinct, num_rows)
         numbers = torch.arange(num_rows, device=first.device)
         first.scatter_reduce_(0, row_of, numbers, "amin")
@@ -86,7 +86,7 @@ class Mirror:
             item_idx=scored.user_idx,
             positive_row=numbers[own_rows],
             candidates=users.index_select(0, first),
-            log_weights=draws.float().log() - corrections,
+            log_weights=draws.log() - corrections,
             mask=self.known_users.mask(scored.item_idx, scored.user_idx, distinct),
             own_row=None,
             own_log_weights=None,

@@ -11,6 +11,7 @@ from bench import data, machine, memory
 from bench.floors import training_work
 from bench.timing import repeated
 from recclr.building import build_model
+from recclr.distributed import ALONE, Ranks
 from recclr.settings import LossSettings, ModelSettings, NegativesSettings, TrainSettings
 from recclr.stepping import Stepper
 from recclr.towers import TwoTower
@@ -54,8 +55,13 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     return times | measured | counts
 
 
-def make_step(task: dict[str, Any], log: data.EncodedLog) -> tuple[TwoTower, Any]:
-    """The model, and ``step(number, counts)`` that trains it and fills counts where asked."""
+def make_step(
+    task: dict[str, Any], log: data.EncodedLog, ranks: Ranks = ALONE
+) -> tuple[TwoTower, Any]:
+    """The model, and ``step(number, counts)`` that trains it and fills counts where asked.
+
+    Of several ranks none can be asked for counts.
+    """
     device = task["device"]
     full = task["negatives"] is None
     loss = LossSettings(temperature=0.08, kind="full_softmax" if full else "infonce")
@@ -68,7 +74,7 @@ def make_step(task: dict[str, Any], log: data.EncodedLog) -> tuple[TwoTower, Any
         precision=task.get("precision", "auto"),
     )
     model = make_model(task, log, loss).to(device).train()
-    parts = {"loss": loss, "negatives": negatives, "seed": 0}
+    parts = {"loss": loss, "negatives": negatives, "seed": 0, "ranks": ranks}
     stepper = Stepper(model, log.to(device), train=train, **parts)
     # A captured step cannot be looked into, so the first one, which is counted, is not.
     first = stepper
