@@ -21,6 +21,7 @@ from recclr.judge import judged_by
 from recclr.load import load_ranker, pick_device, ranker_of
 from recclr.monitoring import monitor_of
 from recclr.negatives import lost_negatives
+from recclr.other_runs import with_teacher
 from recclr.recommend import recommend, similar
 from recclr.shipping import ExportReport, ship
 from recclr.topk import EmbeddingRanker
@@ -83,9 +84,11 @@ class TwoTower:
         with RunProgress(settings.evaluate.select, quiet=not progress) as shown:
             extra = [] if valid is None or settings.train.refit else [valid]
             prepared = prepare_for(settings, train, valid, extra)
+            prepared = with_teacher(prepared, settings, of_selection=valid is not None)
             model, steps = _trained(settings, prepared, device, shown)
             if valid is not None and settings.train.refit:
                 prepared, kept = prepare_for(settings, train.concat(valid), None, []), None
+                prepared = with_teacher(prepared, settings, of_selection=False)
                 model, _ = _trained(settings, prepared, device, shown, num_steps=steps)
         return cls(settings, prepared, ranker_of(model, prepared.tensors.cutoff), kept)
 

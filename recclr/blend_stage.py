@@ -10,40 +10,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
-from torch import Tensor
 from torch.nn.functional import pad
 
 from recclr.blending import Vectors, choose_weights, compressed, laid_side_by_side, of_equal_spread
 from recclr.config import Config
 from recclr.data.prepared import PreparedLog
-from recclr.data.vocabulary import Vocabulary
 from recclr.distributed import Ranks
 from recclr.errors import ConfigError
 from recclr.evaluate import EvaluationSet
 from recclr.files import sha256_of, write_bytes_atomic, write_json_atomic
 from recclr.keeping import digest_of
-from recclr.load import stage_ranker
-from recclr.run_folder import BLEND, BLEND_VECTORS, METRICS, read_config, read_json
+from recclr.other_runs import vectors_of_run
+from recclr.run_folder import BLEND, BLEND_VECTORS, read_json
 from recclr.spectral import spectral_factors
 from recclr.topk import EmbeddingRanker
 
 Judge = Callable[[EmbeddingRanker], float]
-
-
-def require_runs(config: Config) -> None:
-    """Refuse to lay a run beside this one that has not ended, before hours of training.
-
-    Raises:
-        ConfigError: a folder of ``blend.runs`` holds no finished run.
-    """
-    for run in config.blend.runs:
-        if not (Path(run) / METRICS).exists():
-            raise ConfigError(
-                f"blend.runs: {run} holds no finished run; expected the folder of one, on the same "
-                "data and split"
-            )
 
 
 def require_validation(config: Config, examples: EvaluationSet | None) -> None:
@@ -145,33 +128,5 @@ def _parts(
         users, items = spectral_factors(log, dim=dim, item_power=power, seed=config.seed)
         found.append(Vectors(pad(users, (0, 0, 0, 1)), items))
     for run in config.blend.runs:
-        found.append(_of_run(Path(run), prepared, of_selection=of_selection))
+        found.append(vectors_of_run(Path(run), prepared, "blend.runs", of_selection=of_selection))
     return [of_equal_spread(part, seed=config.seed) for part in found]
-
-
-def _of_run(run: Path, prepared: PreparedLog, *, of_selection: bool) -> Vectors:
-    """Vectors of another run in the order of this one's ids; entities it lacks are zero, unknown
-    users are served by its unknown user.
-
-    Raises:
-        ConfigError: no run, or one that shares no item with this.
-    """
-    selected = run / "selection"
-    folder = selected if of_selection and selected.is_dir() else run
-    config, other = read_config(run), PreparedLog.load(folder)
-    ranker = stage_ranker(config, other, folder)
-    users = _matched(ranker.user_vectors, prepared.users, other.users, run)
-    items = _matched(ranker.item_vectors, prepared.items, other.items, run)
-    return Vectors(torch.cat([users, ranker.user_vectors[-1:]]), items)
-
-
-def _matched(vectors: Tensor, own: Vocabulary, other: Vocabulary, run: Path) -> Tensor:
-    places = torch.from_numpy(other.encode(own.ids)).long()
-    known = places >= 0
-    if not known.any():
-        raise ConfigError(
-            f"blend.runs: {run} shares no id with this run; expected a run on the same data"
-        )
-    found = vectors.new_zeros((len(places), vectors.shape[1]))
-    found[known] = vectors[places[known]]
-    return found

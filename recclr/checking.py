@@ -19,6 +19,7 @@ from recclr.kernels import native
 from recclr.little_data import advise
 from recclr.load import pick_device
 from recclr.negatives import lost_negatives
+from recclr.other_runs import require_runs, require_same_rows, with_teacher
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ def read_data(config: Config, inputs: Mapping[str, Any], *, with_test: bool = Tr
     Raises:
         ConfigError: settings that the data do not allow. DataError: the data are refused.
     """
+    require_runs(config)
+    if inputs:
+        require_same_rows(config, inputs)
     wanted = config.negatives.explicit
     log = read_log(config.data, explicit=() if wanted is None else wanted.events)
     split = log.split(config.split)
@@ -69,6 +73,7 @@ def read_data(config: Config, inputs: Mapping[str, Any], *, with_test: bool = Tr
     # Items that a sample of train leaves out stay candidates.
     extra += [] if split.left_out is None else [split.left_out]
     prepared = prepare_for(config, split.train, split.valid, extra)
+    prepared = with_teacher(prepared, config, of_selection=True)
     examples = None
     if split.valid is not None:
         _, examples = judged_by(prepared, split.valid, config, also=split.had_before("valid"))

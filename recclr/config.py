@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recclr.errors import ConfigError
 from recclr.settings import (
+    WITH_TEMPERATURE,
     DataSettings,
+    DistillationSettings,
     EvaluateSettings,
     LossSettings,
     ModelSettings,
@@ -48,6 +50,7 @@ class Config(BaseModel):
     loss: LossSettings = LossSettings()
     negatives: NegativesSettings = NegativesSettings()
     self_supervision: SelfSupervisionSettings | None = None
+    distillation: DistillationSettings | None = None
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     baselines: BaselineSettings = BaselineSettings()
@@ -342,8 +345,14 @@ def _cross_check(config: Config, source: str) -> None:
 
 
 def _contradictions(config: Config) -> list[str]:
-    """What is wrong with the sources of negatives beside the other sections."""
+    """What is wrong with the objective and its sources of negatives beside the other sections."""
     problems, negatives = [], config.negatives
+    if config.distillation is not None and config.loss.kind not in WITH_TEMPERATURE:
+        kinds = " or ".join(map(repr, WITH_TEMPERATURE))
+        problems.append(
+            "distillation: compares scores over a temperature with those of a teacher; set "
+            f"loss.kind = {kinds}, found {config.loss.kind!r}"
+        )
     if negatives.available and config.data.columns.timestamp is None:
         problems.append(
             "negatives.available: needs timestamps, but data.columns.timestamp is not set"
@@ -374,6 +383,7 @@ def _siamese_problems(config: Config) -> list[str]:
         "negatives.mined": negatives.mined is not None,
         "negatives.explicit": negatives.explicit is not None,
         "loss.positives": config.loss.positives > 1,
+        "distillation": config.distillation is not None,
         "self_supervision.user": views is not None and views.user is not None,
     }
     return [

@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from recclr.blending import Vectors
 from recclr.config import Config
 from recclr.data.features import FeatureEncoder
 from recclr.data.log import EncodedLog, Prepared
 from recclr.data.sharding import rows_for_training, wanted_groups
+from recclr.distillation import Teacher
 from recclr.distributed import ALONE, Ranks
+from recclr.errors import ConfigError
 from recclr.load import fresh_model, ranker_of, training_log
 from recclr.mining import Refresher
 from recclr.monitors import Monitor
@@ -48,6 +51,17 @@ class _Served:
         ranker, self.ranker = self.ranker, None
         found = self.of_vectors(ranker.user_vectors, ranker.item_vectors)
         return found | temperature_figures(model)
+
+
+def _teacher(config: Config, prepared: Prepared) -> Teacher | None:
+    if config.distillation is None:
+        return None
+    if prepared.teacher is None:
+        raise ConfigError(
+            f"distillation: nobody has read {config.distillation.run}; expected data that "
+            "other_runs.with_teacher gave its vectors"
+        )
+    return Teacher.of(Vectors(*prepared.teacher), config.distillation, seed=config.seed)
 
 
 def fit_model(
@@ -140,5 +154,6 @@ def fit_model(
             stop=stop,
             ranks=ranks,
             item_group=item_groups(config.negatives, prepared.items),
+            teacher=_teacher(config, prepared),
         )
     return model, result

@@ -21,6 +21,7 @@ from recclr.apportioning import Named, each_for_itself, most_needed, needed
 from recclr.batches import Batch
 from recclr.caching import Encoding
 from recclr.data.log import Csr, EncodedLog
+from recclr.distillation import Teacher
 from recclr.distributed import ALONE, Ranks
 from recclr.kernels import Mask
 from recclr.known_positives import KnownPositives
@@ -56,6 +57,7 @@ class Objective:
         item_group: int64 [num_items], what ``negatives.within`` names; None: all are one group. Not
             with fixed shapes.
         queue: what ``negatives.queue`` asks for, made of the model. Not with fixed shapes.
+        teacher: whose ranking of the candidates the loss is to come near as well, on the device.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Objective:
         self_supervision: SelfSupervision | None = None,
         item_group: Tensor | None = None,
         queue: MomentumQueue | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.ranks, self.fixed_shapes = ranks, fixed_shapes
         self._embed = Encoding(chunk_size, bfloat16)
@@ -99,6 +102,7 @@ class Objective:
         self.self_supervision = self_supervision
         if self_supervision is not None:
             self.state |= self_supervision.state()
+        self.teacher = teacher
         self.queue = queue
         if queue is not None:
             self.state |= queue.state
@@ -247,12 +251,17 @@ class Objective:
         # The lift of distances subtracts large numbers, of which 8 bits would leave nothing.
         bfloat16 = self.bfloat16 and not model.num_lifted
         if candidates.queued is None:
-            loss = scored_loss(scored, self.loss, bfloat16=bfloat16)
+            fresh, loss = scored, scored_loss(scored, self.loss, bfloat16=bfloat16)
         else:
-            without = self._without_queue(scored, candidates, positives, own, batch)
-            loss = loss_with_queue(scored, without, self.loss, bfloat16=bfloat16)
+            fresh = self._without_queue(scored, candidates, positives, own, batch)
+            loss = loss_with_queue(scored, fresh, self.loss, bfloat16=bfloat16)
         if self.mirror is not None:
             loss = torch.lerp(loss, self.mirror.loss(scored, batch), self.loss.symmetric)
+        auxiliary: dict[str, Tensor] = {}
+        if self.teacher is not None:
+            told = self.teacher.loss(fresh, candidates.candidate_idx)
+            loss = torch.lerp(loss, told, self.teacher.weight)
+            auxiliary["distillation"] = told.detach()
         if self.sampler.stream is not None:
             # After its own correction, which has to be independent of what it was drawn from.
             self.sampler.stream.add(batch.item_idx)
@@ -263,7 +272,8 @@ class Objective:
             num_masked,
             num_rows,
             num_distinct,
-            log_weights=log_weights if self.loss.is_plain and not self.own else None,
+            auxiliary,
+            log_weights if self.loss.is_plain and not self.own and not auxiliary else None,
         )
 
     def _items(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recclr.baselines import BaselineChoice, build_baselines, refit_baseline
-from recclr.blend_stage import blend_final, blend_selected, require_runs, require_validation
+from recclr.blend_stage import blend_final, blend_selected, require_validation
 from recclr.checking import Data, read_data, refits
 from recclr.config import Config
 from recclr.data.log import Prepared
@@ -29,6 +29,7 @@ from recclr.judge import collect_results, judged_by
 from recclr.load import load_blend, load_model, pick_device, ranker_of
 from recclr.monitoring import final_monitors, monitor_of
 from recclr.monitors import Monitor
+from recclr.other_runs import require_runs, with_teacher
 from recclr.ranking import Ranker
 from recclr.run_context import Context
 from recclr.run_folder import (
@@ -224,6 +225,7 @@ def _final_stage(context: Context, split: Split, selected: Stage) -> Stage:
     train = split.train.concat(split.valid)
     extra = () if split.left_out is None else (split.left_out,)
     prepared = prepare_for(config, train, split.test, extra)
+    prepared = with_teacher(prepared, config, of_selection=False)
     _save(context, prepared, context.out)
     model, steps = _fit(context, "refit", context.out, prepared, None, selected.steps)
     ranker = ranker_of(model, prepared.tensors.cutoff)

@@ -36,7 +36,9 @@ from recclr.files import (
 )
 
 METRICS, CONFIG, DATA, LOG = "metrics.json", "config.toml", "data.json", "log.jsonl"
-MANIFEST, _START = "manifest.json", "model.init_from"
+MANIFEST = "manifest.json"
+# What only the start of a training reads.
+_START, _TEACHER = "model.init_from", "distillation.run"
 ENVIRONMENT, REPORT = "environment.json", "report.html"
 BLEND, BLEND_VECTORS = "blend.json", "blend.safetensors"
 _LOCK = ".lock"
@@ -185,7 +187,8 @@ def fingerprints(
 
     Args:
         only: of these tables alone. start: also of the weights that ``model.init_from`` names, by
-            the manifest that has their hashes; whoever judges a model needs them no more.
+            the manifest that has their hashes, and of a teacher's results; whoever judges a model
+            needs them no more.
 
     Raises:
         DataError: a file is missing or cannot be read.
@@ -206,6 +209,9 @@ def fingerprints(
     if start and config.model.init_from is not None:
         manifest = weights_folder(config.model.init_from) / MANIFEST
         found[f"{_START}: {config.model.init_from}"] = _fingerprint(manifest)
+    if start and config.distillation is not None:
+        run = config.distillation.run
+        found[f"{_TEACHER}: {run}"] = _fingerprint(Path(run) / METRICS)
     return found
 
 
@@ -231,7 +237,8 @@ def require_same_inputs(run: Path, prints: dict[str, dict[str, Any]]) -> None:
         ConfigError: names the files.
     """
     before = read_json(run / DATA).get("inputs", {})
-    started = {n for n in before if n.startswith(f"{_START}: ") and n not in prints}
+    starts = tuple(f"{name}: " for name in (_START, _TEACHER))
+    started = {n for n in before if n.startswith(starts) and n not in prints}
     names = (before.keys() | prints.keys()) - started
     changed = sorted(n for n in names if before.get(n) != prints.get(n))
     if changed:

@@ -65,6 +65,10 @@ class StepStats:
 
 def joined(found: list[StepStats]) -> StepStats:
     """The batches of a step as one."""
+    auxiliary = {
+        name: torch.stack([stats.auxiliary[name] for stats in found]).sum()
+        for name in found[0].auxiliary
+    }
     return StepStats(
         torch.stack([stats.loss for stats in found]).sum(),
         sum(stats.num_candidates for stats in found) / len(found),
@@ -72,5 +76,6 @@ def joined(found: list[StepStats]) -> StepStats:
         sum(stats.num_masked for stats in found),
         sum(stats.num_rows for stats in found),
         torch.stack([stats.num_distinct for stats in found]).sum(),
+        auxiliary,
         log_weights=found[-1].log_weights,
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recclr.batches import Batch, BatchSource
 from recclr.data.log import Csr, EncodedLog
+from recclr.distillation import Teacher
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError
 from recclr.exchange import StepExchange
@@ -91,6 +92,7 @@ class Stepper:
         ranks: the processes that share every step.
         emit: told whether steps are captured as a CUDA graph, and how stale the queue is.
         item_group: int64 [num_items], see ``within.item_groups``.
+        teacher: see ``Objective``; moved to the device of the log.
 
     Attributes:
         source, objective, optimizers: the parts. num_steps: of ``train.epochs``.
@@ -113,6 +115,7 @@ class Stepper:
         ranks: Ranks = ALONE,
         emit: OnEvent = ignore,
         item_group: Tensor | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         num_rows = min(train.batch_size, len(log))
         require_objective(loss, negatives, model.similarity, num_rows=num_rows)
@@ -173,6 +176,7 @@ class Stepper:
             self_supervision=views,
             item_group=item_group if negatives.within is not None else None,
             queue=queue,
+            teacher=None if teacher is None else teacher.to(log.device),
         )
         self.emit = emit
         # As often as there may be an evaluation.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from recclr.compiling import compile_layers
 from recclr.data.log import Csr, EncodedLog
+from recclr.distillation import Teacher
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, DivergedError, InterruptedTraining
 from recclr.files import fault_point
@@ -80,6 +81,7 @@ def fit(
     stop: Callable[[], bool] | None = None,
     ranks: Ranks = ALONE,
     item_group: Tensor | None = None,
+    teacher: Teacher | None = None,
 ) -> FitResult:
     """Train in place; with ``evaluate``, leave the model at its best evaluation.
 
@@ -108,6 +110,7 @@ def fit(
             ``evaluate`` must give all of them the same metrics. The weights are those of one
             process up to the order of sums, and the same bits on all ranks.
         item_group: int64 [num_items], of ``within.item_groups``, where ``negatives.within`` is set.
+        teacher: another model, whose ranking this one is to come near (``distillation``).
 
     Raises:
         DivergedError: the loss is not finite. InterruptedTraining: ``stop`` said so.
@@ -134,6 +137,7 @@ def fit(
         ranks=ranks,
         emit=on_event or ignore,
         item_group=item_group,
+        teacher=teacher,
     )
 
     def mine_if_due(step: int, meter: Meter) -> None:

@@ -60,7 +60,8 @@ def encoding_of(config: Config) -> Any:
         }
         for side in ("user", "item")
     }
-    return config.data, config.split, config.train.refit, towers
+    taught_by = None if config.distillation is None else config.distillation.run
+    return config.data, config.split, config.train.refit, towers, taught_by
 
 
 def share_of(log: EncodedLog, share: float, seed: int) -> EncodedLog:

@@ -36,6 +36,8 @@ RANGES = [
     (settings.PairSettings, "query_length", 1, 100_000),
     (blending.BlendSettings, "spectral", 0, 8192),
     (blending.BlendSettings, "spectral_item_power", -2.0, 2.0),
+    (partial(settings.DistillationSettings, run="there"), "weight", 0.0, 1.0),
+    (partial(settings.DistillationSettings, run="there"), "temperature", 1e-3, 1e3),
     (settings.ModelSettings, "embedding_dim", 1, 8192),
     (settings.ModelSettings, "init_std", 1e-6, 100.0),
     (settings.LossSettings, "temperature", 1e-4, 1e4),

@@ -242,6 +242,8 @@ class Prepared:
             export: just after the last train event. None without timestamps.
         explicit: items that are negatives of their user (``explicit``), one row per user; None
             where none were read.
+        teacher: users float32 [num_users + 1, T] and items [num_items, T] of another model, whose
+            dot products are to be learned from; None where there is none. Never stored.
     """
 
     train: EncodedLog
@@ -250,3 +252,4 @@ class Prepared:
     held_out: EncodedLog | None = None
     cutoff: int | None = None
     explicit: Csr | None = None
+    teacher: tuple[Tensor, Tensor] | None = None

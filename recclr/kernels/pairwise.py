@@ -147,14 +147,14 @@ class _TotalPairLoss(torch.autograd.Function):
         grads = [torch.zeros_like(each) for each in (queries, candidates, anchors, own_scores)]
         grad_queries, grad_candidates, grad_anchors, grad_own = grads
         costs = torch.zeros_like(anchors)
-        for rows, hidden in _tiles(len(queries), shared, width, queries.device, mask):
+        for rows, hidden in tiles_of(len(queries), shared, width, queries.device, mask):
             scores = queries.new_empty((rows.stop - rows.start, width))
             torch.mm(queries[rows], candidates.T, out=scores[:, :shared])
             scores[:, shared:] = own_scores[rows]
             taking = torch.empty_like(scores)
             taking[:, :shared] = weights
             taking[:, shared:] = own_weights[rows]
-            _hide(taking, hidden, shared)
+            fill_hidden(taking, hidden, 0.0)
             column = anchors[rows].unsqueeze(1)
             taking = function.selected(taking, scores, column)
             totals = taking.sum(1, keepdim=True).clamp_min_(_NOTHING)
@@ -180,7 +180,7 @@ class _TotalPairLoss(torch.autograd.Function):
         return *(each * grad for each in ctx.saved_tensors), *(None,) * 6
 
 
-def _tiles(
+def tiles_of(
     num_rows: int, shared: int, width: int, device: torch.device, mask: Mask | None
 ) -> Iterator[tuple[slice, Tensor | None]]:
     """Rows of each tile, and what is hidden in it: flat places [P], or bool [R, C]; no tile where
@@ -204,26 +204,31 @@ def _tiles(
         yield slice(start, stop), (mask.rows[own] - start) * width + mask.columns[own]
 
 
-def _hide(weights: Tensor, hidden: Tensor | None, shared: int) -> None:
+def fill_hidden(tile: Tensor, hidden: Tensor | None, value: float) -> None:
+    """Put ``value`` at all places of a tile that ``tiles_of`` hides, in place."""
     if hidden is None:
         return
     if hidden.dtype == torch.bool:
-        weights[:, :shared].masked_fill_(hidden, 0.0)
+        tile[:, : hidden.shape[1]].masked_fill_(hidden, value)
     else:
-        weights.view(-1).index_fill_(0, hidden, 0.0)
+        tile.view(-1).index_fill_(0, hidden, value)
 
 
 def _weights(log_weights: Tensor, own_log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Both without their logarithm, over the largest of them, [C] and [B, M]; 0 for -inf.
+    """Both without their logarithm, over the largest of them, [C] and [B, M]; 0 for -inf."""
+    together = relative_weights(torch.cat([log_weights, own_log_weights.reshape(-1)]))
+    return together[: len(log_weights)], together[len(log_weights) :].view_as(own_log_weights)
+
+
+def relative_weights(log_weights: Tensor) -> Tensor:
+    """Without their logarithm, over the largest of them, float32 [n]; 0 for -inf.
 
     What weighs less than 1e-30 of the largest weighs nothing.
     """
-    together = torch.cat([log_weights, own_log_weights.reshape(-1)])
-    if not len(together):
-        return log_weights, own_log_weights
-    largest = together.amax()
-    largest = torch.where(largest > -torch.inf, largest, 0.0)
-    return (log_weights - largest).exp(), (own_log_weights - largest).exp()
+    if not len(log_weights):
+        return log_weights
+    largest = log_weights.amax()
+    return (log_weights - torch.where(largest > -torch.inf, largest, 0.0)).exp()
 
 
 def _checked(

@@ -6,6 +6,7 @@ checked here once, for the TOML file, ``--set`` and Python callers alike.
 
 from recclr.settings.augment import AugmentSettings
 from recclr.settings.data import ColumnSettings, DataSettings, SplitSettings
+from recclr.settings.distillation import DistillationSettings
 from recclr.settings.judging import METRIC_NAMES, EvaluateSettings
 from recclr.settings.mining import ExplicitSettings, MinedSettings, MiningSettings
 from recclr.settings.objective import (
@@ -39,6 +40,7 @@ __all__ = [
     "ChoiceSettings",
     "ColumnSettings",
     "DataSettings",
+    "DistillationSettings",
     "EvaluateSettings",
     "ExplicitSettings",
     "FeatureKind",

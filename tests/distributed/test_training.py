@@ -103,6 +103,29 @@ def test_two_views_are_those_of_one_process(work, spread, tmp_path, size, option
 
 
 @pytest.mark.parametrize(
+    ("size", "towers", "loss", "negatives", "accumulate"),
+    [
+        (2, "ids", "infonce", "not_in_batch", 1),
+        (3, "rich", "bsl", "mixed", 2),
+        (2, "timed", "both_ways", "queue", 1),
+    ],
+)
+def test_what_a_teacher_adds_is_that_of_one_process(
+    work, spread, tmp_path, size, towers, loss, negatives, accumulate
+):
+    settings = {"towers": towers, "loss": loss, "negatives": negatives, "accumulate": accumulate}
+    settings |= {"taught": 0.6, "steps": (0, 1)}
+    ended = spread("gradients", size, tmp_path, **settings)
+    assert ended.codes == [0] * size, ended.texts
+    (tmp_path / "one").mkdir()
+    work.alone("gradients", tmp_path / "one", **settings)
+    one = load_file(tmp_path / "one" / "gradients-0.safetensors")
+    assert float(one["1/distillation"]) > 0.01
+    for rank in range(size):
+        close(one, load_file(tmp_path / f"gradients-{rank}.safetensors"))
+
+
+@pytest.mark.parametrize(
     ("loss", "negatives"), [("infonce", "mixed"), ("family", "mixed"), ("spread", "none")]
 )
 def test_ranks_without_any_row_do_not_stop_the_others(work, spread, tmp_path, loss, negatives):

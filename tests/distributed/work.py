@@ -24,6 +24,7 @@ from recclr.data.log import (
     RaggedColumn,
 )
 from recclr.data.sharding import rows_for_training
+from recclr.distillation import Teacher
 from recclr.distributed import ALONE
 from recclr.evaluate import EvaluationSet, evaluate
 from recclr.mining import Refresher
@@ -204,6 +205,14 @@ def views_of(options):
     )
 
 
+def teacher_of(weight):
+    draws = torch.Generator().manual_seed(12)
+    users = torch.randn(NUM_USERS + 1, 4, generator=draws)
+    items = torch.randn(NUM_ITEMS, 4, generator=draws)
+    users[3], items[5] = 0.0, 0.0
+    return Teacher(users, items, weight)
+
+
 def gradients(
     ranks,
     folder,
@@ -216,8 +225,12 @@ def gradients(
     accumulate=1,
     steps=(0, 3, 4),
     views=None,
+    taught=None,
 ):
-    """Loss, masked pairs and every gradient of a few steps, before any update."""
+    """Loss, masked pairs and every gradient of a few steps, before any update.
+
+    ``taught``: share of the loss that a teacher has, who knows no user 3 and no item 5.
+    """
     model, found = model_of(towers, LOSSES[loss]), {}
     train = TrainSettings(batch_size=batch_size, chunk_size=chunk_size, accumulate=accumulate)
     model.train()
@@ -231,6 +244,7 @@ def gradients(
         seed=4,
         explicit=refused(),
         ranks=ranks,
+        teacher=None if taught is None else teacher_of(taught),
     )
     if stepper.objective.own.mined is not None:
         refresher = Refresher(

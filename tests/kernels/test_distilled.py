@@ -1,0 +1,129 @@
+"""The divergence from a teacher's softmax in tiles, against plain PyTorch and scikit's entropy."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import entropy
+
+from recclr.errors import ShapeError
+from recclr.kernels import BitMask, PairMask, pairwise
+from recclr.kernels.distilled import total_distillation_loss, total_distillation_loss_reference
+
+LEAVES = ("queries", "candidates")
+
+
+def problem(seed, num_queries, num_candidates, dim=5, teacher_dim=3, *, share=0.3, scale=1.0):
+    draws = torch.Generator().manual_seed(seed)
+    dead = torch.rand(num_queries, num_candidates, generator=draws) < share
+    if num_queries > 1:
+        dead[1] = True
+    weights = torch.randn(num_candidates, generator=draws)
+    weights[torch.rand(num_candidates, generator=draws) < 0.1] = -math.inf
+    return {
+        "queries": scale * torch.randn(num_queries, dim, generator=draws),
+        "candidates": torch.randn(num_candidates, dim, generator=draws),
+        "teacher_queries": scale * torch.randn(num_queries, teacher_dim, generator=draws),
+        "teacher_candidates": torch.randn(num_candidates, teacher_dim, generator=draws),
+        "log_weights": weights,
+        "row_weights": torch.rand(num_queries, generator=draws),
+        "mask": PairMask(*dead.nonzero(as_tuple=True)),
+    }
+
+
+def with_gradients(loss, case, upstream=-1.7):
+    leaves = {name: case[name].clone().requires_grad_() for name in LEAVES}
+    found = loss(**(case | leaves))
+    if found.requires_grad:
+        (found * upstream).backward()
+    return found.detach(), [
+        torch.zeros_like(x) if x.grad is None else x.grad for x in leaves.values()
+    ]
+
+
+def assert_twins(case, other=None):
+    found, ours = with_gradients(total_distillation_loss, case)
+    double = {
+        name: value.double() if name not in ("mask",) else value
+        for name, value in (other or case).items()
+    }
+    expected, theirs = with_gradients(total_distillation_loss_reference, double)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-6)
+    for one, another in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.double(), another, rtol=1e-4, atol=2e-5)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    num_queries=st.integers(0, 40),
+    num_candidates=st.integers(0, 23),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
+    scale=st.sampled_from([1e-3, 1.0, 30.0]),
+)
+@settings(deadline=None)
+def test_value_and_gradients_are_those_of_plain_pytorch(
+    seed, num_queries, num_candidates, share, scale
+):
+    case = problem(seed, num_queries, num_candidates, share=share, scale=scale)
+    assert_twins(case)
+    assert_twins(case | {"mask": None})
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 3000, 1 << 21])
+def test_tiles_of_any_height_give_the_same(monkeypatch, tile_bytes):
+    monkeypatch.setitem(pairwise._TILE_BYTES, "cpu", tile_bytes)
+    monkeypatch.setattr(pairwise, "_MIN_ROWS", 7)
+    assert_twins(problem(3, 61, 29))
+
+
+def test_a_mask_of_bits_hides_what_the_pairs_hide():
+    case = problem(5, 19, 70)
+    dense = torch.zeros(19, 96, dtype=torch.bool)
+    dense[case["mask"].rows, case["mask"].columns] = True
+    powers = 1 << torch.arange(32, dtype=torch.int64)
+    words = (dense.view(19, 3, 32) * powers).sum(2)
+    words = torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+    bits = BitMask(words)
+    assert torch.equal(bits.dense(70), dense[:, :70])
+    found, ours = with_gradients(total_distillation_loss, case | {"mask": bits})
+    expected, theirs = with_gradients(total_distillation_loss, case)
+    torch.testing.assert_close((found, *ours), (expected, *theirs))
+
+
+def test_one_row_is_the_relative_entropy_that_scipy_has():
+    case = problem(8, 1, 17, share=0.0) | {"row_weights": torch.ones(1)}
+    weights = case["log_weights"].double().exp()
+    shares = [
+        (weights * (case[one].double() @ case[other].double().T).squeeze(0).exp()).numpy()
+        for one, other in (("teacher_queries", "teacher_candidates"), LEAVES)
+    ]
+    expected = entropy(*(share[share > 0] for share in shares))
+    assert expected > 0.1
+    assert float(total_distillation_loss(**case)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_who_ranks_as_the_teacher_pays_nothing_and_moves_no_more():
+    case = problem(2, 23, 31, dim=4)
+    told = {"teacher_queries": case["queries"], "teacher_candidates": case["candidates"]}
+    found, grads = with_gradients(total_distillation_loss, case | told)
+    assert float(found.abs()) < 1e-6
+    assert max(float(grad.abs().max()) for grad in grads) < 1e-6
+    # A constant in all scores of a row, or in all log-weights, changes nothing.
+    shifted = case | {"log_weights": case["log_weights"] + 7.0}
+    one, other = (with_gradients(total_distillation_loss, each) for each in (case, shifted))
+    torch.testing.assert_close((one[0], *one[1]), (other[0], *other[1]), rtol=1e-4, atol=1e-6)
+
+
+def test_shapes_that_do_not_belong_together_are_refused():
+    case = problem(1, 4, 6)
+    for name, value in (
+        ("teacher_queries", torch.zeros(3, 3)),
+        ("teacher_candidates", torch.zeros(6, 2)),
+        ("teacher_candidates", torch.zeros(6, 3, dtype=torch.float64)),
+        ("row_weights", torch.zeros(5)),
+        ("log_weights", torch.zeros(5)),
+    ):
+        with pytest.raises(ShapeError):
+            total_distillation_loss(**(case | {name: value}))
