@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recclr.errors import ShapeError
+from recclr.kernels import native, native_softmax
 from recclr.kernels.logsumexp import require_shapes
 from recclr.kernels.pairwise import fill_hidden, relative_weights, tiles_of
 from recclr.kernels.reference import BitMask, Mask
@@ -108,6 +109,15 @@ class _TotalDistillationLoss(torch.autograd.Function):
         tracked: bool,
     ) -> Tensor:
         width = len(candidates)
+        kernels = native.usable(queries)
+        if kernels is not None and min(len(queries), width) and not isinstance(mask, BitMask):
+            inputs = queries, candidates, teacher_queries, teacher_candidates, weights.log()
+            found = native_softmax.distilled(*inputs, row_weights, kernels=kernels, mask=mask)
+            if found is not None:
+                costs, *grads = found
+                if tracked:
+                    ctx.save_for_backward(*grads)
+                return (costs * row_weights).sum()
         grad_queries, grad_candidates = torch.zeros_like(queries), torch.zeros_like(candidates)
         costs = torch.zeros_like(row_weights)
         for rows, hidden in tiles_of(len(queries), width, width, queries.device, mask):

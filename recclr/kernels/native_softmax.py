@@ -47,11 +47,12 @@ class _Problem:
         size = kernels.recclr_room(*self.sizes, self.threads, _FLOATS, backward)
         return borrow(size, torch.device("cpu"))
 
-    def arguments(self, buffer: Tensor) -> tuple[int | None, ...]:
+    def arguments(self, buffer: Tensor, kept: int) -> tuple[int | None, ...]:
+        """``kept``: what the room of the buffer was asked with."""
         pairs = longs(*self.pairs) or [None, None]
         masked = len(self.pairs[0]) if self.pairs else 0
         arrays = floats(*self.arrays)
-        return *self.sizes, *arrays, *pairs, masked, self.threads, _FLOATS, *floats(buffer)
+        return *self.sizes, *arrays, *pairs, masked, self.threads, kept, *floats(buffer)
 
 
 def contrastive(
@@ -85,13 +86,47 @@ def contrastive(
     grad_own = None if own_partition is None else torch.empty_like(losses)
     buffer = problem.room(kernels, backward=True)
     kernels.recclr_contrastive(
-        *problem.arguments(buffer),
+        *problem.arguments(buffer, _FLOATS),
         *floats(*by_row[:2], by_row[2] if own_partition is not None else None),
         math.nan if second_temperature is None else second_temperature,
         *floats(losses, grad_queries, grad_candidates, grad_positives, grad_own),
     )
     give_back(buffer)
     return losses, grad_queries, grad_candidates, grad_positives, grad_own
+
+
+def distilled(
+    queries: Tensor,
+    candidates: Tensor,
+    teacher_queries: Tensor,
+    teacher_candidates: Tensor,
+    log_weights: Tensor,
+    row_weights: Tensor,
+    *,
+    kernels: CDLL,
+    mask: PairMask | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Costs of rows [B], and the gradients of their weighted sum by queries and candidates;
+    arguments as ``total_distillation_loss`` has checked them.
+
+    None where the scores of 24 rows do not fit a thread's part of the cache.
+    """
+    problem = _Problem(queries, candidates, log_weights, mask)
+    told_dim = teacher_queries.shape[1]
+    size = kernels.recclr_distilled_room(*problem.sizes, told_dim, problem.threads, _FLOATS // 2)
+    if not size:
+        return None
+    told = [x.contiguous() for x in (teacher_queries, teacher_candidates, row_weights)]
+    costs = torch.empty_like(told[2])
+    grad_queries, grad_candidates = (torch.empty_like(x) for x in problem.arrays[:2])
+    buffer = borrow(size, torch.device("cpu"))
+    kernels.recclr_distilled(
+        *problem.arguments(buffer, _FLOATS // 2),
+        told_dim,
+        *floats(*told, costs, grad_queries, grad_candidates),
+    )
+    give_back(buffer)
+    return costs, grad_queries, grad_candidates
 
 
 def masked_logsumexp_native(
@@ -121,7 +156,7 @@ class _LogSumExp(torch.autograd.Function):
         problem = _Problem(queries, candidates, log_weights, mask)
         result = problem.arrays[0].new_empty(len(queries))
         buffer = problem.room(kernels, backward=False)
-        kernels.recclr_logsumexp(*problem.arguments(buffer), *floats(result))
+        kernels.recclr_logsumexp(*problem.arguments(buffer, _FLOATS), *floats(result))
         give_back(buffer)
         ctx.save_for_backward(queries, candidates, log_weights, result)
         ctx.mask, ctx.kernels = mask, kernels
@@ -143,7 +178,7 @@ class _LogSumExp(torch.autograd.Function):
             by_weights = result.new_zeros(problem.threads, problem.sizes[1])
         buffer = problem.room(ctx.kernels, backward=True)
         ctx.kernels.recclr_logsumexp_backward(
-            *problem.arguments(buffer),
+            *problem.arguments(buffer, _FLOATS),
             *floats(result, slope, *gradients, by_weights),
         )
         give_back(buffer)
