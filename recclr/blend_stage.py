@@ -6,7 +6,7 @@ what was judged, and fits nothing again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def require_validation(config: Config, examples: EvaluationSet | None) -> None:
 def blend_selected(
     config: Config,
     prepared: PreparedLog,
-    ranker: EmbeddingRanker,
+    rankers: Sequence[EmbeddingRanker],
     folder: Path,
     judge: Judge,
     ranks: Ranks,
@@ -53,13 +53,14 @@ def blend_selected(
     """The model of selection with the parts beside it, at the weights that ``judge`` likes best.
 
     Args:
+        rankers: the model, and those of other seeds.
         folder: of the selection; gets the weights, with the value of each that was tried.
         judge: metric of a ranker on validation. ranks: all of which call this; the first writes.
     """
-    parts = _parts(config, prepared, ranker, of_selection=True)
+    parts = _parts(config, prepared, rankers, of_selection=True)
 
     def value(vectors: Vectors) -> float:
-        return judge(EmbeddingRanker(ranker.name, *_compressed(config, vectors)))
+        return judge(EmbeddingRanker(rankers[0].name, *_compressed(config, vectors)))
 
     choice = choose_weights(parts, value, config.blend.weights)
     facts = {
@@ -68,13 +69,13 @@ def blend_selected(
         "value": choice.value,
         "tried": [{str(w): v for w, v in each.items()} for each in choice.tried],
     }
-    return _keep(config, parts, facts, folder, ranker.name, ranks)
+    return _keep(config, parts, facts, folder, rankers[0].name, ranks)
 
 
 def blend_final(
     config: Config,
     prepared: PreparedLog,
-    ranker: EmbeddingRanker,
+    rankers: Sequence[EmbeddingRanker],
     folder: Path,
     selection: Path,
     ranks: Ranks,
@@ -82,11 +83,12 @@ def blend_final(
     """The refitted model with refitted parts beside it, at the weights of the selection.
 
     Args:
-        folder: of the run. selection: folder that ``blend_selected`` wrote to. ranks: as there.
+        rankers: as there. folder: of the run. selection: folder that ``blend_selected`` wrote to.
+            ranks: as there.
     """
     facts = read_json(selection / BLEND)
-    parts = _parts(config, prepared, ranker, of_selection=False)
-    return _keep(config, parts, facts, folder, ranker.name, ranks)
+    parts = _parts(config, prepared, rankers, of_selection=False)
+    return _keep(config, parts, facts, folder, rankers[0].name, ranks)
 
 
 def _keep(
@@ -118,10 +120,10 @@ def _compressed(config: Config, vectors: Vectors) -> Vectors:
 
 
 def _parts(
-    config: Config, prepared: PreparedLog, ranker: EmbeddingRanker, *, of_selection: bool
+    config: Config, prepared: PreparedLog, rankers: Sequence[EmbeddingRanker], *, of_selection: bool
 ) -> list[Vectors]:
-    """The model, then what stands beside it, all of equal spread."""
-    found = [Vectors(ranker.user_vectors, ranker.item_vectors)]
+    """The model, all its seeds as one, then what stands beside it, all of equal spread."""
+    found = [_together(rankers, config.seed)]
     if config.blend.spectral:
         dim, log = config.blend.spectral, prepared.tensors.train
         power = config.blend.spectral_item_power
@@ -130,3 +132,12 @@ def _parts(
     for run in config.blend.runs:
         found.append(vectors_of_run(Path(run), prepared, "blend.runs", of_selection=of_selection))
     return [of_equal_spread(part, seed=config.seed) for part in found]
+
+
+def _together(rankers: Sequence[EmbeddingRanker], seed: int) -> Vectors:
+    """Models of equal weight as one."""
+    each = [Vectors(ranker.user_vectors, ranker.item_vectors) for ranker in rankers]
+    if len(each) == 1:
+        return each[0]
+    even = [of_equal_spread(vectors, seed=seed) for vectors in each]
+    return laid_side_by_side(even, [1 / len(even)] * len(even))

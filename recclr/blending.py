@@ -106,6 +106,8 @@ def choose_weights(
         rounds: how often each part is looked at again while the others stand, where there are
             several besides the first.
     """
+    if len(parts) == 1:
+        return Choice((), judge(laid_side_by_side(parts, [1.0])), ())
     order = sorted(tried)
     weights, best = [1.0, *([order[0]] * (len(parts) - 1))], -float("inf")
     values: list[dict[float, float]] = [{} for _ in parts[1:]]

@@ -81,7 +81,7 @@ class Config(BaseModel):
         """Of the vectors that a run serves: several models side by side have no unit length, and
         with a bias of items among the coordinates the score is neither cosine nor distance.
         """
-        return "dot" if self.blend.parts or self.model.popularity_bias else self.model.similarity
+        return "dot" if self.blend.several or self.model.popularity_bias else self.model.similarity
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -306,7 +306,7 @@ def _cross_check(config: Config, source: str) -> None:
         problems.append("model.init_from: starts item.features, and there are none")
     if config.model.mode == "item_item":
         problems += _siamese_problems(config)
-    if config.blend.parts and config.served_beside:
+    if config.blend.several and config.served_beside:
         problems.append(
             f"blend: lays vectors side by side, and {config.served_beside} has coordinates that "
             "are no part of an item; leave one of them out"

@@ -72,7 +72,7 @@ def stage_ranker(config: Config, prepared: PreparedLog, folder: Path) -> Embeddi
     Raises:
         CheckpointError: as ``load_ranker``.
     """
-    if config.blend.parts:
+    if config.blend.several:
         blended = load_blend(folder)
         if blended is None:
             raise CheckpointError(f"{folder} has no {BLEND}; has the run trained to its end?")

@@ -21,12 +21,11 @@ from recclr.data.log import Prepared
 from recclr.data.prepare import PreparedLog, prepare_for
 from recclr.data.split import Split
 from recclr.distributed import ALONE, LONG_S, Ranks
-from recclr.evaluate import Evaluation, EvaluationSet, evaluate
+from recclr.evaluate import Evaluation, EvaluationSet
 from recclr.files import write_bytes_atomic, write_json_atomic
-from recclr.fitting import fit_model
 from recclr.joining import restarts_are_safe
 from recclr.judge import collect_results, judged_by
-from recclr.load import load_blend, load_model, pick_device, ranker_of
+from recclr.load import load_blend, pick_device, ranker_of
 from recclr.monitoring import final_monitors, monitor_of
 from recclr.monitors import Monitor
 from recclr.other_runs import require_runs, with_teacher
@@ -48,11 +47,9 @@ from recclr.run_folder import (
     require_same_inputs,
     require_shared,
 )
-from recclr.settings.judging import SLICES
-from recclr.sharded_tables import table_maker
+from recclr.stages import evaluated, fit_seeds, fit_stage, selecting
 from recclr.stopping import signals
 from recclr.topk import EmbeddingRanker
-from recclr.towers import TwoTower
 from recclr.watching import OnEvent, temperature_figures
 
 _SELECTION = "selection"
@@ -173,10 +170,11 @@ def _select(context: Context, data: Data) -> Stage:
     folder = context.out / _SELECTION if refitted else context.out
     prepared, examples = data.prepared, data.examples
     _save(context, prepared, folder)
-    model, steps = _fit(context, "selection", folder, prepared, examples, None)
+    model, steps = fit_stage(context, "selection", folder, prepared, examples, None)
     ranker = ranker_of(model, prepared.tensors.cutoff)
-    if context.config.blend.parts:
-        ranker = _blend_selected(context, prepared, ranker, folder, examples)
+    if context.config.blend.several:
+        rankers = [ranker, *fit_seeds(context, "selection", folder, prepared, examples)]
+        ranker = _blend_selected(context, prepared, rankers, folder, examples)
     stage = Stage(prepared, ranker, steps, temperature_figures(model))
     judged: dict[str, Evaluation] = {}
     if context.ranks.first:
@@ -185,11 +183,11 @@ def _select(context: Context, data: Data) -> Stage:
         )
     context.ranks.meet("the baselines", LONG_S)
     if examples is not None:
-        judged[ranker.name] = _evaluated(context, ranker, examples, ranks=context.ranks)
+        judged[ranker.name] = evaluated(context, ranker, examples, ranks=context.ranks)
         # A resumed run has the choices, but not the evaluations that led to them.
         again = [choice for choice in stage.choices if choice.name not in judged]
         for each in _baselines(context, again, prepared.tensors):
-            judged[each.name] = _evaluated(context, each, examples)
+            judged[each.name] = evaluated(context, each, examples)
         stage.valid = [judged[name] for name in (ranker.name, *(c.name for c in stage.choices))]
     context.ranks.meet("the validation of baselines", LONG_S)
     return stage
@@ -198,7 +196,7 @@ def _select(context: Context, data: Data) -> Stage:
 def _blend_selected(
     context: Context,
     prepared: PreparedLog,
-    ranker: EmbeddingRanker,
+    rankers: list[EmbeddingRanker],
     folder: Path,
     examples: EvaluationSet | None,
 ) -> EmbeddingRanker:
@@ -211,9 +209,9 @@ def _blend_selected(
 
     def value(candidate: EmbeddingRanker) -> float:
         assert examples is not None
-        return _selecting(context, candidate, examples)[context.config.evaluate.select]
+        return selecting(context, candidate, examples)[context.config.evaluate.select]
 
-    return blend_selected(context.config, prepared, ranker, folder, value, context.ranks)
+    return blend_selected(context.config, prepared, rankers, folder, value, context.ranks)
 
 
 def _final_stage(context: Context, split: Split, selected: Stage) -> Stage:
@@ -227,12 +225,13 @@ def _final_stage(context: Context, split: Split, selected: Stage) -> Stage:
     prepared = prepare_for(config, train, split.test, extra)
     prepared = with_teacher(prepared, config, of_selection=False)
     _save(context, prepared, context.out)
-    model, steps = _fit(context, "refit", context.out, prepared, None, selected.steps)
+    model, steps = fit_stage(context, "refit", context.out, prepared, None, selected.steps)
     ranker = ranker_of(model, prepared.tensors.cutoff)
-    if config.blend.parts:
+    if config.blend.several:
+        selection, out = context.out / _SELECTION, context.out
+        rankers = [ranker, *fit_seeds(context, "refit", out, prepared, None, selection)]
         context.enter("blend")
-        selection = context.out / _SELECTION
-        ranker = blend_final(config, prepared, ranker, context.out, selection, context.ranks)
+        ranker = blend_final(config, prepared, rankers, out, selection, context.ranks)
     temperature = temperature_figures(model)
     return Stage(prepared, ranker, steps, temperature, selected.choices, selected.skipped)
 
@@ -248,16 +247,16 @@ def _judge(context: Context, data: Data, selected: Stage, final: Stage) -> dict[
         prepared, examples = judged_by(
             final.prepared, split.test, config, also=split.had_before("test", refitted=refitted)
         )
-        tables["test"] = [_evaluated(context, final.ranker, examples, ranks=context.ranks)]
+        tables["test"] = [evaluated(context, final.ranker, examples, ranks=context.ranks)]
         for ranker in _baselines(context, final.choices, prepared):
-            tables["test"].append(_evaluated(context, ranker, examples))
+            tables["test"].append(evaluated(context, ranker, examples))
     if not context.ranks.first:
         return {}
     results = collect_results(tables, config)
     results["baselines"] = {c.name: asdict(c) for c in final.choices}
     results["skipped_baselines"] = final.skipped
     results["selected_steps"] = selected.steps
-    if config.blend.parts:
+    if config.blend.several:
         results["blend"] = read_json(context.out / BLEND)
     results["monitors"] = _looked_at(context, monitor_of(prepared, examples, config), final)
     return results
@@ -284,71 +283,6 @@ def _baselines(
         yield refit_baseline(choice, prepared, context.config.seed)
 
 
-def _evaluated(
-    context: Context,
-    ranker: Ranker,
-    examples: EvaluationSet,
-    slices: Sequence[str] = SLICES,
-    *,
-    ranks: Ranks = ALONE,
-) -> Evaluation:
-    context.end_if_asked()
-
-    def progress(done: int, total: int) -> None:
-        event = {"kind": "judging", "name": ranker.name, "done": done, "total": total}
-        context.on_event(event)
-
-    progress(0, len(examples.user_idx))
-    ks = context.config.evaluate.ks
-    return evaluate(ranker, examples, ks=ks, slices=slices, progress=progress, ranks=ranks)
-
-
-def _selecting(context: Context, ranker: Ranker, examples: EvaluationSet) -> dict[str, float]:
-    """Metrics of the slice that selects; all ranks call this."""
-    part = context.config.evaluate.select_slice
-    return _evaluated(context, ranker, examples, (part,), ranks=context.ranks).metrics[part]
-
-
-def _fit(
-    context: Context,
-    stage: str,
-    folder: Path,
-    prepared: PreparedLog,
-    examples: EvaluationSet | None,
-    num_steps: int | None,
-) -> tuple[TwoTower, int]:
-    """Train a stage, or load it if an earlier call finished it; the model and its best step."""
-    config, done = context.config, folder / f"{stage}.json"
-    if context.ranks.from_first(done.exists(), "looking for what is done"):
-        tables = table_maker(config.train, context.ranks, "cpu")
-        model = load_model(config, prepared.tensors, folder / "checkpoints", tables)
-        return model, int(read_json(done)["best_step"])
-    context.enter(stage)
-
-    def judge(ranker: Ranker) -> dict[str, float]:
-        assert examples is not None
-        return _selecting(context, ranker, examples)
-
-    model, result = fit_model(
-        config,
-        prepared.tensors,
-        None if examples is None else judge,
-        item_encoder=prepared.item_encoder,
-        device=context.device,
-        on_event=lambda event: context.log({"stage": stage, **event}),
-        monitor=None if examples is None else monitor_of(prepared.tensors, examples, config),
-        num_steps=num_steps,
-        checkpoints=folder / "checkpoints",
-        workspace=context.out,
-        resume=context.resume,
-        stop=context.stop,
-        ranks=context.ranks,
-    )
-    if context.ranks.first:
-        write_json_atomic(done, asdict(result))
-    return model, result.best_step
-
-
 def _choose_baselines(
     context: Context, prepared: Prepared, examples: EvaluationSet | None
 ) -> tuple[list[BaselineChoice], dict[str, str], dict[str, Evaluation]]:
@@ -366,7 +300,7 @@ def _choose_baselines(
     def judge(ranker: Ranker) -> float:
         if examples is None:
             return 0.0
-        found = _evaluated(context, ranker, examples)
+        found = evaluated(context, ranker, examples)
         value = found.metrics[part][select]
         # The first of the best, as ``build_baselines`` chooses.
         if ranker.name not in best or value > best[ranker.name].metrics[part][select]:

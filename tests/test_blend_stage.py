@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from recclr.blending import Vectors, compressed, laid_side_by_side, of_equal_spread
-from recclr.load import load_ranker, load_run, ranker_of
+from recclr.load import load_model, load_ranker, load_run, ranker_of
 from recclr.spectral import spectral_factors
+from recclr.trials import with_seed
 
 WEIGHTS = "blend.weights=[0.0, 0.3, 1.0]"
 
@@ -132,6 +133,60 @@ def test_another_run_stands_beside_and_the_whole_is_compressed(
     before = (out / "metrics.json").read_bytes()
     assert recclr(*arguments, "--resume").code == 0
     assert (out / "metrics.json").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def seeded(recclr, small_config, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "seeded"
+    arguments = ("train", "--config", small_config, "--out", out, "--device", "cpu")
+    arguments += ("--set", "blend.seeds=2")
+    done = recclr(*arguments)
+    assert done.code == 0, done.err
+    return out, arguments
+
+
+def test_models_of_further_seeds_are_served_as_one(recclr, seeded, small_config, tmp_path):
+    out, arguments = seeded
+    config, prepared, ranker = load_ranker(out)
+    _, _, first = load_run(out)
+    models = [first]
+    for seed in (1, 2):
+        own = with_seed(config, seed)
+        models.append(load_model(own, prepared.tensors, out / f"seed-{seed}" / "checkpoints"))
+    rankers = [ranker_of(model, prepared.tensors.cutoff) for model in models]
+    even = [of_equal_spread(Vectors(r.user_vectors, r.item_vectors)) for r in rankers]
+    whole = of_equal_spread(laid_side_by_side(even, [1.0, 1.0, 1.0]))
+    torch.testing.assert_close(
+        ranker.user_vectors @ ranker.item_vectors.T,
+        whole.users @ whole.items.T,
+        rtol=1e-3,
+        atol=1e-4,
+    )
+    assert ranker.item_vectors.shape[1] == 3 * config.model.embedding_dim
+    # Each is what a run of its seed would have come to.
+    alone = tmp_path / "alone"
+    seed = f"seed={config.seed + 2}"
+    assert recclr(*arguments[:4], alone, *arguments[5:7], "--set", seed).code == 0
+    _, _, model = load_run(alone)
+    for name, weight in model.weights().items():
+        assert torch.equal(weight, models[2].weights()[name]), name
+    facts = facts_of(out / "selection")
+    assert (facts["parts"], facts["weights"]) == ([], [])
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["valid"]["model"]["all"]["recall@10"] == pytest.approx(facts["value"])
+
+
+def test_a_run_of_several_seeds_resumes_where_it_was(recclr, seeded, tmp_path):
+    out, arguments = seeded
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    for gone in ("metrics.json", "blend.json", "seed-2/refit.json", "report.html"):
+        (copy / gone).unlink()
+    shutil.rmtree(copy / "seed-2" / "checkpoints")
+    done = recclr(*arguments[:4], copy, *arguments[5:], "--resume")
+    assert done.code == 0, done.err
+    one, other = (load_file(folder / "blend.safetensors") for folder in (out, copy))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_without_validation_nothing_can_choose_the_weights(recclr, small_config, tmp_path):

@@ -35,6 +35,7 @@ RANGES = [
     (settings.PairSettings, "half_life", 1e-3, 1e6),
     (settings.PairSettings, "query_length", 1, 100_000),
     (blending.BlendSettings, "spectral", 0, 8192),
+    (blending.BlendSettings, "seeds", 0, 100),
     (blending.BlendSettings, "spectral_item_power", -2.0, 2.0),
     (partial(settings.DistillationSettings, run="there"), "weight", 0.0, 1.0),
     (partial(settings.DistillationSettings, run="there"), "temperature", 1e-3, 1e3),

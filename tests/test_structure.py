@@ -110,6 +110,7 @@ FLOORS = {
         "load",
         "monitoring",
         "other_runs",
+        "stages",
         "pretrain",
         "starting",
         "report",

@@ -28,15 +28,26 @@ class BlendSettings:
     weights: tuple[float, ...] = (0.0, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
     """Weights that are tried for each of them, where the model has 1 and all have scores of equal
     spread."""
+    seeds: int = 0
+    """Further models of the same settings by the seeds that follow, at one weight with the first:
+    what one of them ranks high by chance, the others do not. Each is a training of its own."""
     compress: int | None = None
     """Dimensions that the whole is brought back to; None keeps all of them."""
 
     def __post_init__(self) -> None:
+        _check(self, seeds=(0, 100))
         _check(self, spectral=(0, 8192), spectral_item_power=(-2.0, 2.0), compress=(1, 8192))
         if not self.weights or any(not (math.isfinite(w) and w >= 0) for w in self.weights):
             raise ValueError(f"weights must be at least 0, found {list(self.weights)}")
-        if self.compress is not None and not self.parts:
-            raise ValueError("compress needs something beside the model: set spectral or runs")
+        if self.compress is not None and not self.several:
+            raise ValueError(
+                "compress needs something beside the model: set spectral, runs or seeds"
+            )
+
+    @property
+    def several(self) -> bool:
+        """Whether more than the model is served."""
+        return bool(self.parts or self.seeds)
 
     @property
     def parts(self) -> tuple[str, ...]:
