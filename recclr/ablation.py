@@ -24,6 +24,7 @@ from recclr.files import write_bytes_atomic, write_json_atomic
 from recclr.judge import judged_by
 from recclr.load import fresh_model, pick_device
 from recclr.metrics import DEFINITIONS
+from recclr.other_runs import require_runs
 from recclr.run_folder import fingerprints, read_json
 from recclr.settings.judging import leading_slice
 from recclr.stopping import signals
@@ -77,7 +78,8 @@ def ablate(
     inputs: dict[str, Any] = {}
 
     def declared() -> dict[str, Any]:
-        inputs.update(fingerprints(config))
+        require_runs(config)
+        inputs.update(fingerprints(config, start=True))
         changes = {p.name: {"values": p.values, "without": p.without} for p in rows}
         return {"work": "ablate", "parts": changes, "seeds": seeds, "test": test, "inputs": inputs}
 

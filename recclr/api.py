@@ -63,7 +63,8 @@ class TwoTower:
                 ``data``, ``split`` and ``export`` have no place here. With ``train.refit`` the
                 model is trained afresh on ``train`` and ``valid`` in the end. Without
                 ``item.features`` or ``user.features``, the columns of the log's tables become
-                features by type.
+                features by type. A run that ``distillation`` names must not have seen ``valid``
+                before its refit: logs in memory tell nobody what they are.
             device: ``auto`` is the first GPU where there is one.
             progress: show a bar on stderr.
 

@@ -63,7 +63,7 @@ def needed(candidates: Candidates, named: Named) -> tuple[Tensor, Candidates, Na
 
     Args:
         named: places among ``candidates.item_idx`` that the rows need beside the candidates;
-            negative for none, and stays as it is.
+            -1 for none, which stays as it is.
 
     Returns:
         places int64 [V], rising, of the items that are needed; the candidates with these alone,

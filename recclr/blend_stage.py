@@ -13,7 +13,14 @@ from typing import Any
 from safetensors.torch import save
 from torch.nn.functional import pad
 
-from recclr.blending import Vectors, choose_weights, compressed, laid_side_by_side, of_equal_spread
+from recclr.blending import (
+    Choice,
+    Vectors,
+    choose_weights,
+    compressed,
+    laid_side_by_side,
+    of_equal_spread,
+)
 from recclr.config import Config
 from recclr.data.prepared import PreparedLog
 from recclr.distributed import Ranks
@@ -21,7 +28,7 @@ from recclr.errors import ConfigError
 from recclr.evaluate import EvaluationSet
 from recclr.files import sha256_of, write_bytes_atomic, write_json_atomic
 from recclr.keeping import digest_of
-from recclr.other_runs import vectors_of_run
+from recclr.other_runs import BLEND_RUNS, named_runs, vectors_of_run
 from recclr.run_folder import BLEND, BLEND_VECTORS, read_json
 from recclr.spectral import spectral_factors
 from recclr.topk import EmbeddingRanker
@@ -62,8 +69,11 @@ def blend_selected(
     def value(vectors: Vectors) -> float:
         return judge(EmbeddingRanker(rankers[0].name, *_compressed(config, vectors)))
 
-    choice = choose_weights(parts, value, config.blend.weights)
+    choice = Choice((), None, ())
+    if len(parts) > 1:
+        choice = choose_weights(parts, value, config.blend.weights)
     facts = {
+        "seeds": config.blend.seeds,
         "parts": list(config.blend.parts),
         "weights": list(choice.weights),
         "value": choice.value,
@@ -129,8 +139,9 @@ def _parts(
         power = config.blend.spectral_item_power
         users, items = spectral_factors(log, dim=dim, item_power=power, seed=config.seed)
         found.append(Vectors(pad(users, (0, 0, 0, 1)), items))
-    for run in config.blend.runs:
-        found.append(vectors_of_run(Path(run), prepared, "blend.runs", of_selection=of_selection))
+    for key, run in named_runs(config):
+        if key == BLEND_RUNS:
+            found.append(vectors_of_run(run, prepared, key, of_selection=of_selection))
     return [of_equal_spread(part, seed=config.seed) for part in found]
 
 

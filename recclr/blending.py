@@ -31,12 +31,12 @@ class Vectors(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """What ``choose_weights`` found: a weight for each part after the first, and its value; of each
-    part the values of all weights that were tried.
+    """What ``choose_weights`` found: a weight for each part after the first, and its value, None
+    where nothing was to choose; of each part the values of all weights that were tried.
     """
 
     weights: tuple[float, ...]
-    value: float
+    value: float | None
     tried: tuple[dict[float, float], ...]
 
 
@@ -106,8 +106,6 @@ def choose_weights(
         rounds: how often each part is looked at again while the others stand, where there are
             several besides the first.
     """
-    if len(parts) == 1:
-        return Choice((), judge(laid_side_by_side(parts, [1.0])), ())
     order = sorted(tried)
     weights, best = [1.0, *([order[0]] * (len(parts) - 1))], -float("inf")
     values: list[dict[float, float]] = [{} for _ in parts[1:]]

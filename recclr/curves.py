@@ -16,6 +16,7 @@ from recclr.config import Config, dump_toml
 from recclr.errors import ConfigError
 from recclr.files import require_writable, write_bytes_atomic, write_json_atomic
 from recclr.load import pick_device
+from recclr.other_runs import named_runs
 from recclr.report.curve import write_curve_page
 from recclr.run import train_run
 from recclr.run_folder import (
@@ -105,6 +106,11 @@ def _base(config: Config, shares: Sequence[float]) -> Config:
         raise ConfigError(
             f"--shares {', '.join(map(str, shares)) or 'nothing'}: expected shares of the train "
             "rows above 0 and at most 1, for example 0.01,0.05,0.2,1"
+        )
+    if named := named_runs(config):
+        raise ConfigError(
+            f"{named[0][0]}: a curve shows what rows are worth, and the run that is named there "
+            "has learned from all of them; leave the key out"
         )
     if config.split.train_share != 1:
         raise ConfigError(

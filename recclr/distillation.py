@@ -10,7 +10,7 @@ can hold of it, and no ranking of known positives, which no candidate is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,11 +28,14 @@ class Teacher:
     Attributes:
         users: float32 [at least num_users, T]; a row of zeros teaches nothing. items: float32
             [num_items, T]; a row of zeros is nobody's candidate here. weight: share of the loss.
+        known_users, known_items: bool, which rows are not all zeros.
     """
 
     users: Tensor
     items: Tensor
     weight: float
+    known_users: Tensor
+    known_items: Tensor
 
     @classmethod
     def of(cls, vectors: Vectors, settings: DistillationSettings, *, seed: int = 0) -> Teacher:
@@ -42,28 +45,41 @@ class Teacher:
             seed: as ``blending.of_equal_spread`` has it.
         """
         even = of_equal_spread(vectors, seed=seed)
-        return cls(even.users, even.items / settings.temperature, settings.weight)
+        return cls.of_scaled(even.users, even.items / settings.temperature, settings.weight)
+
+    @classmethod
+    def of_scaled(cls, users: Tensor, items: Tensor, weight: float) -> Teacher:
+        """From vectors whose dot product is a score over its temperature already."""
+        return cls(users, items, weight, (users != 0).any(1), (items != 0).any(1))
 
     def to(self, device: torch.device | str) -> Teacher:
-        return replace(self, users=self.users.to(device), items=self.items.to(device))
+        return Teacher(
+            self.users.to(device),
+            self.items.to(device),
+            self.weight,
+            self.known_users.to(device),
+            self.known_items.to(device),
+        )
 
-    def loss(self, scored: Scored, candidate_idx: Tensor) -> Tensor:
+    def loss(self, scored: Scored, candidate_idx: Tensor | None) -> Tensor:
         """How far the rows' ranking of their shared candidates is from the teacher's, in nats.
 
         Args:
-            candidate_idx: int64 [C], items of ``scored.candidates``.
+            candidate_idx: int64 [C], items of ``scored.candidates``; None for all in order, which
+                then need no copy.
 
         Returns:
             Σ row_weight · KL(teacher ‖ model), float32 scalar: of several ranks the part of this.
         """
-        users, items = self.users[scored.user_idx], self.items[candidate_idx]
-        known = (items != 0).any(1)
+        items, known = self.items, self.known_items
+        if candidate_idx is not None:
+            items, known = items[candidate_idx], known[candidate_idx]
         return total_distillation_loss(
             scored.queries / scored.temperature,
             scored.candidates,
-            users,
+            self.users[scored.user_idx],
             items,
             torch.where(known, scored.log_weights, -torch.inf),
-            scored.row_weights * (users != 0).any(1),
+            scored.row_weights * self.known_users[scored.user_idx],
             scored.mask,
         )

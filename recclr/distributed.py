@@ -28,7 +28,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from recclr.errors import ConfigError, PeerError, RankError, RecclrError
-from recclr.host_memory import HostMemory, capacity_for, row_bytes, shared_by
+from recclr.host_memory import HostMemory, LateError, capacity_for, row_bytes, shared_by
 
 # For what one process does alone while the others wait: baselines, export.
 LONG_S = 24 * 3600.0
@@ -282,6 +282,8 @@ class Ranks:
         """What a broken exchange says of the others."""
         try:
             self._heed()
+            if isinstance(error, LateError):
+                return self._late(error.ranks, name, self.timeout_s)
             if "timed out" in str(error).lower() or "timeout" in str(error).lower():
                 return self._late(self._not_waiting(name), name, self.timeout_s)
         except PeerError as known:

@@ -25,8 +25,9 @@ from recclr.step_stats import StepStats
 class StepExchange:
     """Makes the gradients of one rank those of the whole batch.
 
-    Costs, each step: a sum of all dense parameters, a gather of (8 + 4·D) bytes for each table row
-    that a rank touched, and a wait of the host, which must know those numbers.
+    Costs, each step: a sum of all dense parameters, a gather of (8 + 4·D) bytes for each look-up of
+    a rank (for each distinct row, where many come twice), and a wait of the host, which must know
+    those numbers.
     """
 
     def __init__(self, optimizers: Optimizers, ranks: Ranks) -> None:
@@ -91,7 +92,7 @@ class StepExchange:
         )
         merged: dict[str, list[Part]] = {name: [] for name in tables}
         for block, of in zip(blocks, sizes, strict=True):
-            _, *parts = torch.split(block, of)
+            *parts, _ = torch.split(block, of)
             for name, dim, rows, grads in zip(
                 tables, dims, parts[: len(dims)], parts[len(dims) :], strict=True
             ):
@@ -115,14 +116,14 @@ def _sent_of(table: Table) -> tuple[Tensor, Tensor] | None:
 
 def _packed(own: list[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
     """Rows of tables, then their gradients, in one vector int32 [n]; see ``_packed_sizes``."""
-    words = [rows.view(torch.int32) for rows, _ in own]
+    words = [rows.contiguous().view(torch.int32) for rows, _ in own]
     words += [grads.contiguous().view(torch.int32).reshape(-1) for _, grads in own]
     length = sum(map(len, words))
-    return torch.cat([torch.zeros(length % 2, dtype=torch.int32, device=device), *words])
+    return torch.cat([*words, torch.zeros(length % 2, dtype=torch.int32, device=device)])
 
 
 def _packed_sizes(counts: Sequence[int], dims: Sequence[int]) -> list[int]:
-    """Words of what one rank sends: a filler, the rows of each table, the gradients of each."""
+    """Words of what one rank sends: the rows of each table, the gradients of each, a filler."""
     rows, grads = [2 * n for n in counts], [n * dim for n, dim in zip(counts, dims, strict=True)]
-    # Row numbers are two words each, and have to start where two words do.
-    return [sum(grads) % 2, *rows, *grads]
+    # Row numbers are two words each, and have to start where two words do, on every rank.
+    return [*rows, *grads, sum(grads) % 2]

@@ -39,6 +39,14 @@ _LOOK_NS = 50_000_000
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
+class LateError(RuntimeError):
+    """Ranks that did not come in time, by number."""
+
+    def __init__(self, ranks: list[int], timeout_s: float) -> None:
+        super().__init__(f"timed out after {timeout_s:g} s")
+        self.ranks = ranks
+
+
 class HostMemory:
     """A block of each rank, seen by all of them.
 
@@ -56,7 +64,8 @@ class HostMemory:
         self.counters = whole[_LINE:head].view(torch.int64).view(self.size, -1)
         self.blocks = whole[head:].view(2, self.size, capacity)
         self.number = 0
-        self.crowded = self.size > len(os.sched_getaffinity(0))
+        # Of the machine: ranks may be pinned to a core each.
+        self.crowded = self.size > (os.cpu_count() or 1)
         self.watched = [_watched(pid) for pid in pids]
 
     def gather(
@@ -70,7 +79,7 @@ class HostMemory:
             heed: called now and then while this waits; may raise.
 
         Raises:
-            RuntimeError: another rank has ended, or did not come in time.
+            RuntimeError: another rank has ended. LateError: some did not come in time.
         """
         self.number += 1
         blocks, length = self.blocks[self.number % 2], most * row_bytes(x)
@@ -93,7 +102,8 @@ class HostMemory:
             if _has_ended(self.watched[missing]):
                 raise RuntimeError(f"rank {missing} has ended")
             if time.monotonic() > end:
-                raise RuntimeError(f"timed out after {timeout_s:g} s")
+                came = self.counters[:, 0] >= self.number
+                raise LateError((~came).nonzero().flatten().tolist(), timeout_s)
 
     def close(self) -> None:
         """Look after the others no more. The memory goes with the last that holds it."""
@@ -133,20 +143,33 @@ def shared_by(ranks: Ranks, capacity: int) -> HostMemory | None:
     pids, machines = zip(*told, strict=True)
     if machine is None or any(other != machine for other in machines):
         return None
-    fd, word = -1, None
-    if ranks.first:
-        fd, token = os.memfd_create("recclr"), secrets.token_hex(_LINE // 4)
-        word = [fd, token]
-        os.ftruncate(fd, length_of(len(pids), capacity))
-        os.pwrite(fd, token.encode(), 0)
-    place, token = ranks.from_first(word, "the memory to share")
-    memory = _mapped(fd if ranks.first else None, f"/proc/{pids[0]}/fd/{place}", token)
+    token = secrets.token_hex(_LINE // 4)
+    fd = _made(length_of(len(pids), capacity), token) if ranks.first else None
+    found = ranks.from_first([fd, token], "the memory to share")
+    memory = None
+    if found[0] is not None:
+        memory = _mapped(fd, f"/proc/{pids[0]}/fd/{found[0]}", found[1])
     seen = ranks.gather_json(memory is not None, "sharing memory")
-    if fd >= 0:
+    if fd is not None:
         os.close(fd)
     if memory is None or kernels is None or not all(seen):
         return None
     return HostMemory(kernels, memory, ranks.rank, pids, capacity)
+
+
+def _made(length: int, token: str) -> int | None:
+    """A file in memory that begins with the token; None where the system refuses."""
+    try:
+        fd = os.memfd_create("recclr")
+    except OSError:
+        return None
+    try:
+        os.ftruncate(fd, length)
+        os.pwrite(fd, token.encode(), 0)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
 
 
 def _mapped(fd: int | None, path: str, token: str) -> mmap.mmap | None:

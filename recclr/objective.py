@@ -259,7 +259,8 @@ class Objective:
             loss = torch.lerp(loss, self.mirror.loss(scored, batch), self.loss.symmetric)
         auxiliary: dict[str, Tensor] = {}
         if self.teacher is not None:
-            told = self.teacher.loss(fresh, candidates.candidate_idx)
+            every = self.loss.kind == "full_softmax" and self.sampler.availability is None
+            told = self.teacher.loss(fresh, None if every else candidates.candidate_idx)
             loss = torch.lerp(loss, told, self.teacher.weight)
             auxiliary["distillation"] = told.detach()
         if self.sampler.stream is not None:

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from recclr.blending import Vectors
 from recclr.config import Config
+from recclr.data.files import expand_path
 from recclr.data.prepared import PreparedLog
 from recclr.data.vocabulary import Vocabulary
 from recclr.errors import ConfigError
 from recclr.load import stage_ranker
-from recclr.run_folder import DATA, METRICS, read_config, read_json
+from recclr.run_folder import DATA, METRICS, SELECTION, read_config, read_json
 
+BLEND_RUNS, TEACHER = "blend.runs", "distillation.run"
 # Where things lie, how they are held, and how much a row counts.
 _FREE_OF_DATA = ("events", "users", "items", "resident", "decay_half_life_d")
 _EXPECTED = "expected the folder of a finished run on the same data and split"
@@ -30,9 +32,9 @@ _EXPECTED = "expected the folder of a finished run on the same data and split"
 
 def named_runs(config: Config) -> list[tuple[str, Path]]:
     """Each run that a configuration names, after the key that names it."""
-    found = [("blend.runs", Path(run)) for run in config.blend.runs]
+    found = [(BLEND_RUNS, Path(expand_path(run))) for run in config.blend.runs]
     if config.distillation is not None:
-        found.append(("distillation.run", Path(config.distillation.run)))
+        found.append((TEACHER, Path(expand_path(config.distillation.run))))
     return found
 
 
@@ -45,7 +47,13 @@ def require_runs(config: Config) -> None:
     for key, run in named_runs(config):
         if not (run / METRICS).exists():
             raise ConfigError(f"{key}: {run} holds no finished run; {_EXPECTED}")
-        own, other = _rows_of(config), _rows_of(read_config(run))
+        theirs = read_config(run)
+        if _refits(theirs) and not (run / SELECTION).is_dir():
+            raise ConfigError(
+                f"{key}: {run} was refitted on train + validation, and has lost its folder "
+                f"{SELECTION!r}, the stage that did not see validation; {_EXPECTED}"
+            )
+        own, other = _rows_of(config), _rows_of(theirs)
         odd = sorted(name for name in own if own[name] != other[name])
         if odd:
             raise ConfigError(
@@ -71,11 +79,17 @@ def require_same_rows(config: Config, inputs: Mapping[str, Any]) -> None:
                 raise ConfigError(f"{key}: {run} was made from other files of {role}; {_EXPECTED}")
 
 
+def _refits(config: Config) -> bool:
+    """As ``checking.refits``, from the configuration alone."""
+    return config.train.refit and bool(config.split.valid or config.split.valid_events)
+
+
 def _rows_of(config: Config) -> dict[str, Any]:
     """What says which rows are learned from, but for where the files lie."""
     found = {f"data.{name}": value for name, value in asdict(config.data).items()}
     found |= {f"split.{name}": value for name, value in asdict(config.split).items()}
-    free = {f"data.{name}" for name in _FREE_OF_DATA} | {"split.valid_events", "split.test_events"}
+    free = {f"data.{name}" for name in _FREE_OF_DATA}
+    free |= {"split.valid_events", "split.test_events", "split.train_share"}
     return {name: value for name, value in found.items() if name not in free}
 
 
@@ -95,8 +109,8 @@ def with_teacher(prepared: PreparedLog, config: Config, *, of_selection: bool) -
     """
     if config.distillation is None:
         return prepared
-    run = Path(config.distillation.run)
-    vectors = vectors_of_run(run, prepared, "distillation.run", of_selection=of_selection)
+    _, run = named_runs(config)[-1]
+    vectors = vectors_of_run(run, prepared, TEACHER, of_selection=of_selection)
     return replace(
         prepared, tensors=replace(prepared.tensors, teacher=(vectors.users, vectors.items))
     )
@@ -112,7 +126,7 @@ def vectors_of_run(run: Path, prepared: PreparedLog, key: str, *, of_selection: 
     Raises:
         ConfigError: no run, or one that shares no item with this.
     """
-    selected = run / "selection"
+    selected = run / SELECTION
     folder = selected if of_selection and selected.is_dir() else run
     config, other = read_config(run), PreparedLog.load(folder)
     ranker = stage_ranker(config, other, folder)

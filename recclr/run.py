@@ -36,6 +36,7 @@ from recclr.run_folder import (
     DATA,
     METRICS,
     REPORT,
+    SELECTION,
     begin_run,
     code_digest,
     config_digest,
@@ -51,8 +52,6 @@ from recclr.stages import evaluated, fit_seeds, fit_stage, selecting
 from recclr.stopping import signals
 from recclr.topk import EmbeddingRanker
 from recclr.watching import OnEvent, temperature_figures
-
-_SELECTION = "selection"
 
 
 def train_run(
@@ -83,7 +82,8 @@ def train_run(
     """
     device = pick_device(ranks.own_device(device))
     _require_targets(config)
-    require_runs(config)
+    if not (out / METRICS).exists():
+        require_runs(config)
     existed = out.exists()
     emit = on_event if on_event is not None and ranks.first else lambda event: None
     ranks.start(device, config.train.collective_timeout_s)
@@ -167,7 +167,7 @@ def _begin(context: Context, data: Data) -> None:
 def _select(context: Context, data: Data) -> Stage:
     """Train on train, choose the number of steps and the baselines' settings on validation."""
     refitted = refits(context.config, data.split)
-    folder = context.out / _SELECTION if refitted else context.out
+    folder = context.out / SELECTION if refitted else context.out
     prepared, examples = data.prepared, data.examples
     _save(context, prepared, folder)
     model, steps = fit_stage(context, "selection", folder, prepared, examples, None)
@@ -228,7 +228,7 @@ def _final_stage(context: Context, split: Split, selected: Stage) -> Stage:
     model, steps = fit_stage(context, "refit", context.out, prepared, None, selected.steps)
     ranker = ranker_of(model, prepared.tensors.cutoff)
     if config.blend.several:
-        selection, out = context.out / _SELECTION, context.out
+        selection, out = context.out / SELECTION, context.out
         rankers = [ranker, *fit_seeds(context, "refit", out, prepared, None, selection)]
         context.enter("blend")
         ranker = blend_final(config, prepared, rankers, out, selection, context.ranks)

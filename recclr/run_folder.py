@@ -38,9 +38,11 @@ from recclr.files import (
 METRICS, CONFIG, DATA, LOG = "metrics.json", "config.toml", "data.json", "log.jsonl"
 MANIFEST = "manifest.json"
 # What only the start of a training reads.
-_START, _TEACHER = "model.init_from", "distillation.run"
+_STARTS = ("model.init_from", "distillation.run", "blend.runs")
 ENVIRONMENT, REPORT = "environment.json", "report.html"
 BLEND, BLEND_VECTORS = "blend.json", "blend.safetensors"
+# Folder of the stage that did not see validation, where there is a refit.
+SELECTION = "selection"
 _LOCK = ".lock"
 _LIBRARIES = ("recclr", "torch", "numpy", "polars", "pyarrow", "scikit-learn", "implicit")
 _FOOTER_BYTES = 1 << 16
@@ -187,8 +189,8 @@ def fingerprints(
 
     Args:
         only: of these tables alone. start: also of the weights that ``model.init_from`` names, by
-            the manifest that has their hashes, and of a teacher's results; whoever judges a model
-            needs them no more.
+            the manifest that has their hashes, and of the results of other runs that are named;
+            whoever judges a model needs them no more.
 
     Raises:
         DataError: a file is missing or cannot be read.
@@ -208,10 +210,12 @@ def fingerprints(
     }
     if start and config.model.init_from is not None:
         manifest = weights_folder(config.model.init_from) / MANIFEST
-        found[f"{_START}: {config.model.init_from}"] = _fingerprint(manifest)
+        found[f"{_STARTS[0]}: {config.model.init_from}"] = _fingerprint(manifest)
     if start and config.distillation is not None:
         run = config.distillation.run
-        found[f"{_TEACHER}: {run}"] = _fingerprint(Path(run) / METRICS)
+        found[f"{_STARTS[1]}: {run}"] = _fingerprint(Path(expand_path(run)) / METRICS)
+    for run in config.blend.runs if start else ():
+        found[f"{_STARTS[2]}: {run}"] = _fingerprint(Path(expand_path(run)) / METRICS)
     return found
 
 
@@ -237,7 +241,7 @@ def require_same_inputs(run: Path, prints: dict[str, dict[str, Any]]) -> None:
         ConfigError: names the files.
     """
     before = read_json(run / DATA).get("inputs", {})
-    starts = tuple(f"{name}: " for name in (_START, _TEACHER))
+    starts = tuple(f"{name}: " for name in _STARTS)
     started = {n for n in before if n.startswith(starts) and n not in prints}
     names = (before.keys() | prints.keys()) - started
     changed = sorted(n for n in names if before.get(n) != prints.get(n))

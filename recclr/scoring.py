@@ -44,7 +44,7 @@ class Scored:
         positive_log_weights: float32 [B, P], what the logits of positives are moved by, minus the
             log of their expected counts in the classic form; None for nothing.
         similarity: of the embeddings, as in ``ModelSettings``.
-        ranks: who share the batch; the rows are a part of its ``num_rows``, and the items all.
+        ranks: who share the batch; the rows are a part of its ``num_rows``.
         batch_share: of the step's weight, where it has several batches.
     """
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from recclr.blending import Vectors, compressed, laid_side_by_side, of_equal_spread
 from recclr.load import load_model, load_ranker, load_run, ranker_of
+from recclr.report.page import _log
 from recclr.spectral import spectral_factors
 from recclr.trials import with_seed
 
@@ -171,9 +172,26 @@ def test_models_of_further_seeds_are_served_as_one(recclr, seeded, small_config,
     for name, weight in model.weights().items():
         assert torch.equal(weight, models[2].weights()[name]), name
     facts = facts_of(out / "selection")
-    assert (facts["parts"], facts["weights"]) == ([], [])
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["valid"]["model"]["all"]["recall@10"] == pytest.approx(facts["value"])
+    assert (facts["seeds"], facts["parts"], facts["weights"]) == (2, [], [])
+
+
+def test_the_report_shows_the_training_of_the_first_seed(seeded):
+    out, _ = seeded
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert {line["seed"] for line in lines if "seed" in line} == {4, 5}
+    shown = _log(out / "log.jsonl")
+    of = [line for line in lines if line.get("kind") == "evaluation" and "seed" not in line]
+    assert [line for line in shown if line.get("kind") == "evaluation"] == of
+
+
+def test_seeds_alone_need_no_validation(recclr, small_config, tmp_path):
+    out = tmp_path / "run"
+    done = recclr(
+        *("train", "--config", small_config, "--out", out, "--device", "cpu"),
+        *("--set", "blend.seeds=1", "--set", "split.valid=0", "--set", "train.refit=false"),
+    )
+    assert done.code == 0, done.err
+    assert (facts_of(out)["seeds"], facts_of(out)["value"]) == (1, None)
 
 
 def test_a_run_of_several_seeds_resumes_where_it_was(recclr, seeded, tmp_path):

@@ -106,6 +106,39 @@ def test_other_files_are_refused_wherever_the_same_ones_lie(small_config, small_
         require_same_rows(moved, fingerprints(moved))
 
 
+def test_a_teacher_that_lost_its_selection_has_seen_validation(
+    recclr, small_config, small_run, tmp_path
+):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(small_run, teacher)
+    shutil.rmtree(teacher / "selection")
+    out = tmp_path / "run"
+    for named in (taught_by(teacher), ["--set", f'blend.runs=["{teacher}"]']):
+        done = recclr("train", "--config", small_config, "--out", out, "--device", "cpu", *named)
+        assert done.code == 2
+        assert "has lost its folder 'selection'" in done.err
+    assert not out.exists()
+
+
+def test_a_curve_is_not_taught_by_all_rows(recclr, small_config, small_run, tmp_path):
+    arguments = ("curve", "--config", small_config, "--out", tmp_path / "curve")
+    done = recclr(*arguments, "--shares", "0.5,1", *taught_by(small_run))
+    assert done.code == 2
+    assert "distillation.run: a curve shows what rows are worth" in done.err
+
+
+def test_a_finished_run_outlives_its_teacher(recclr, student, tmp_path):
+    out, arguments = student
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    config = load_config(copy / "config.toml")
+    gone = tmp_path / "gone"
+    text = (copy / "config.toml").read_text().replace(config.distillation.run, str(gone))
+    (copy / "config.toml").write_text(text)
+    done = recclr(*arguments[:4], copy, *arguments[5:], *taught_by(gone), "--resume")
+    assert done.code == 0, done.err
+
+
 def test_a_run_that_has_not_ended_is_refused(recclr, small_config, tmp_path):
     out = tmp_path / "run"
     done = recclr(

@@ -25,8 +25,8 @@ from recclr.kernels.logsumexp import require_shapes
 from recclr.kernels.pairwise import fill_hidden, relative_weights, tiles_of
 from recclr.kernels.reference import BitMask, Mask
 
-# In place of a score that takes no part: finite, since it is multiplied by 0.
-_HIDDEN = -1e4
+# In place of a score that takes no part: finite, since the gap of two of them is multiplied by 0.
+_HIDDEN = -1e30
 _NOTHING = 1e-30
 
 

@@ -77,7 +77,8 @@ def _optional(path: Path) -> dict[str, Any]:
 def _log(path: Path) -> list[dict[str, Any]]:
     """Lines of log.jsonl in order; a resumed run repeats steps, of which the last count.
 
-    The last line of a killed run may be cut off; it is passed over.
+    The last line of a killed run may be cut off; it is passed over. So are the lines of further
+    seeds (``blend.seeds``), whose trainings are not shown.
     """
     if not path.exists():
         return []
@@ -87,7 +88,9 @@ def _log(path: Path) -> list[dict[str, Any]]:
             event = json.loads(line)
         except ValueError:
             continue
-        if isinstance(event, dict) and isinstance(event.get("step"), int):
+        if not isinstance(event, dict) or "seed" in event:
+            continue
+        if isinstance(event.get("step"), int):
             names = (event.get(name) for name in ("kind", "stage", "step", "cause"))
             events[tuple(map(str, names))] = event
     return sorted(events.values(), key=lambda event: int(event["step"]))

@@ -29,8 +29,9 @@ class BlendSettings:
     """Weights that are tried for each of them, where the model has 1 and all have scores of equal
     spread."""
     seeds: int = 0
-    """Further models of the same settings by the seeds that follow, at one weight with the first:
-    what one of them ranks high by chance, the others do not. Each is a training of its own."""
+    """Further models of the same settings by the seeds that follow; the mean of all their scores is
+    that of the model. What one ranks high by chance, the others do not. Each is a training of its
+    own."""
     compress: int | None = None
     """Dimensions that the whole is brought back to; None keeps all of them."""
 

@@ -20,6 +20,7 @@ from recclr.errors import ConfigError
 from recclr.evaluate import EvaluationSet
 from recclr.files import write_bytes_atomic, write_json_atomic
 from recclr.load import pick_device
+from recclr.other_runs import require_runs
 from recclr.run_folder import fingerprints, read_json
 from recclr.settings import TuneSettings
 from recclr.stopping import signals
@@ -79,7 +80,8 @@ def tune(
     inputs: dict[str, Any] = {}
 
     def declared() -> dict[str, Any]:
-        inputs.update(fingerprints(config))
+        require_runs(config)
+        inputs.update(fingerprints(config, start=True))
         return {
             "work": "tune",
             "space": searched.to_json(),

@@ -115,6 +115,21 @@ def test_a_rank_that_was_killed_ends_the_others(spread, tmp_path, sockets):
     assert "--resume" in ended.texts[1]
 
 
+@pytest.mark.skipif(native.library() is None, reason=str(native.why_not()))
+def test_only_the_late_rank_is_named_though_another_came_late_too(spread, tmp_path):
+    ended = spread("comes_late", 3, tmp_path, timeout_s=2.5, ends_s=8.0)
+    assert ended.codes == [75, 75, None], ended.texts
+    said = [text for text in ended.texts[:2] if text]
+    assert said
+    assert all("waited 2.5 s at 'a sum' for rank 2;" in text for text in said)
+
+
+@pytest.mark.parametrize("refused", ["memfd_create", "ftruncate", "mmap"])
+def test_a_machine_without_shared_memory_goes_through_sockets(spread, tmp_path, refused):
+    ended = spread("cannot_share", 2, tmp_path, refused=refused)
+    assert ended.codes == [0, 0], ended.texts
+
+
 def test_half_an_environment_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):

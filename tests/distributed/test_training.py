@@ -102,6 +102,17 @@ def test_two_views_are_those_of_one_process(work, spread, tmp_path, size, option
         close(one, load_file(tmp_path / f"gradients-{rank}.safetensors"))
 
 
+@pytest.mark.parametrize(("size", "dim"), [(2, 7), (3, 1)])
+def test_gradients_of_an_odd_number_of_words_arrive_whole(work, spread, tmp_path, size, dim):
+    settings = {"towers": "ids", "loss": "infonce", "negatives": "not_in_batch", "dim": dim}
+    ended = spread("gradients", size, tmp_path, **settings)
+    assert ended.codes == [0] * size, ended.texts
+    (tmp_path / "one").mkdir()
+    work.alone("gradients", tmp_path / "one", **settings)
+    one = load_file(tmp_path / "one" / "gradients-0.safetensors")
+    close(one, load_file(tmp_path / "gradients-1.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("size", "towers", "loss", "negatives", "accumulate"),
     [

@@ -210,7 +210,7 @@ def teacher_of(weight):
     users = torch.randn(NUM_USERS + 1, 4, generator=draws)
     items = torch.randn(NUM_ITEMS, 4, generator=draws)
     users[3], items[5] = 0.0, 0.0
-    return Teacher(users, items, weight)
+    return Teacher.of_scaled(users, items, weight)
 
 
 def gradients(
@@ -226,12 +226,13 @@ def gradients(
     steps=(0, 3, 4),
     views=None,
     taught=None,
+    dim=DIM,
 ):
     """Loss, masked pairs and every gradient of a few steps, before any update.
 
     ``taught``: share of the loss that a teacher has, who knows no user 3 and no item 5.
     """
-    model, found = model_of(towers, LOSSES[loss]), {}
+    model, found = model_of(towers, LOSSES[loss], dim), {}
     train = TrainSettings(batch_size=batch_size, chunk_size=chunk_size, accumulate=accumulate)
     model.train()
     stepper = Stepper(
@@ -605,6 +606,28 @@ def dies(ranks, folder, *, who):
         os.kill(os.getpid(), 9)
     started.touch()
     ranks.sum_(torch.ones(3), "a sum")
+
+
+def comes_late(ranks, folder):
+    """Rank 1 comes when rank 0 has waited for most of its time, rank 2 never."""
+    time.sleep((0.0, 2.0, 60.0)[ranks.rank])
+    ranks.sum_(torch.ones(3), "a sum")
+
+
+def cannot_share(ranks, folder, *, refused):
+    """A system that refuses one of the calls on one rank: all go on without."""
+    from recclr import host_memory
+
+    def refuses(*arguments, **options):
+        raise PermissionError(1, "not here")
+
+    if ranks.rank == (1 if refused == "mmap" else 0):
+        owner = host_memory.mmap if refused == "mmap" else host_memory.os
+        setattr(owner, refused, refuses)
+    open_before = len(os.listdir("/proc/self/fd"))
+    assert host_memory.shared_by(ranks, 4096) is None
+    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert ranks.sum_(torch.ones(2), "a sum").tolist() == [2.0, 2.0]
 
 
 def alone(function, folder, **arguments):

@@ -132,6 +132,21 @@ def test_one_row_is_the_relative_entropy_that_scipy_has():
     assert float(total_distillation_loss(**case)) == pytest.approx(expected, rel=1e-5)
 
 
+def test_large_scores_stand_beside_what_is_hidden():
+    case = problem(9, 3, 6, share=0.0)
+    queries = torch.tensor([[-4e4, 1.0]] * 3)
+    candidates = torch.stack([torch.ones(6), torch.arange(6.0)], 1)
+    mask = PairMask(torch.tensor([0, 2]), torch.tensor([5, 0]))
+    large = {"queries": queries, "candidates": candidates, "mask": mask}
+    large["log_weights"] = torch.zeros(6)
+    found, ours = with_gradients(total_distillation_loss, case | large)
+    # A constant in all scores of a row changes nothing.
+    large["queries"] = queries - torch.tensor([-4e4, 0.0])
+    expected, theirs = with_gradients(total_distillation_loss, case | large)
+    assert float(found) == pytest.approx(float(expected), rel=1e-2)
+    torch.testing.assert_close(ours[0][:, 1], theirs[0][:, 1], rtol=2e-2, atol=1e-2)
+
+
 def test_who_ranks_as_the_teacher_pays_nothing_and_moves_no_more():
     case = problem(2, 23, 31, dim=4)
     told = {"teacher_queries": case["queries"], "teacher_candidates": case["candidates"]}
