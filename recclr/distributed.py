@@ -379,11 +379,6 @@ def _peer(word: str) -> PeerError:
     return PeerError(f"rank {found['rank']} failed", exit_code=int(found["exit_code"]))
 
 
-def _blocks(gathered: Tensor, counts: Sequence[int]) -> list[Tensor]:
-    parts = torch.split(gathered, max(counts))
-    return [part[:count] for part, count in zip(parts, counts, strict=True)]
-
-
 def _ranks(numbers: Sequence[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
