@@ -65,13 +65,14 @@ def fit_stage(
         folder: gets the checkpoints, and last a file that says it is done. num_steps: see
             ``fit_model``. seed: of which of the models that ``blend.seeds`` asks for, 0 the first.
     """
-    config, done = with_seed(context.config, seed), folder / f"{stage}.json"
+    config, done = context.config, folder / f"{stage}.json"
+    if seed:
+        config = with_seed(config, seed)
     if context.ranks.from_first(done.exists(), "looking for what is done"):
         tables = table_maker(config.train, context.ranks, "cpu")
         model = load_model(config, prepared.tensors, folder / "checkpoints", tables)
         return model, int(read_json(done)["best_step"])
     context.enter(f"{stage}, seed {config.seed}" if context.config.blend.seeds else stage)
-
     number = {"seed": config.seed} if seed else {}
 
     def judge(ranker: Ranker) -> dict[str, float]:
