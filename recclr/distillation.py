@@ -4,8 +4,9 @@ Shape letters: B rows, C candidates, T dimension of the teacher.
 
 The log tells of a row that one item was right. A teacher tells of every candidate how right it is,
 so a step says a hundred times as much (Hinton, Vinyals and Dean 2015; for retrieval with towers
-Tang and Wang 2018, "Ranking Distillation"). What it teaches is what the student's small dimension
-can hold of it, and no ranking of known positives, which no candidate is.
+Tang and Wang 2018, "Ranking Distillation"). That a user's known positives are no negatives is of
+the log's loss; here they are candidates like all others, of which the teacher knows how right they
+are. (Without them Gowalla's validation has .1259 instead of .1297 NDCG@20, RESULTS.md.)
 """
 
 from __future__ import annotations
@@ -81,5 +82,4 @@ class Teacher:
             items,
             torch.where(known, scored.log_weights, -torch.inf),
             scored.row_weights * self.known_users[scored.user_idx],
-            scored.mask,
         )

@@ -16,7 +16,7 @@ inline vec seen(const float *at) {
 }
 
 // Cost of a row, whose scores become what pulls at both sides: weight * (own share - teacher's).
-// Both rows hold scores with their log-weights, -inf for what takes no part; none is left in either.
+// Both rows hold scores with their log-weights, -inf for what takes no part, and none afterwards.
 float diverge(float *own, float *told, int64_t width, float own_top, float told_top,
               float weight) {
   if (own_top == NONE || told_top == NONE) {

@@ -22,11 +22,9 @@ from torch.autograd.function import once_differentiable
 from recclr.errors import ShapeError
 from recclr.kernels import native, native_softmax
 from recclr.kernels.logsumexp import require_shapes
-from recclr.kernels.pairwise import fill_hidden, relative_weights, tiles_of
-from recclr.kernels.reference import BitMask, Mask
+from recclr.kernels.pairwise import relative_weights, tiles_of
 
-# In place of a score that takes no part: finite, since the gap of two of them is multiplied by 0.
-_HIDDEN = -1e30
+# A sum of no weights, to divide by.
 _NOTHING = 1e-30
 
 
@@ -37,18 +35,16 @@ def total_distillation_loss(
     teacher_candidates: Tensor,
     log_weights: Tensor,
     row_weights: Tensor,
-    mask: Mask | None = None,
 ) -> Tensor:
     """Σ row_weight · KL(teacher ‖ student), in nats, at least 0, float32 scalar.
 
-    A row all of whose candidates are left out costs nothing and has no gradient.
+    Where no candidate takes part it is 0, with no gradient.
 
     Args:
         queries: float32 [B, D]. candidates: float32 [C, D]. teacher_queries: float32 [B, T].
             teacher_candidates: float32 [C, T]; both are without gradient.
         log_weights: float32 [C], no gradient; -inf for what takes no part.
         row_weights: float32 [B], no gradient; 1 / B for the mean.
-        mask: pairs of query and candidate to leave out.
 
     Raises:
         ShapeError: shapes do not belong together, or something is not float32.
@@ -63,7 +59,6 @@ def total_distillation_loss(
         teacher_candidates.detach(),
         weights,
         row_weights,
-        mask,
         tracked,
     )
     return result
@@ -76,23 +71,16 @@ def total_distillation_loss_reference(
     teacher_candidates: Tensor,
     log_weights: Tensor,
     row_weights: Tensor,
-    mask: Mask | None = None,
 ) -> Tensor:
     """As ``total_distillation_loss`` in plain PyTorch, B × C in memory."""
-    hidden = (log_weights == -torch.inf).expand(len(queries), -1).clone()
-    if isinstance(mask, BitMask):
-        hidden |= mask.dense(len(candidates))
-    elif mask is not None:
-        hidden[mask.rows, mask.columns] = True
-    some = ~hidden.all(1, keepdim=True)
-    shift = log_weights.masked_fill(log_weights == -torch.inf, 0.0)
-    logs = []
-    for one, other in ((teacher_queries, teacher_candidates), (queries, candidates)):
-        logits = (one @ other.T + shift).masked_fill(hidden & some, -torch.inf)
-        logs.append(logits.log_softmax(1).masked_fill(hidden, 0.0))
-    told = logs[0].detach()
-    costs = (told.exp().masked_fill(hidden, 0.0) * (told - logs[1])).sum(1)
-    return (costs * row_weights).sum()
+    kept = log_weights > -torch.inf
+    if not kept.any():
+        return row_weights.new_zeros(())
+    logs = [
+        (one @ other[kept].T + log_weights[kept]).log_softmax(1)
+        for one, other in ((teacher_queries.detach(), teacher_candidates), (queries, candidates))
+    ]
+    return ((logs[0].exp() * (logs[0] - logs[1])).sum(1) * row_weights).sum()
 
 
 class _TotalDistillationLoss(torch.autograd.Function):
@@ -105,14 +93,13 @@ class _TotalDistillationLoss(torch.autograd.Function):
         teacher_candidates: Tensor,
         weights: Tensor,
         row_weights: Tensor,
-        mask: Mask | None,
         tracked: bool,
     ) -> Tensor:
         width = len(candidates)
         kernels = native.usable(queries)
-        if kernels is not None and min(len(queries), width) and not isinstance(mask, BitMask):
+        if kernels is not None and min(len(queries), width):
             inputs = queries, candidates, teacher_queries, teacher_candidates, weights.log()
-            found = native_softmax.distilled(*inputs, row_weights, kernels=kernels, mask=mask)
+            found = native_softmax.distilled(*inputs, row_weights, kernels=kernels)
             if found is not None:
                 costs, *grads = found
                 if tracked:
@@ -120,16 +107,12 @@ class _TotalDistillationLoss(torch.autograd.Function):
                 return (costs * row_weights).sum()
         grad_queries, grad_candidates = torch.zeros_like(queries), torch.zeros_like(candidates)
         costs = torch.zeros_like(row_weights)
-        for rows, hidden in tiles_of(len(queries), width, width, queries.device, mask):
+        for rows, _ in tiles_of(len(queries), width, width, queries.device, None):
             told = teacher_queries[rows] @ teacher_candidates.T
             scores = queries[rows] @ candidates.T
-            fill_hidden(told, hidden, _HIDDEN)
-            fill_hidden(scores, hidden, _HIDDEN)
             gaps = told - scores
-            teachers = _partition(told, weights, hidden)
-            own = _partition(scores, weights, hidden)
-            # Where nothing takes part both sums are 0, and what they are divided by is no matter.
-            costs[rows] = (gaps.mul_(told)).sum(1) + (own - teachers).squeeze(1)
+            teachers, own = _partition(told, weights), _partition(scores, weights)
+            costs[rows] = gaps.mul_(told).sum(1) + (own - teachers).squeeze(1)
             if not tracked:
                 continue
             pulls = scores.sub_(told).mul_(row_weights[rows].unsqueeze(1))
@@ -143,22 +126,21 @@ class _TotalDistillationLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        return *(each * grad for each in ctx.saved_tensors), *(None,) * 6
+        return *(each * grad for each in ctx.saved_tensors), *(None,) * 5
 
 
-def _partition(scores: Tensor, weights: Tensor, hidden: Tensor | None) -> Tensor:
+def _partition(scores: Tensor, weights: Tensor) -> Tensor:
     """Make scores [R, C] the shares of the weighted softmax, in place; log of its sum, [R, 1].
 
-    Both are 0 in a row where nothing takes part.
+    Both are 0 where nothing takes part.
     """
     # What has no weight must not set the scale: beside it all others might vanish.
-    largest = scores.masked_fill(weights == 0, _HIDDEN).amax(1, keepdim=True)
+    largest = scores.masked_fill(weights == 0, -torch.inf).amax(1, keepdim=True)
+    largest = torch.where(largest > -torch.inf, largest, 0.0)
     scores.sub_(largest).clamp_(max=0.0).exp_().mul_(weights)
-    fill_hidden(scores, hidden, 0.0)
     sums = scores.sum(1, keepdim=True)
-    some = sums > 0
     scores.div_(sums.clamp_min(_NOTHING))
-    return torch.where(some, sums.clamp_min(_NOTHING).log() + largest, 0.0)
+    return torch.where(sums > 0, sums.clamp_min(_NOTHING).log() + largest, 0.0)
 
 
 def _check(

@@ -104,14 +104,13 @@ def distilled(
     row_weights: Tensor,
     *,
     kernels: CDLL,
-    mask: PairMask | None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Costs of rows [B], and the gradients of their weighted sum by queries and candidates;
     arguments as ``total_distillation_loss`` has checked them.
 
     None where the scores of 24 rows do not fit a thread's part of the cache.
     """
-    problem = _Problem(queries, candidates, log_weights, mask)
+    problem = _Problem(queries, candidates, log_weights, None)
     told_dim = teacher_queries.shape[1]
     size = kernels.recclr_distilled_room(*problem.sizes, told_dim, problem.threads, _FLOATS // 2)
     if not size:

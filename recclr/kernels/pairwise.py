@@ -154,7 +154,7 @@ class _TotalPairLoss(torch.autograd.Function):
             taking = torch.empty_like(scores)
             taking[:, :shared] = weights
             taking[:, shared:] = own_weights[rows]
-            fill_hidden(taking, hidden, 0.0)
+            _hide(taking, hidden, 0.0)
             column = anchors[rows].unsqueeze(1)
             taking = function.selected(taking, scores, column)
             totals = taking.sum(1, keepdim=True).clamp_min_(_NOTHING)
@@ -204,7 +204,7 @@ def tiles_of(
         yield slice(start, stop), (mask.rows[own] - start) * width + mask.columns[own]
 
 
-def fill_hidden(tile: Tensor, hidden: Tensor | None, value: float) -> None:
+def _hide(tile: Tensor, hidden: Tensor | None, value: float) -> None:
     """Put ``value`` at all places of a tile that ``tiles_of`` hides, in place."""
     if hidden is None:
         return
