@@ -103,7 +103,7 @@ def test_gradients_that_do_not_fit_the_table_are_refused(kind, rows, width):
     optimizer = TableOptimizer({"t": table}, kind)
     before = table.weight.clone()
     with pytest.raises((IndexError, RuntimeError)):
-        optimizer.step(0.1, [("t", torch.tensor(rows), torch.ones(len(rows), width))])
+        optimizer.step(0.1, [("t", [(torch.tensor(rows), torch.ones(len(rows), width), None)])])
     assert torch.equal(table.weight, before)
 
 
