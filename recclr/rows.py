@@ -60,6 +60,14 @@ class Rows:
                 places = slice(places.start + start, min(places.start + stop, places.stop))
             elif places is not None:
                 places = places[own]
+        return self._those(own, places)
+
+    def only(self, places: Tensor) -> Rows:
+        """Those of these rows, which are no part of others, that stand at ``places``, int64 [P]."""
+        return self._those(places, places)
+
+    def _those(self, own: Tensor | slice, places: Tensor | slice | None) -> Rows:
+        """Rows ``own`` of these, at ``places`` of the whole."""
         return replace(
             self,
             idx=self.idx[own],
@@ -68,18 +76,6 @@ class Rows:
             whole=self if self.whole is None else self.whole,
             places=places,
             hidden=None if self.hidden is None else self.hidden[own],
-        )
-
-    def only(self, places: Tensor) -> Rows:
-        """Those of these rows, which are no part of others, that stand at ``places``, int64 [P]."""
-        return replace(
-            self,
-            idx=self.idx[places],
-            at=self.at if self.at is None or self.at.ndim == 0 else self.at[places],
-            without=None if self.without is None else self.without[places],
-            whole=self,
-            places=places,
-            hidden=None if self.hidden is None else self.hidden[places],
         )
 
     def uniform(self, *shape: int, shared: bool = False) -> Tensor:
