@@ -16,24 +16,34 @@ inline vec seen(const float *at) {
 }
 
 // Cost of a row, whose scores become what pulls at both sides: weight * (own share - teacher's).
-// Both rows hold scores with their log-weights, -inf for what takes no part, and none afterwards.
-float diverge(float *own, float *told, int64_t width, float own_top, float told_top,
-              float weight) {
-  if (own_top == NONE || told_top == NONE) {
-    memset(own, 0, sizeof(float) * width);
-    return 0.f;
+// Both hold scores with their log-weights, -inf for what takes no part, and none afterwards.
+float diverge(const Rows &own, const Rows &told, int64_t row, float weight) {
+  const Plan &plan = own.plan;
+  float own_top = NONE, told_top = NONE;
+  for (int64_t b = 0; b < plan.blocks; b++) {
+    float ours = own.top_of(b, row), theirs = told.top_of(b, row);
+    own_top = ours > own_top ? ours : own_top, told_top = theirs > told_top ? theirs : told_top;
   }
+  const bool nothing = own_top == NONE || told_top == NONE;
   vec own_sum = {}, told_sum = {}, gaps = {};
-  for (int64_t j = 0; j < width; j += LANES) {
-    vec s = seen(own + j), t = seen(told + j);
-    vec a = exponential(s - own_top), b = exponential(t - told_top);
-    own_sum += a, told_sum += b, gaps += b * (t - s);
-    store(own + j, a), store(told + j, b);
+  for (int64_t b = 0; b < plan.blocks; b++) {
+    float *mine = own.of(b, row), *other = told.of(b, row);
+    if (nothing) memset(mine, 0, sizeof(float) * own.width_of(b));
+    for (int64_t j = 0; j < own.width_of(b) && !nothing; j += LANES) {
+      vec s = seen(mine + j), t = seen(other + j);
+      vec ours = exponential(s - own_top), theirs = exponential(t - told_top);
+      own_sum += ours, told_sum += theirs, gaps += theirs * (t - s);
+      store(mine + j, ours), store(other + j, theirs);
+    }
   }
+  if (nothing) return 0.f;
   float ours = total(own_sum), theirs = total(told_sum);
   float left = weight / ours, right = weight / theirs;
-  for (int64_t j = 0; j < width; j += LANES)
-    store(own + j, load(own + j) * left - load(told + j) * right);
+  for (int64_t b = 0; b < plan.blocks; b++) {
+    float *mine = own.of(b, row), *other = told.of(b, row);
+    for (int64_t j = 0; j < own.width_of(b); j += LANES)
+      store(mine + j, load(mine + j) * left - load(other + j) * right);
+  }
   return total(gaps) / theirs + own_top + logf(ours) - told_top - logf(theirs);
 }
 
@@ -46,8 +56,8 @@ int64_t recclr_distilled_room(int64_t rows, int64_t candidates, int64_t dim, int
                               int64_t threads, int64_t floats) {
   Problem own = {rows, candidates, dim, 0, 0, 0, 0, 0, 0}, told = own;
   told.dim = told_dim;
-  Plan plan(own, threads, floats, true), teacher(told, threads, floats, false);
-  bool whole = plan.blocks == 1 && teacher.blocks == 1 && plan.height == teacher.height;
+  Plan plan(own, threads, floats, true, true), teacher(told, threads, floats, false, true);
+  bool whole = plan.kept && teacher.kept && plan.height == teacher.height && plan.width == teacher.width;
   return whole ? up(plan.room, 16) + teacher.room : 0;
 }
 
@@ -61,7 +71,7 @@ void recclr_distilled(int64_t rows, int64_t candidates, int64_t dim, const float
   Problem own = {rows, candidates, dim, queries, vectors, log_weights, masked_rows, masked_columns, masked};
   Problem told = own;
   told.dim = told_dim, told.queries = told_queries, told.vectors = told_vectors;
-  Plan plan(own, threads, floats, true), teacher(told, threads, floats, false);
+  Plan plan(own, threads, floats, true, true), teacher(told, threads, floats, false, true);
   float *other = buffer + up(plan.room, 16);
   pack(told, teacher, other, false);
   float ones[MOST_ROWS];
@@ -69,14 +79,11 @@ void recclr_distilled(int64_t rows, int64_t candidates, int64_t dim, const float
   each_rows(own, plan, buffer, true, [&](Rows &mine, int64_t thread) {
     Rows theirs(told, teacher, other, thread);
     theirs.take(mine.top, mine.count);
-    theirs.score(0), mine.score(0);
-    int64_t width = mine.width_of(0);
+    for (int64_t b = 0; b < plan.blocks; b++) theirs.score(b), mine.score(b);
     for (int64_t i = 0; i < mine.count; i++)
-      costs[mine.top + i] =
-          diverge(mine.logits + i * plan.line, theirs.logits + i * teacher.line, width,
-                  mine.top_of(i, width), theirs.top_of(i, width), row_weights[mine.top + i]);
+      costs[mine.top + i] = diverge(mine, theirs, i, row_weights[mine.top + i]);
     mine.begin_gradients(ones);
-    mine.pull(0);
+    for (int64_t b = 0; b < plan.blocks; b++) mine.pull(b);
     mine.end_gradients(ones, grad_queries);
   });
   add_up(own, plan, buffer, grad_candidates);

@@ -1,5 +1,6 @@
 // Rows against candidates in blocks that stay in cache: what a thread has in hand, its scores,
-// their exponentials, and what these pull at both sides.
+// their exponentials, and what these pull at both sides. Where there is room the exponentials of all
+// blocks are kept until their rows' sums are known; else they are made again.
 //
 // Shape letters: B queries, C candidates, D dimension. All matrices lie row by row without gaps.
 // Each thread has a share of the rows, and a gradient of the candidates of its own, which are added
@@ -11,8 +12,11 @@
 namespace {
 
 const float NONE = -INFINITY;
-// Most rows that a thread has in hand.
-const int64_t MOST_ROWS = 96;
+// Most rows that a thread has in hand, and fewest for which their exponentials are kept: all that is
+// read of the candidates is read again for the next ones.
+const int64_t MOST_ROWS = 96, FEWEST_ROWS = 24;
+// Most candidates of a block: it stays in the second-level cache between what is done to it.
+const int64_t MOST_COLUMNS = 512;
 // Floats of a slice of candidates, with all that is kept of it.
 const int64_t SLICE = 1 << 24;
 
@@ -32,26 +36,28 @@ struct Problem {
 
 // How a problem is cut, and where each piece of a buffer begins, in floats.
 struct Plan {
+  bool kept; // the exponentials of whole rows
   int64_t threads, height, width, blocks, columns, dims, line;
-  int64_t panels, vectors, weights, own, queries, pulled, moved, logits, gradient, room;
+  int64_t panels, vectors, weights, own, queries, pulled, moved, logits, shifts, gradient, room;
 
-  Plan(const Problem &p, int64_t wanted, int64_t floats, bool backward) {
+  // floats: that a thread may keep. keep: whole rows of exponentials, if they fit.
+  Plan(const Problem &p, int64_t wanted, int64_t floats, bool backward, bool keep) {
     dims = up(p.dim > 1 ? p.dim : 1, LANES);
     columns = up(p.candidates, PANEL);
     int64_t groups = (p.rows + TALL - 1) / TALL;
     threads = wanted < groups ? wanted : groups;
     if (threads < 1) threads = 1;
-    // Blocks of candidates of which MOST_ROWS fit; a row that fits whole is kept for its gradient.
-    int64_t most = up(floats / MOST_ROWS, PANEL), held = SLICE / (dims * (threads + 2)) / PANEL * PANEL;
-    if (most > held) most = held > PANEL ? held : PANEL;
-    bool whole = columns * 24 <= floats && columns * dims * (threads + 2) <= 4 * SLICE;
-    blocks = whole ? 1 : (columns + most - 1) / most;
+    int64_t most = least(up(floats / MOST_ROWS, PANEL), MOST_COLUMNS);
+    most = least(most, SLICE / (dims * (threads + 2)) / PANEL * PANEL);
+    if (most < PANEL) most = PANEL;
+    blocks = (columns + most - 1) / most;
     width = up((columns + blocks - 1) / blocks, PANEL);
     blocks = (columns + width - 1) / width;
-    height = floats / width / TALL * TALL;
-    height = height < 24 ? 24 : height > MOST_ROWS ? MOST_ROWS : height;
     // A row of logits ends aside of a power of two: rows of 4 KiB would share one set of the cache.
     line = width + 16;
+    height = floats / (blocks * line) / TALL * TALL;
+    kept = keep && height >= FEWEST_ROWS && columns * dims * (threads + 2) <= 4 * SLICE;
+    if (!kept || height > MOST_ROWS) height = MOST_ROWS;
     int64_t at = 0;
     auto take = [&at](int64_t size) {
       int64_t start = at;
@@ -64,13 +70,15 @@ struct Plan {
     int64_t shared = at;
     at = 0;
     queries = take(height * p.dim);
-    logits = take(height * line);
+    logits = take((kept ? blocks : 1) * height * line);
+    shifts = take(kept ? blocks * height : 0);
     pulled = take(backward ? height * dims : 0);
     moved = take(backward ? height * dims : 0);
     gradient = take(backward ? (columns + LOW) * dims : 0);
     own = at;
     room = shared + threads * own;
-    queries += shared, logits += shared, pulled += shared, moved += shared, gradient += shared;
+    queries += shared, logits += shared, shifts += shared;
+    pulled += shared, moved += shared, gradient += shared;
   }
 };
 
@@ -90,10 +98,10 @@ inline void pack(const Problem &p, const Plan &plan, float *buffer, bool backwar
   }
 }
 
-// Candidates of a slice: all, where a thread can keep whole rows of logits.
+// Candidates of a slice: all, where a thread can keep whole rows of exponentials.
 inline int64_t slice_of(const Problem &p, int64_t threads, int64_t floats) {
-  Plan plan(p, threads, floats, true);
-  if (plan.blocks == 1) return p.candidates;
+  Plan plan(p, threads, floats, true, true);
+  if (plan.kept) return p.candidates;
   int64_t most = SLICE / (plan.dims * (plan.threads + 2)) / plan.width * plan.width;
   return least(p.candidates, most > plan.width ? most : plan.width);
 }
@@ -102,14 +110,14 @@ inline int64_t slice_of(const Problem &p, int64_t threads, int64_t floats) {
 struct Rows {
   const Problem &p;
   const Plan &plan;
-  float *buffer, *queries, *logits, *pulled, *moved, *gradient;
+  float *buffer, *queries, *logits, *shifts, *pulled, *moved, *gradient;
   int64_t top, count, padded, mask_from, mask_to;
 
   Rows(const Problem &p, const Plan &plan, float *buffer, int64_t thread)
       : p(p), plan(plan), buffer(buffer) {
     float *own = buffer + thread * plan.own;
-    queries = own + plan.queries, logits = own + plan.logits, pulled = own + plan.pulled;
-    moved = own + plan.moved, gradient = own + plan.gradient;
+    queries = own + plan.queries, logits = own + plan.logits, shifts = own + plan.shifts;
+    pulled = own + plan.pulled, moved = own + plan.moved, gradient = own + plan.gradient;
   }
 
   void take(int64_t from, int64_t number) {
@@ -122,26 +130,31 @@ struct Rows {
     return least(plan.width, plan.columns - block * plan.width);
   }
 
+  // What is kept of a block, from a row on.
+  float *of(int64_t block, int64_t row = 0) const {
+    return logits + ((plan.kept ? block * plan.height : 0) + row) * plan.line;
+  }
+
   // Logits with their log-weights; -inf where a pair is masked.
   void score(int64_t block_number) {
     int64_t left = block_number * plan.width, width = width_of(block_number);
     const float *panels = buffer + plan.panels + left * p.dim;
-    multiply(queries, padded, p.dim, panels, width, logits, plan.line);
+    multiply(queries, padded, p.dim, panels, width, of(block_number), plan.line);
     const float *weights = buffer + plan.weights + left;
     for (int64_t i = 0; i < count; i++) {
-      float *row = logits + i * plan.line;
+      float *row = of(block_number, i);
       for (int64_t j = 0; j < width; j += LANES) store(row + j, load(row + j) + load(weights + j));
     }
     for (int64_t at = mask_from; at < mask_to; at++) {
       int64_t column = p.masked_columns[at] - p.first - left;
-      if (column >= 0 && column < width) logits[(p.masked_rows[at] - top) * plan.line + column] = NONE;
+      if (column >= 0 && column < width) of(block_number, p.masked_rows[at] - top)[column] = NONE;
     }
   }
 
-  float top_of(int64_t row, int64_t width) const {
-    const float *at = logits + row * plan.line;
+  float top_of(int64_t block, int64_t row) const {
+    const float *at = of(block, row);
     vec best = all(NONE);
-    for (int64_t j = 0; j < width; j += LANES) {
+    for (int64_t j = 0; j < width_of(block); j += LANES) {
       vec x = load(at + j);
       best = x > best ? x : best;
     }
@@ -149,10 +162,10 @@ struct Rows {
   }
 
   // Logits become exp(logit - shift); their sum.
-  float raise(int64_t row, int64_t width, float shift) {
-    float *at = logits + row * plan.line;
+  float raise(int64_t block, int64_t row, float shift) {
+    float *at = of(block, row);
     vec sum = {};
-    for (int64_t j = 0; j < width; j += LANES) {
+    for (int64_t j = 0; j < width_of(block); j += LANES) {
       vec e = exponential(load(at + j) - shift);
       store(at + j, e);
       sum += e;
@@ -161,19 +174,29 @@ struct Rows {
   }
 
   // Largest logit and sum of exponentials beside it of each row, brought up to date with these
-  // candidates; with one block the exponentials stay.
+  // candidates.
   void sum_up(float *shift, float *sum) {
     for (int64_t b = 0; b < plan.blocks; b++) {
       score(b);
-      int64_t width = width_of(b);
       for (int64_t i = 0; i < count; i++) {
-        float best = top_of(i, width), before = shift[i];
+        float best = top_of(b, i), before = shift[i];
         if (best > before) {
           shift[i] = best;
           sum[i] = before > NONE ? sum[i] * expf(before - best) : 0.f;
         }
-        sum[i] += raise(i, width, shift[i] > NONE ? shift[i] : 0.f);
+        sum[i] += raise(b, i, shift[i] > NONE ? shift[i] : 0.f);
+        if (plan.kept) shifts[b * plan.height + i] = shift[i];
       }
+    }
+  }
+
+  // Kept exponentials of a block, which are beside the largest logit up to there, beside their row's.
+  void settle(int64_t block, const float *shift) {
+    for (int64_t i = 0; i < count; i++) {
+      float before = shifts[block * plan.height + i];
+      if (before == shift[i]) continue;
+      float *at = of(block, i), factor = before > NONE ? expf(before - shift[i]) : 0.f;
+      for (int64_t j = 0; j < width_of(block); j += LANES) store(at + j, load(at + j) * factor);
     }
   }
 
@@ -187,15 +210,15 @@ struct Rows {
   // What the exponentials of a block pull at both sides.
   void pull(int64_t block_number) {
     int64_t left = block_number * plan.width, width = width_of(block_number), dims = plan.dims;
-    const float *vectors = buffer + plan.vectors + left * dims;
+    const float *vectors = buffer + plan.vectors + left * dims, *from = of(block_number);
     // So many candidates stay in the first-level cache while all rows meet them.
     const int64_t some = 8192 / dims > 16 ? 8192 / dims : 16;
     for (int64_t k = 0; k < width; k += some)
       for (int64_t i = 0; i < padded; i += LOW)
-        add_rows(logits + i * plan.line + k, plan.line, 1, vectors + k * dims, dims,
+        add_rows(from + i * plan.line + k, plan.line, 1, vectors + k * dims, dims,
                  least(some, width - k), moved + i * dims);
     for (int64_t c = 0; c < width; c += LOW)
-      add_rows(logits + c, 1, plan.line, pulled, dims, padded, gradient + (left + c) * dims);
+      add_rows(from + c, 1, plan.line, pulled, dims, padded, gradient + (left + c) * dims);
   }
 
   void end_gradients(const float *scale, float *grad_queries) {
@@ -233,8 +256,9 @@ void each_rows(const Problem &p, const Plan &plan, float *buffer, bool backward,
     Rows mine(p, plan, buffer, t);
     if (backward) {
       memset(mine.gradient, 0, sizeof(float) * (plan.columns + LOW) * plan.dims);
-      // Columns beside the last candidate are multiplied too, into rows that nobody reads.
-      memset(mine.logits, 0, sizeof(float) * plan.height * plan.line);
+      // What is beside a block is multiplied too.
+      for (int64_t i = 0; i < (plan.kept ? plan.blocks : 1) * plan.height; i++)
+        memset(mine.logits + i * plan.line + plan.width, 0, sizeof(float) * (plan.line - plan.width));
     }
     int64_t end = edge(p, plan, t + 1);
     for (int64_t top = edge(p, plan, t); top < end; top += plan.height) {

@@ -34,10 +34,10 @@ void pull_slice(const Problem &p, const Plan &plan, float *buffer, const float *
       mine.score(b);
       for (int64_t i = 0; i < mine.count; i++) {
         float whole = result[mine.top + i];
-        mine.raise(i, width, whole == NONE ? 0.f : whole);
+        mine.raise(b, i, whole == NONE ? 0.f : whole);
         if (!grad_weights) continue;
         float *into = grad_weights + thread * stride + b * plan.width;
-        const float *from = mine.logits + i * plan.line;
+        const float *from = mine.of(b, i);
         for (int64_t j = 0; j < least(width, p.candidates - b * plan.width); j++)
           into[j] += own_slope[i] * from[j];
       }
@@ -88,7 +88,10 @@ void contrast(const Problem &p, const Plan &plan, float *buffer, const Losses &e
       scale[i] *= share(shift[i], whole);
     }
     mine.begin_gradients(scale);
-    mine.pull(0);
+    for (int64_t b = 0; b < plan.blocks; b++) {
+      mine.settle(b, shift);
+      mine.pull(b);
+    }
     mine.end_gradients(scale, grad_queries);
   });
   add_up(p, plan, buffer, grad_candidates);
@@ -98,15 +101,18 @@ void contrast(const Problem &p, const Plan &plan, float *buffer, const Losses &e
 
 extern "C" {
 
-// Floats that ``buffer`` must hold. floats: of logits that a thread keeps in its cache.
+// Floats that ``buffer`` must hold. floats: of exponentials that a thread may keep.
 int64_t recclr_room(int64_t rows, int64_t candidates, int64_t dim, int64_t threads, int64_t floats,
                     int32_t backward) {
   Problem p = {rows, candidates, dim, 0, 0, 0, 0, 0, 0};
   int64_t step = slice_of(p, threads, floats), left = step ? candidates % step : 0;
-  int64_t room = Plan(p.slice(0, step), threads, floats, backward).room;
+  int64_t room = Plan(p.slice(0, step), threads, floats, backward, false).room;
   // The last slice has fewer candidates, but may be cut in wider blocks.
-  int64_t last = left ? Plan(p.slice(0, left), threads, floats, backward).room : 0;
-  return 2 * up(rows, 16) + (last > room ? last : room);
+  int64_t last = left ? Plan(p.slice(0, left), threads, floats, backward, false).room : 0;
+  int64_t whole = backward ? Plan(p, threads, floats, true, true).room : 0;
+  if (step < candidates) whole = 0;
+  if (last > room) room = last;
+  return 2 * up(rows, 16) + (whole > room ? whole : room);
 }
 
 // result[B]: as kernels.masked_logsumexp_reference.
@@ -120,7 +126,7 @@ void recclr_logsumexp(int64_t rows, int64_t candidates, int64_t dim, const float
   int64_t step = slice_of(p, threads, floats);
   for (int64_t from = 0; from < candidates; from += step) {
     Problem part = p.slice(from, least(from + step, candidates));
-    sum_slice(part, Plan(part, threads, floats, false), room, shift, sum);
+    sum_slice(part, Plan(part, threads, floats, false, false), room, shift, sum);
   }
   for (int64_t r = 0; r < rows; r++) result[r] = logarithm(shift[r], sum[r]);
 }
@@ -136,7 +142,7 @@ void recclr_logsumexp_backward(int64_t rows, int64_t candidates, int64_t dim, co
   int64_t step = slice_of(p, threads, floats);
   for (int64_t from = 0; from < candidates; from += step) {
     Problem part = p.slice(from, least(from + step, candidates));
-    pull_slice(part, Plan(part, threads, floats, true), buffer, result, slope, grad_queries,
+    pull_slice(part, Plan(part, threads, floats, true, false), buffer, result, slope, grad_queries,
                grad_candidates + from * dim, grad_weights ? grad_weights + from : 0, candidates);
   }
 }
@@ -152,9 +158,9 @@ void recclr_contrastive(int64_t rows, int64_t candidates, int64_t dim, const flo
                         float *grad_queries, float *grad_candidates, float *grad_positives,
                         float *grad_own) {
   Problem p = {rows, candidates, dim, queries, vectors, log_weights, masked_rows, masked_columns, masked};
-  Plan plan(p, threads, floats, true);
+  Plan plan(p, threads, floats, true, true);
   const Losses each = {positives, row_weights, own, power, losses, grad_positives, grad_own};
-  if (plan.blocks == 1) return contrast(p, plan, buffer, each, grad_queries, grad_candidates);
+  if (plan.kept) return contrast(p, plan, buffer, each, grad_queries, grad_candidates);
   // Rows that do not fit are summed first, and their exponentials made again.
   float *whole = buffer + up(rows, 16), *slope = buffer, *room = whole + up(rows, 16);
   recclr_logsumexp(rows, candidates, dim, queries, vectors, log_weights, masked_rows,

@@ -1,5 +1,5 @@
-// Rows of embedding tables: equal ones found by radix sort, their gradients summed and the optimiser
-// applied in one pass, and rows scaled to length 1. Shape letters: n look-ups, R distinct rows,
+// Rows of embedding tables: gradients of equal ones (groups.cpp) summed and the optimiser applied in
+// one pass, sums of bags, and rows scaled to length 1. Shape letters: n look-ups, R distinct rows,
 // D dimension. The same numbers come out for any number of threads: a row is one thread's.
 
 #include <cmath>
@@ -8,28 +8,10 @@
 
 namespace {
 
-const int DIGIT = 11, BUCKETS = 1 << DIGIT;
 // Rows of a table lie anywhere: they are asked for so many turns before they are needed.
 const int64_t AHEAD = 8;
 const double BETA_1 = 0.9, BETA_2 = 0.999;
 const float EPSILON = 1e-8f;
-
-// Stable, by the upper half, which no key has above ``most``; tmp: another n. Where the result lies, keys or tmp.
-uint64_t *sorted(uint64_t *keys, uint64_t *tmp, int64_t n, uint64_t most) {
-  for (int low = 32; most >> (low - 32); low += DIGIT) {
-    int64_t starts[BUCKETS] = {0};
-    for (int64_t i = 0; i < n; i++) starts[(keys[i] >> low) & (BUCKETS - 1)]++;
-    int64_t before = 0;
-    for (int64_t &start : starts) {
-      int64_t count = start;
-      start = before, before += count;
-    }
-    for (int64_t i = 0; i < n; i++) tmp[starts[(keys[i] >> low) & (BUCKETS - 1)]++] = keys[i];
-    uint64_t *other = keys;
-    keys = tmp, tmp = other;
-  }
-  return keys;
-}
 
 // Gradients of look-ups, from several arrays: vector number p lies in the first array whose end
 // exceeds p.
@@ -105,29 +87,6 @@ void fetch(const float *at, int64_t dim) {
 } // namespace
 
 extern "C" {
-
-// Equal rows side by side, rising, look-ups of one in their order. scratch: 2 n. distinct, starts:
-// n + 1 at most. inverse: which distinct row each look-up has, or null. Gives R; -1 for a row below
-// 0 or beyond 32 bits.
-int64_t recclr_group(int64_t n, const int64_t *rows, uint64_t *scratch, int64_t *order,
-                     int64_t *distinct, int64_t *starts, int64_t *inverse) {
-  uint64_t most = 0;
-  for (int64_t i = 0; i < n; i++) {
-    most |= (uint64_t)rows[i];
-    scratch[i] = (uint64_t)rows[i] << 32 | (uint64_t)i;
-  }
-  if (most >> 32 || n >> 32) return -1;
-  const uint64_t *keys = sorted(scratch, scratch + n, n, most);
-  int64_t found = 0;
-  for (int64_t i = 0; i < n; i++) {
-    int64_t row = keys[i] >> 32, at = keys[i] & 0xffffffff;
-    if (!i || row != distinct[found - 1]) distinct[found] = row, starts[found++] = i;
-    order[i] = at;
-    if (inverse) inverse[at] = found - 1;
-  }
-  starts[found] = n;
-  return found;
-}
 
 // The optimiser's step of each distinct row by the sum of its look-ups' gradients, in their order;
 // kind SUM writes the sums to ``weight`` instead, [R, D]. starts, order: of recclr_group. first,

@@ -20,12 +20,20 @@ from recclr.kernels.native import floats, longs, threads_for, usable
 
 Part = tuple[Tensor, Tensor, Tensor | None]
 
+# Over its numbers, by which a sort is as much work as so many multiply-adds of each.
+_PASSES = 4
 KINDS = ("sgd", "rowwise_adagrad", "rowwise_adam", "adam", "sum")
 
 
 @dataclass(frozen=True)
-class _Groups:
-    """Equal values side by side: distinct [R], starts [R + 1], order [n]; inverse [n] or None."""
+class EqualValues:
+    """Equal values side by side, int64.
+
+    Attributes:
+        distinct: [R], rising. order: [n], places of equal values one after another, each value's in
+            the order they came. starts: [R + 1], where each value begins in ``order``.
+        inverse: [n], which distinct value each one is, or None.
+    """
 
     distinct: Tensor
     starts: Tensor
@@ -33,20 +41,25 @@ class _Groups:
     inverse: Tensor | None
 
 
-def _grouped(kernels: CDLL, values: Tensor, *, inverse: bool = False) -> _Groups | None:
-    """None where a value is negative, or does not fit 32 bits, or values are no int64 [n]."""
+def equal_values(kernels: CDLL, values: Tensor, *, inverse: bool = False) -> EqualValues | None:
+    """Where equal values stand; None where one is below 0 or beyond 32 bits, or they are no int64.
+
+    Args:
+        inverse: whether to tell which of the distinct values each one is.
+    """
     if values.dtype != torch.int64 or values.ndim != 1:
         return None
     values = values.contiguous()
-    n = len(values)
-    scratch, order, places = values.new_empty(2 * n), torch.empty_like(values), None
+    n, threads = len(values), threads_for(_PASSES * len(values))
+    scratch, order, places = values.new_empty(2 * (n + threads)), torch.empty_like(values), None
     distinct, starts = torch.empty_like(values), values.new_empty(n + 1)
     if inverse:
         places = torch.empty_like(values)
-    found = kernels.recclr_group(n, *longs(values, scratch, order, distinct, starts, places))
+    arrays = longs(values, scratch, order, distinct, starts, places)
+    found = kernels.recclr_group(n, *arrays, threads)
     if found < 0:
         return None
-    return _Groups(distinct[:found], starts[: found + 1], order, places)
+    return EqualValues(distinct[:found], starts[: found + 1], order, places)
 
 
 def unique(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +68,7 @@ def unique(values: Tensor) -> tuple[Tensor, Tensor]:
     Several times as fast on a CPU, by counting digits where PyTorch compares.
     """
     kernels = usable(values)
-    found = None if kernels is None else _grouped(kernels, values, inverse=True)
+    found = None if kernels is None else equal_values(kernels, values, inverse=True)
     if found is None or found.inverse is None:
         distinct, places = torch.unique(values, return_inverse=True)
         return distinct, places
@@ -71,7 +84,7 @@ def summed(kernels: CDLL, parts: Sequence[Part]) -> tuple[Tensor, Tensor] | None
     width = parts[0][1].shape[1]
     if any(grads.dtype != torch.float32 or grads.shape[1] != width for _, grads, _ in parts):
         return None
-    groups = _grouped(kernels, _rows_of(parts))
+    groups = equal_values(kernels, _rows_of(parts))
     if groups is None:
         return None
     sums = parts[0][1].new_empty((len(groups.distinct), width))
@@ -97,7 +110,7 @@ def move(
         return False
     if not all(x.is_contiguous() for x in (weight, *state.values())):
         return False
-    groups = _grouped(kernels, _rows_of(parts))
+    groups = equal_values(kernels, _rows_of(parts))
     # What does not fit is left to PyTorch, which says so.
     if groups is None or any(grads.shape[1] != weight.shape[1] for _, grads, _ in parts):
         return False
@@ -110,7 +123,7 @@ def move(
 def _move(
     kernels: CDLL,
     kind: str,
-    groups: _Groups,
+    groups: EqualValues,
     parts: Sequence[Part],
     weight: Tensor,
     state: Mapping[str, Tensor],
@@ -175,7 +188,7 @@ def bags_backward(
     kernels: CDLL, grad: Tensor, rows: Tensor, owners: Tensor, weights: Tensor | None, size: int
 ) -> Tensor | None:
     """Gradient of the ``size`` vectors that ``bags`` was given. owners: int64 [n], bag of each."""
-    groups = _grouped(kernels, rows)
+    groups = equal_values(kernels, rows)
     if groups is None:
         return None
     grad, weights = grad.contiguous(), None if weights is None else weights.contiguous()

@@ -2,10 +2,10 @@
 
 Shape letters: B queries, C candidates, D dimension.
 
-Cost: 6·B·C·D multiply-adds and B·C exponentials for a loss with its gradients where 24 rows of
-logits fit a thread's part of the cache (C up to 10,900), 8·B·C·D and 2·B·C beyond that and for a
-log-sum-exp alone. Memory beside arguments and gradients: (threads + 2)·C·D floats, up to 256 MiB;
-beyond that candidates come a slice at a time.
+Cost: 6·B·C·D operations and B·C exponentials for a loss with its gradients where those of 24 rows
+may be kept (C up to 169,000, and (threads + 2)·C·D up to 2^26), 8·B·C·D and 2·B·C beyond that and
+for a log-sum-exp alone. Memory beside arguments and gradients: (threads + 2)·C·D floats, up to
+256 MiB, and 16 MiB a thread; beyond that candidates come a slice at a time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from recclr.kernels.native import floats, longs, threads_for
 from recclr.kernels.reference import PairMask
 from recclr.kernels.tiled import borrow, give_back
 
-# Logits that a thread keeps between the products: 1 MiB. A quarter to eight times as much is as
-# fast at C = 1,024; at 8,192 and D = 128 a half costs a third more, since rows must be made twice.
-_FLOATS = 1 << 18
+# Exponentials that a thread keeps until its rows are summed: 16 MiB. Those of 96 rows fit for C up
+# to 42,000; with fewer rows the candidates are read more often, and a sixteenth of it costs a third
+# more at C = 41,000, D = 64. Below C = 2,700 it makes no difference.
+_FLOATS = 1 << 22
 
 # Losses [B]; gradients of their weighted sum by queries, candidates, positive logits and
 # ``own_partition``, the last None where that is.
@@ -108,7 +109,7 @@ def distilled(
     """Costs of rows [B], and the gradients of their weighted sum by queries and candidates;
     arguments as ``total_distillation_loss`` has checked them.
 
-    None where the scores of 24 rows do not fit a thread's part of the cache.
+    None where the scores of 24 rows, of both, are more than a thread may keep.
     """
     problem = _Problem(queries, candidates, log_weights, None)
     told_dim = teacher_queries.shape[1]

@@ -32,8 +32,8 @@ CUTS = {
     "num_candidates": st.sampled_from([1, 15, 33, 64, 100, 301]),
     "dim": st.sampled_from([1, 7, 16, 33, 64, 100]),
     "threads": st.sampled_from([1, 2, 3]),
-    # Rows that fit whole, whose exponentials are kept; and several blocks, made twice.
-    "floats": st.sampled_from([1 << 18, 96 * 32, 24 * 32]),
+    # Exponentials of whole rows that are kept, in one block or several; blocks that are made twice.
+    "floats": st.sampled_from([1 << 22, 1 << 14, 96 * 32, 24 * 32]),
 }
 
 
@@ -165,7 +165,10 @@ def test_candidates_by_the_hundred_thousand_come_in_slices(threads):
 
 
 def test_memory_beside_the_candidates_does_not_grow_with_them():
-    sizes = [native.library().recclr_room(96, n, 64, 16, 1 << 18, 1) for n in (10**6, 10**8)]
+    sizes = [
+        native.library().recclr_room(96, n, 64, 16, native_softmax._FLOATS, 1)
+        for n in (10**6, 10**8)
+    ]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
     assert sizes[1] < 40 << 20  # floats, for 16 threads
 
@@ -262,6 +265,20 @@ def test_unique_is_that_of_torch(values):
     found = native_rows.unique(given_values)
     expected = torch.unique(given_values, return_inverse=True)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("most", [1, 40, 1 << 11, 100_003, (1 << 32) - 1])
+def test_equal_values_are_found_the_same_by_any_number_of_threads(threads, most):
+    # Enough numbers for as many threads; 40 of them stand in several slices each.
+    values = torch.randint(most, (50_021,), generator=torch.Generator().manual_seed(most))
+    torch.set_num_threads(threads)
+    found = native_rows.equal_values(native.library(), values, inverse=True)
+    distinct, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    assert torch.equal(found.distinct, distinct)
+    assert torch.equal(found.inverse, inverse)
+    assert torch.equal(found.starts.diff(), counts)
+    assert torch.equal(found.order, values.argsort(stable=True))
 
 
 @pytest.mark.parametrize("value", [-1, 1 << 32, 1 << 62])

@@ -10,7 +10,7 @@ import torch
 
 from recclr.data.log import Csr, EncodedLog
 from recclr.errors import ShapeError
-from recclr.kernels import masked_logsumexp, native, native_rows
+from recclr.kernels import masked_logsumexp, native, native_rows, native_softmax
 from recclr.kernels.bags import weighted_bags
 from recclr.kernels.reference import masked_logsumexp_reference
 from recclr.known_positives import KnownPositives
@@ -139,5 +139,5 @@ def test_processors_without_kernels_are_told_so_and_not_to_install_a_compiler():
 
 def test_memory_of_whole_rows_is_bounded_for_many_threads_and_long_vectors():
     """C that fits a row's cache, but not once for each of 64 threads at 768 dimensions."""
-    room = native.library().recclr_room(4096, 10_912, 768, 64, 1 << 18, 1)
+    room = native.library().recclr_room(4096, 10_912, 768, 64, native_softmax._FLOATS, 1)
     assert room < 120 << 20
