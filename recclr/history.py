@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from recclr.data.log import Csr
 from recclr.distinct import padded_distinct
-from recclr.kernels.bags import weighted_bags
-from recclr.kernels.native_rows import unique
+from recclr.kernels.bags import bags_of_distinct
 from recclr.ragged import grid, longest, ranges
 from recclr.rows import Rows
 from recclr.sequences import Shuffle, cropped
@@ -131,16 +130,15 @@ class HistoryPart(nn.Module):
         return torch.where(absent[:, None], self.missing, pooled)
 
     def _pooled(self, bags: Csr, weights: Tensor, rows: Rows) -> Tensor:
-        distinct, inverse = unique(bags.values.long())
         squares = torch.zeros(bags.num_rows, device=weights.device)
         squares.index_add_(0, bags.row_numbers(), weights**2)
         hidden = rows.dropped(self.dropout)
-        wanted = self._wanted(distinct, rows)
-        # Also without any item: the tables of another rank may wait for this lookup.
-        vectors = self._vectors(wanted)
-        if not len(distinct):
-            return self.missing.expand(bags.num_rows, -1)
-        pooled = weighted_bags(vectors, inverse, bags.offsets[:-1], weights)
+        pooled = bags_of_distinct(
+            bags.values.long(),
+            bags.offsets[:-1],
+            weights,
+            lambda distinct: self._vectors(self._wanted(distinct, rows)),
+        )
         return self._shown(pooled, squares, hidden)
 
     def _wanted(self, distinct: Tensor, rows: Rows) -> Rows:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recclr.data.log import Csr
-from recclr.kernels.bags import weighted_bags
-from recclr.kernels.native_rows import unique
+from recclr.kernels.bags import bags_of_distinct
 from recclr.optim import Table
 from recclr.ragged import ranges
 from recclr.rows import Rows
@@ -64,12 +63,9 @@ class PropagationPart(nn.Module):
         hidden = rows.dropped(0.0)
         if hidden is not None:
             weights = weights * ~hidden[owner]
-        distinct, inverse = unique(near)
-        # Also without any neighbour: the tables of another rank may wait for this lookup.
-        vectors: Tensor = self.table(distinct + 1)
-        if not len(distinct):
-            return vectors.new_zeros((len(idx), self.table.dim))
-        return weighted_bags(vectors, inverse, places.offsets[:-1], weights)
+        return bags_of_distinct(
+            near, places.offsets[:-1], weights, lambda distinct: self.table(distinct + 1)
+        )
 
     def _places(self, start: Tensor, stop: Tensor, rows: Rows) -> tuple[Csr, Tensor]:
         """Which neighbours are added up, and by how much each row's are weighted up, [M]."""

@@ -2,9 +2,7 @@
 // one pass, sums of bags, and rows scaled to length 1. Shape letters: n look-ups, R distinct rows,
 // D dimension. The same numbers come out for any number of threads: a row is one thread's.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "product.h"
 
 namespace {
 
@@ -84,6 +82,70 @@ void fetch(const float *at, int64_t dim) {
   for (int64_t k = 0; k < dim; k += 16) __builtin_prefetch(at + k);
 }
 
+struct Bags {
+  int64_t n, size, dim;
+  const int64_t *order, *rows;
+  const float *weights, *from;
+
+  // What look-ups some turns ahead will read: first the numbers of their rows, then these.
+  void prepare(int64_t i) const {
+    if (order && i + 3 * AHEAD < n) {
+      int64_t later = order[i + 3 * AHEAD];
+      __builtin_prefetch(rows + later);
+      if (weights) __builtin_prefetch(weights + later);
+    }
+    if (i + AHEAD < n) fetch(from + rows[order ? order[i + AHEAD] : i + AHEAD] * dim, dim);
+  }
+
+  // Some of the coordinates of one bag, summed in registers; how many of its rows there are not.
+  template <int VECTORS>
+  int64_t part(int64_t low, int64_t high, int64_t first, float *sum) const {
+    vec sums[VECTORS] = {};
+    int64_t strangers = 0;
+    for (int64_t i = low; i < high; i++) {
+      int64_t j = order ? order[i] : i, row = rows[j];
+      if (!first) prepare(i);
+      if (row < 0 || row >= size) {
+        strangers++;
+        continue;
+      }
+      const float *one = from + row * dim + first;
+      const float weight = weights ? weights[j] : 1.f;
+      for (int v = 0; v < VECTORS; v++) sums[v] += weight * load(one + v * LANES);
+    }
+    for (int v = 0; v < VECTORS; v++) store(sum + first + v * LANES, sums[v]);
+    return strangers;
+  }
+
+  // The coordinates that fill no vector.
+  int64_t rest(int64_t low, int64_t high, int64_t first, float *sum) const {
+    int64_t strangers = 0;
+    memset(sum + first, 0, sizeof(float) * (dim - first));
+    for (int64_t i = low; i < high; i++) {
+      int64_t j = order ? order[i] : i, row = rows[j];
+      if (row < 0 || row >= size) {
+        strangers++;
+        continue;
+      }
+      const float weight = weights ? weights[j] : 1.f;
+      for (int64_t k = first; k < dim; k++) sum[k] += weight * from[row * dim + k];
+    }
+    return strangers;
+  }
+
+  int64_t sum(int64_t low, int64_t high, float *into) const {
+    if (low < 0 || high > n || low > high) {
+      memset(into, 0, sizeof(float) * dim);
+      return 1;
+    }
+    int64_t k = 0, strangers = 0;
+    for (; k + 8 * LANES <= dim; k += 8 * LANES) strangers = part<8>(low, high, k, into);
+    for (; k + 4 * LANES <= dim; k += 4 * LANES) strangers = part<4>(low, high, k, into);
+    for (; k + LANES <= dim; k += LANES) strangers = part<1>(low, high, k, into);
+    return k < dim ? rest(low, high, k, into) : strangers;
+  }
+};
+
 } // namespace
 
 extern "C" {
@@ -134,28 +196,11 @@ void recclr_move(int32_t kind, int64_t found, const int64_t *distinct, const int
 int64_t recclr_bags(int64_t bags, int64_t dim, int64_t n, const int64_t *starts, const int64_t *order,
                     const int64_t *rows, const float *weights, const float *from, int64_t size,
                     float *result, int64_t threads) {
+  const Bags all_of_them = {n, size, dim, order, rows, weights, from};
   int64_t strangers = 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 64) reduction(+ : strangers)
-  for (int64_t r = 0; r < bags; r++) {
-    float *sum = result + r * dim;
-    memset(sum, 0, sizeof(float) * dim);
-    if (starts[r] < 0 || starts[r + 1] > n || starts[r] > starts[r + 1]) {
-      strangers++;
-      continue;
-    }
-    for (int64_t i = starts[r]; i < starts[r + 1]; i++) {
-      int64_t j = order ? order[i] : i;
-      if (i + AHEAD < n) fetch(from + rows[order ? order[i + AHEAD] : j + AHEAD] * dim, dim);
-      if (rows[j] < 0 || rows[j] >= size) {
-        strangers++;
-        continue;
-      }
-      const float *one = from + rows[j] * dim;
-      const float weight = weights ? weights[j] : 1.f;
-#pragma omp simd
-      for (int64_t k = 0; k < dim; k++) sum[k] += weight * one[k];
-    }
-  }
+  for (int64_t r = 0; r < bags; r++)
+    strangers += all_of_them.sum(starts[r], starts[r + 1], result + r * dim);
   return strangers;
 }
 

@@ -67,12 +67,16 @@ def unique(values: Tensor) -> tuple[Tensor, Tensor]:
 
     Several times as fast on a CPU, by counting digits where PyTorch compares.
     """
+    return sorted_out(values)[:2]
+
+
+def sorted_out(values: Tensor) -> tuple[Tensor, Tensor, EqualValues | None]:
+    """As ``unique``; and where equal values stand, if the kernels found them."""
     kernels = usable(values)
     found = None if kernels is None else equal_values(kernels, values, inverse=True)
     if found is None or found.inverse is None:
-        distinct, places = torch.unique(values, return_inverse=True)
-        return distinct, places
-    return found.distinct, found.inverse
+        return *torch.unique(values, return_inverse=True), None
+    return found.distinct, found.inverse, found
 
 
 def summed(kernels: CDLL, parts: Sequence[Part]) -> tuple[Tensor, Tensor] | None:
@@ -185,18 +189,29 @@ def bags(
 
 
 def bags_backward(
-    kernels: CDLL, grad: Tensor, rows: Tensor, owners: Tensor, weights: Tensor | None, size: int
+    kernels: CDLL,
+    grad: Tensor,
+    rows: Tensor,
+    owners: Tensor,
+    weights: Tensor | None,
+    size: int,
+    equal: EqualValues | None,
 ) -> Tensor | None:
-    """Gradient of the ``size`` vectors that ``bags`` was given. owners: int64 [n], bag of each."""
-    groups = equal_values(kernels, rows)
-    if groups is None:
+    """Gradient of the ``size`` vectors that ``bags`` was given.
+
+    Args:
+        owners: int64 [n], bag of each row. equal: where equal rows stand, if that is known.
+    """
+    if equal is None:
+        equal = equal_values(kernels, rows)
+    if equal is None:
         return None
     grad, weights = grad.contiguous(), None if weights is None else weights.contiguous()
-    found = grad.new_empty((len(groups.distinct), grad.shape[1]))
-    _bags(kernels, groups.starts, groups.order, owners, weights, grad, found)
+    found = grad.new_empty((len(equal.distinct), grad.shape[1]))
+    _bags(kernels, equal.starts, equal.order, owners, weights, grad, found)
     if len(found) == size:
         return found
-    return grad.new_zeros((size, grad.shape[1])).index_copy_(0, groups.distinct, found)
+    return grad.new_zeros((size, grad.shape[1])).index_copy_(0, equal.distinct, found)
 
 
 def _bags(
