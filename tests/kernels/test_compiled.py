@@ -21,7 +21,7 @@ from recclr.kernels import (
     native_softmax,
     total_contrastive_loss,
 )
-from recclr.kernels.bags import weighted_bags
+from recclr.kernels.bags import bags_of_distinct, weighted_bags
 from recclr.kernels.reference import masked_logsumexp_reference
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.why_not()))
@@ -292,7 +292,8 @@ def test_values_beyond_32_bits_are_sorted_by_torch(value):
 @given(
     lengths=st.lists(st.integers(0, 7), min_size=1, max_size=40),
     num_vectors=st.integers(1, 30),
-    dim=st.sampled_from([1, 5, 16, 33]),
+    # Vectors by eight, by four and one by one, and coordinates that fill none, of 8 or 16 lanes.
+    dim=st.sampled_from([1, 5, 16, 33, 72, 107, 211]),
     weighted=st.booleans(),
     seed=st.integers(0, 1000),
 )
@@ -311,6 +312,38 @@ def test_bags_are_those_of_torch(lengths, num_vectors, dim, weighted, seed):
         (theirs,) = torch.autograd.grad((expected * upstream).sum(), vectors)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 7), min_size=1, max_size=40),
+    most=st.sampled_from([1, 9, 1 << 40]),
+    seed=st.integers(0, 1000),
+)
+def test_bags_of_values_embed_each_distinct_one_once(lengths, most, seed):
+    draws = torch.Generator().manual_seed(seed)
+    n = sum(lengths)
+    values = torch.randint(most, (n,), generator=draws)
+    offsets = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    weights, upstream = torch.randn(n, generator=draws), torch.randn(len(lengths), 3)
+    leaves = []
+
+    def embed(distinct):
+        assert torch.equal(distinct, values.unique())
+        leaves.append(torch.stack([distinct % 7, distinct % 5, distinct % 3], 1).float())
+        return leaves[0].requires_grad_()
+
+    found = bags_of_distinct(values, offsets, weights, embed)
+    expected = torch.zeros(len(lengths), 3)
+    owners = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    slope = torch.zeros(len(leaves[0]), 3)
+    places = torch.searchsorted(values.unique(), values)
+    for bag, place, weight in zip(owners, places, weights, strict=True):
+        expected[bag] += weight * leaves[0][place].detach()
+        slope[place] += weight * upstream[bag]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    if n:
+        (ours,) = torch.autograd.grad((found * upstream).sum(), leaves)
+        torch.testing.assert_close(ours, slope, rtol=1e-5, atol=1e-4)
 
 
 def test_bags_of_vectors_that_do_not_exist_are_refused():
