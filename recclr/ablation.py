@@ -35,6 +35,7 @@ from recclr.trials import (
     averaged,
     difference,
     encoding_of,
+    left_out,
     repeat,
     with_seed,
 )
@@ -93,6 +94,7 @@ def ablate(
         on_event({"kind": "stage", "name": "read"})
         materials = Materials(config, inputs, test=test)
         rows, notes = _trainable(rows, config, materials, derived=not parts)
+        notes = [*left_out(config), *notes]
         for note in notes:
             on_event({"kind": "note", "text": note})
         on_event({"kind": "stage", "name": f"{len(rows)} rows, {seeds} seeds"})

@@ -13,6 +13,7 @@ from typing import Any
 from recclr.config import Config, apply_override, with_changes
 from recclr.errors import ConfigError
 from recclr.settings.objective import WHERE_LEARNED
+from recclr.trials import refuse_blend
 
 BASE = "base"
 # Who is judged, by what and with which seed is the same for all rows.
@@ -102,6 +103,7 @@ def _part(name: str, changes: Sequence[str], where: str) -> Part:
             raise ConfigError(
                 f"{where}: {key} is the same for all rows of an ablation; set it with --set"
             )
+        refuse_blend(key, where)
         if change.startswith("-"):
             without.append(key)
             continue
@@ -146,7 +148,7 @@ def derived_parts(config: Config) -> list[Part]:
     keys = [
         key
         for section in type(config).model_fields
-        if is_dataclass(getattr(config, section)) and section not in (*_FIXED, "data")
+        if is_dataclass(getattr(config, section)) and section not in (*_FIXED, "data", "blend")
         for key in _switched_on(getattr(config, section), section)
         if not _under(key, _NO_PARTS)
     ]

@@ -60,11 +60,11 @@ class TwoTower:
 
         Args:
             config: sections as in the TOML file, for example ``{"train": {"epochs": 5}}``;
-                ``data``, ``split`` and ``export`` have no place here. With ``train.refit`` the
-                model is trained afresh on ``train`` and ``valid`` in the end. Without
-                ``item.features`` or ``user.features``, the columns of the log's tables become
-                features by type. A run that ``distillation`` names must not have seen ``valid``
-                before its refit: logs in memory tell nobody what they are.
+                ``data``, ``split``, ``export`` and ``blend`` have no place here. With
+                ``train.refit`` the model is trained afresh on ``train`` and ``valid`` in the
+                end. Without ``item.features`` or ``user.features``, the columns of the log's tables
+                become features by type. A run that ``distillation`` names must not have seen
+                ``valid`` before its refit: logs in memory tell nobody what they are.
             device: ``auto`` is the first GPU where there is one.
             progress: show a bar on stderr.
 
@@ -207,6 +207,10 @@ def _settings(train: Log, given: Mapping[str, Any]) -> Config:
         raise ConfigError(
             f"config has {', '.join(misplaced)}: the log is read and split already; "
             "give them to recclr.read, Log.split and TwoTower.export"
+        )
+    if "blend" in given:
+        raise ConfigError(
+            "config has blend: one model is fitted here; lay several side by side with recclr train"
         )
     values: dict[str, Any] = {name: _copied(value) for name, value in given.items()}
     for side, table in (("user", train.users), ("item", train.items)):

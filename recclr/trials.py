@@ -19,7 +19,7 @@ from torch import Tensor
 from recclr.bootstrap import paired_differences
 from recclr.config import Config, with_changes
 from recclr.data.log import EncodedLog, Prepared
-from recclr.errors import CheckpointError
+from recclr.errors import CheckpointError, ConfigError
 from recclr.evaluate import Evaluation, EvaluationSet, evaluate, selecting_metrics
 from recclr.files import write_bytes_atomic
 from recclr.fitting import fit_model
@@ -49,6 +49,26 @@ class Place:
     device: str
     stop: Callable[[], bool]
     on_event: OnEvent
+
+
+def refuse_blend(key: str, where: str) -> None:
+    """Refuse a key of ``[blend]``, which no comparison of single models can tell anything of.
+
+    Raises:
+        ConfigError: ``key``, dotted, is one; names ``where`` it was said.
+    """
+    if key == "blend" or key.startswith("blend."):
+        raise ConfigError(
+            f"{where}: {key} would change nothing: single models are compared here, and blend lays "
+            "finished ones side by side; leave it out"
+        )
+
+
+def left_out(config: Config) -> list[str]:
+    """What of a configuration does not take part where single models are compared."""
+    if not config.blend.several:
+        return []
+    return ["single models are compared: what [blend] lays beside them is left out"]
 
 
 def encoding_of(config: Config) -> Any:

@@ -71,6 +71,8 @@ def test_a_part_is_a_name_and_changes(text, part):
         ("a=seed=3", "seed is the same for all rows"),
         ("a=-split.valid", "split.valid is the same for all rows"),
         ("a=evaluate.select=ndcg@10", "evaluate.select is the same for all rows"),
+        ("a=blend.seeds=2", "blend.seeds would change nothing"),
+        ("a=-blend", "blend would change nothing"),
     ],
 )
 def test_parts_that_are_none(text, message):
@@ -111,6 +113,7 @@ ALWAYS = [
 
 def test_what_is_on_is_switched_off_in_turn():
     assert names(config_of()) == ALWAYS
+    assert names(config_of(blend={"seeds": 2, "spectral": 8})) == ALWAYS
     config = config_of(
         user={
             "history": {"half_life_d": 3.0},
@@ -352,9 +355,10 @@ def test_without_test_its_rows_are_not_looked_at(recclr, command, tmp_path, monk
     )
     part = ("--part", "dot=model.similarity=dot")
     out = tmp_path / "ablation"
-    done = recclr(*command(out, "--seeds", 1, parts=part))
+    done = recclr(*command(out, "--seeds", 1, "--set", "blend.seeds=2", parts=part))
     assert done.code == 0, done.err
     assert list(result(out)["counts"]) == ["valid"]
+    assert "what [blend] lays beside them is left out" in done.err
     with pytest.raises(AssertionError, match="test rows were looked at"):
         recclr(*command(tmp_path / "with", "--seeds", 1, "--test", parts=part))
 

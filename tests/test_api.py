@@ -123,6 +123,7 @@ def test_export_is_verified_and_can_be_opened(model, tmp_path):
     [
         ({"data": {"events": "x"}}, "config has data"),
         ({"split": {}, "export": []}, "config has export, split"),
+        ({"blend": {"seeds": 2}}, "config has blend"),
         ({"trian": {}}, "did you mean 'train'"),
         ({"train": {"epochs": "two"}}, "config: train.epochs"),
         ({"item": {"features": {"absent": {"kind": "numeric"}}}}, "absent"),

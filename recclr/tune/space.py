@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from recclr.config import Config, with_changes
 from recclr.errors import ConfigError
 from recclr.settings import ChoiceSettings, RangeSettings, TuneSettings
-from recclr.trials import encoding_of
+from recclr.trials import encoding_of, refuse_blend
 
 Parameter = RangeSettings | ChoiceSettings
 _T = TypeVar("_T")
@@ -167,6 +167,7 @@ def _said(problem: Any, known: list[str]) -> str:
 def _require_fitting(space: Space, config: Config, where: str) -> None:
     """Every end, choice and one value between the ends, each put into the configuration alone."""
     for key, parameter in space.parameters.items():
+        refuse_blend(key, where)
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED):
             raise ConfigError(
                 f"{where}: {key} cannot be tuned: all trials are trained and judged on the same "

@@ -24,7 +24,7 @@ from recclr.other_runs import require_runs
 from recclr.run_folder import fingerprints, read_json
 from recclr.settings import TuneSettings
 from recclr.stopping import signals
-from recclr.trials import OnEvent, Place
+from recclr.trials import OnEvent, Place, left_out
 from recclr.tune.bench import FINAL, PREPARED, Bench, Job, Trained, lines_of
 from recclr.tune.propose import require_optuna
 from recclr.tune.results import results
@@ -99,6 +99,8 @@ def tune(
         if not to_do:
             return read_json(out / RESULT)
         on_event({"kind": "stage", "name": "read"})
+        for note in left_out(config):
+            on_event({"kind": "note", "text": note})
         data = read_data(config, inputs, with_test=False)
         examples = _validation(data)
         work = read_json(out / DECLARED)

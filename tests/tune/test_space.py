@@ -65,6 +65,7 @@ REFUSED = {
     '"model.similarity" = { choices = ["dot", "dot"] }': "a value twice",
     '"split.valid" = { low = 0.1, high = 0.2 }': "split.valid cannot be tuned: all trials",
     '"seed" = { low = 1, high = 9, int = true }': "seed cannot be tuned",
+    '"blend.seeds" = { low = 1, high = 9, int = true }': "blend.seeds would change nothing",
     '"data.k_core_user" = { low = 1, high = 9, int = true }': "data.k_core_user cannot be tuned",
     '"evaluate.select" = { choices = ["recall@20", "recall@50"] }': "evaluate.select cannot be",
 }
