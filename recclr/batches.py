@@ -37,6 +37,8 @@ class Batch:
         pool: int32 [P] items of the rows around a time cell, from which the expected counts of
             in-batch negatives are estimated; None where the batch is a sample of the whole log.
         user_pool: int32 [P] users of the same rows, where the source was asked for them.
+        expected_weight: float32 scalar, the weight of as many rows on average over the log, where
+            the batch is no sample of it; None: what its rows have is divided by.
     """
 
     user_idx: Tensor
@@ -46,9 +48,12 @@ class Batch:
     item_at: Tensor | None
     pool: Tensor | None
     user_pool: Tensor | None = None
+    expected_weight: Tensor | None = None
 
     def total(self) -> float | Tensor:
-        """Sum of the weights of the rows, scalar."""
+        """What the losses of the rows, times their weights, are divided by; scalar."""
+        if self.expected_weight is not None:
+            return self.expected_weight
         return float(len(self.user_idx)) if self.weight is None else self.weight.sum()
 
 
@@ -87,6 +92,11 @@ class BatchSource:
         if not len(log):
             raise DataError("the train log has no rows to make batches of")
         self.log, self.seed, self.time_cells, self.user_pools = log, seed, time_cells, user_pools
+        # Rows of a cell are of one time. Divided by what they have themselves, weights that follow
+        # time would be gone: an old cell would count as much as a new one.
+        self.mean_weight = None
+        if time_cells and log.weight is not None:
+            self.mean_weight = log.weight.mean(dtype=torch.float64)
         self.batch_size = min(settings.batch_size, len(log))
         self.staleness_s = settings.staleness_d * DAY_S
         whole = math.ceil(len(log) / self.batch_size)
@@ -129,7 +139,11 @@ class BatchSource:
         item_at = rows.timestamp[0] - stale_s
         # With staleness the whole step stands at one frozen moment, as an evaluation does.
         user_at = rows.timestamp if not stale_s else item_at.expand(len(rows))
-        return _batch(rows, user_at, item_at, pool, *user_pool)
+        expected = None
+        if self.mean_weight is not None:
+            expected = (self.mean_weight * len(rows)).float().to(self.log.device)
+        users = user_pool[0] if user_pool else None
+        return _batch(rows, user_at, item_at, pool, users, expected)
 
     def close(self) -> None:
         """End the thread that reads ahead, if there is one; ``batch`` starts another."""
@@ -199,6 +213,7 @@ def _batch(
     item_at: Tensor | None,
     pool: Tensor | None,
     user_pool: Tensor | None = None,
+    expected_weight: Tensor | None = None,
 ) -> Batch:
     users, items = rows.user_idx.long(), rows.item_idx.long()
-    return Batch(users, items, rows.weight, user_at, item_at, pool, user_pool)
+    return Batch(users, items, rows.weight, user_at, item_at, pool, user_pool, expected_weight)

@@ -212,9 +212,9 @@ class Objective:
         positive_row, own, ranks = candidates.positive_row, slice(0, num_rows), self.ranks
         own_row, own_log_weights = _own_of(drawn, candidates)
         share = 1.0 if total is None else batch.total() / total
+        total = batch.total() if total is None else total
         if ranks.size > 1:
             own = slice(*ranks.part(num_rows))
-            total = batch.total() if total is None else total
             users = users.part(own.start, own.stop)
             user_idx, item_idx, positive_row = user_idx[own], item_idx[own], positive_row[own]
             weight, more_row, positive_log_weights, own_row, own_log_weights = (

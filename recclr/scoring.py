@@ -36,7 +36,7 @@ class Scored:
         positive_row: int64 [B], where in ``items`` each positive stands.
         candidates: float32 [C, D]. log_weights: float32 [C], log of draws over expected count.
         mask: pairs of row and candidate that take no part.
-        row_weights: float32 [B]; sums to 1 over the step.
+        row_weights: float32 [B]; sums to 1 over the step, of time cells over an epoch on average.
         own_row: int64 [B, M], rows of ``items`` that are negatives of one row alone; None for none.
         own_log_weights: float32 [B, M]; -inf where a row has fewer.
         more_row: int64 [B, P - 1], rows of ``items`` that are further positives of a row; -1 where

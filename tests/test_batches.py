@@ -35,6 +35,21 @@ def source(*, batch_size=8, time_cells=False, staleness_d=0.0, **kinds):
     return BatchSource(log(**kinds), settings, seed=5, time_cells=time_cells)
 
 
+def test_rows_count_the_same_in_every_time_cell_by_the_weights_of_the_whole_log():
+    """Divided by its own weights, an old cell would count as much as a new one."""
+    made = source(time_cells=True, weighted=True)
+    mean = (NUM_ROWS + 1) / 2
+    cells = [made.batch(step) for step in range(made.batches_per_epoch)]
+    assert len({len(cell.item_idx) for cell in cells}) > 1
+    for cell in cells:
+        shares = cell.weight / cell.total()
+        expected = (cell.item_idx + 1) / (len(cell.item_idx) * mean)
+        torch.testing.assert_close(shares, expected.float())
+    assert source(time_cells=True).batch(0).total() == 8.0
+    shuffled = source(weighted=True).batch(0)
+    assert shuffled.total() == shuffled.weight.sum()
+
+
 @pytest.mark.parametrize("batch_size", [1, 8, 53, 100])
 @pytest.mark.parametrize("window", [1, 20, 1 << 16])
 def test_an_epoch_shows_every_row_once_in_the_order_of_its_permutation(

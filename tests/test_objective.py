@@ -1,6 +1,7 @@
 """One step, end to end, against the same sums written out."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,6 +89,26 @@ def written_out(loss, model, batch, candidates, weights):
     importance = [1.0] * len(losses) if batch.weight is None else batch.weight.tolist()
     mean = sum(map(math.prod, zip(losses, importance, strict=True))) / sum(importance)
     return mean, num_masked
+
+
+@pytest.mark.parametrize("symmetric", [0.0, 0.3])
+def test_a_time_cell_counts_by_its_weight_among_all(symmetric):
+    loss = LossSettings(temperature=0.4, symmetric=symmetric)
+    plain = batch_of()
+    heavy = replace(
+        plain,
+        weight=torch.full((len(ROWS),), 3.0),
+        expected_weight=torch.tensor(2.0 * len(ROWS)),
+    )
+    found = {}
+    for name, batch in (("plain", plain), ("heavy", heavy)):
+        model = model_of(loss)
+        step_of = objective_of(loss)(model, batch, 0)
+        step_of.loss.backward()
+        (parts,) = (table.take_lookups() for table in [model.item_tower.parts[0].table])
+        found[name] = step_of.loss.detach(), *(grads for _, grads, _ in parts)
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(1.5 * one, other)
 
 
 @pytest.mark.parametrize("masked", [True, False])
