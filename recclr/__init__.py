@@ -19,6 +19,10 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     # Loaded on first use: `recclr --help`, and a bare PyTorch container that needs the trainer
     # alone, do without data frames.

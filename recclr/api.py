@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -111,20 +111,24 @@ class TwoTower:
         return f"TwoTower({users:,} users, {items:,} items, {dim} dimensions)"
 
     def evaluate(
-        self, test: Log | None, *, ks: tuple[int, ...] = (10, 20), num_bootstrap: int = 1000
+        self, test: Log | None, *, ks: Sequence[int] = (10, 20), num_bootstrap: int = 1000
     ) -> Evaluation:
         """Exact metrics on held-out rows, by slice; printing it gives a table.
 
         Args:
-            test: rows later than, or apart from, those of train.
+            test: rows later than, or apart from, those of train. ks: cut-offs, each at least 1.
             num_bootstrap: resamples of users behind ``.intervals``; 0 for none.
 
         Raises:
-            ConfigError: ``test`` is None, as a split without test gives it, or nothing of it can
-            be judged.
+            ConfigError: ``test`` is None, as a split without test gives it, nothing of it can be
+            judged, or a number is out of range.
         """
         if test is None:
             raise ConfigError("there are no test rows: the split has no test part")
+        if not isinstance(ks, Sequence) or not ks or any(k < 1 or k != int(k) for k in ks):
+            raise ConfigError(f"ks must be whole numbers of at least 1, such as (10, 20): {ks!r}")
+        if num_bootstrap < 0 or num_bootstrap == 1:
+            raise ConfigError(f"num_bootstrap must be 0 or at least 2, found {num_bootstrap}")
         _, examples = judged_by(self.prepared, test, self.config, also=self.valid)
         return evaluate(
             self.ranker, examples, ks=ks, num_bootstrap=num_bootstrap, seed=self.config.seed
@@ -202,6 +206,10 @@ def _trained(
 
 
 def _settings(train: Log, given: Mapping[str, Any]) -> Config:
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"config must be sections by name, as {{'train': {{'epochs': 5}}}}, found {given!r}"
+        )
     misplaced = sorted({"data", "split", "export"} & set(given))
     if misplaced:
         raise ConfigError(

@@ -142,6 +142,11 @@ class _Builder:
                 self.item_parts = dict(parts)
             if settings.id.propagation is not None:
                 parts["propagation"] = self.propagation_part(side, settings.id.propagation)
+            if not parts:
+                raise ConfigError(
+                    f"the {side} tower has nothing to read: set {side}.id.enabled = true, or "
+                    f"declare {side}.features" + (" or user.history" if side == "user" else "")
+                )
             known = {f"features.{name}": column for name, column in features.columns.items()}
             columns = [known.get(name) for name in parts]
             return Tower(

@@ -17,9 +17,10 @@ from recclr.evaluate import EvaluationSet
 from recclr.judge import judged_by
 from recclr.kernels import native
 from recclr.little_data import advise
-from recclr.load import pick_device
+from recclr.load import fresh_model, pick_device
 from recclr.negatives import lost_negatives
 from recclr.other_runs import require_runs, require_same_rows, with_teacher
+from recclr.run_folder import weights_folder
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,19 @@ def refits(config: Config, split: Split) -> bool:
     return config.train.refit and split.valid is not None
 
 
+def require_targets(config: Config) -> None:
+    """Refuse a store that does not exist before hours of training, not after them.
+
+    Raises:
+        ConfigError: ``export`` names one.
+    """
+    if config.export:
+        from recclr.export import parse_target
+
+        for target in config.export:
+            parse_target(target)
+
+
 def check_data(
     events: str | None,
     *,
@@ -113,11 +127,17 @@ def check_data(
         object per size) and fastest_batch_size.
 
     Raises:
-        ConfigError: neither or both of ``events`` and ``config``; no such device; no batch fits.
+        ConfigError: neither or both of ``events`` and ``config``; what a run would refuse; no such
+            device; no batch fits.
         DataError: the data are refused.
     """
     settings = _config(events, users, items, config, overrides)
+    require_targets(settings)
+    if settings.model.init_from is not None:
+        weights_folder(settings.model.init_from)
     data = read_data(settings, inputs={})
+    # Towers that cannot be built are told here too.
+    fresh_model(settings, data.prepared.tensors)
     found = data.to_json()
     del found["inputs"]
     found["encoded"] = data.prepared.counts

@@ -211,7 +211,10 @@ def _verify(path: Path, sha256: str) -> None:
     except OSError as error:
         raise CheckpointError(f"{path} is missing or cannot be read: {error.strerror}") from error
     if found != sha256:
-        raise CheckpointError(f"{path} is damaged (its SHA-256 is not the manifest's)")
+        raise CheckpointError(
+            f"{path} is damaged (its SHA-256 is not the manifest's); restore the file, or train "
+            "again into another folder"
+        )
 
 
 def _step_of(folder: Path) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +29,11 @@ from recclr.console import (
 )
 from recclr.errors import ConfigError, PeerError, RecclrError
 from recclr.options import Device, Json, K, OutFile, Run, Set
+
+if TYPE_CHECKING:
+    from recclr.config import Config
+    from recclr.data.prepared import PreparedLog
+    from recclr.topk import EmbeddingRanker
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -198,12 +203,11 @@ def evaluate(
     from recclr.joining import joined
     from recclr.judge import evaluate_run
     from recclr.keeping import digest_of
-    from recclr.load import load_ranker
     from recclr.run_folder import fingerprints, require_same_inputs
 
     cutoffs = _ks(ks)
     with joined() as ranks, working("judging", quiet=not ranks.first) as progress:
-        config, prepared, ranker = load_ranker(run)
+        config, prepared, ranker = _served_by(run, quiet=not ranks.first)
         ranks.start("cpu", config.train.collective_timeout_s)
         if ranks.size > 1:
             held = {"users": ranker.user_vectors, "items": ranker.item_vectors}
@@ -245,18 +249,17 @@ def recommend(
     items_from: Annotated[
         str | None, typer.Option(help="Table with the item ids to choose from.")
     ] = None,
-    keep_seen: Annotated[bool, typer.Option(help="Also what the user already has.")] = False,
+    keep_seen: Annotated[bool, typer.Option(help="Also what the user has there.")] = False,
     out: OutFile = None,
     as_json: Json = False,
 ) -> None:
-    """The best items of users, what they already have left out."""
+    """The best items of users, but those that they have in the rows the model was trained on."""
     from recclr.ids_input import read_ids, require_ending, write_rows
-    from recclr.load import load_ranker
     from recclr.recommend import recommend as rank
 
     require_ending(out)
     with working("ranking"):
-        config, prepared, ranker = load_ranker(run)
+        config, prepared, ranker = _served_by(run)
         wanted = read_ids(users, users_from, prepared.users, config.data.columns.user)
         subset = read_ids(None, items_from, prepared.items, config.data.columns.item)
         found = rank(
@@ -288,12 +291,11 @@ def similar(
 ) -> None:
     """The items that are most like given items."""
     from recclr.ids_input import read_ids, require_ending, write_rows
-    from recclr.load import load_ranker
     from recclr.recommend import similar as rank
 
     require_ending(out)
     with working("ranking"):
-        config, prepared, ranker = load_ranker(run)
+        config, prepared, ranker = _served_by(run)
         wanted = read_ids(items, items_from, prepared.items, config.data.columns.item)
         found = rank(prepared, ranker, wanted, k=k)
     _say_if_short(k, len(prepared.items) - 1)
@@ -311,12 +313,11 @@ def export(
     from dataclasses import asdict
 
     from recclr.export import parse_target
-    from recclr.load import load_ranker
     from recclr.shipping import ship
 
     parse_target(to)
     with working("exporting"):
-        config, prepared, ranker = load_ranker(run)
+        config, prepared, ranker = _served_by(run)
         report = ship(prepared, ranker, to, run=None, config=config, name=name)
     if as_json:
         print_json(asdict(report))
@@ -359,6 +360,20 @@ def _ks(text: str | None) -> tuple[int, ...] | None:
     if not ks or min(ks) < 1:
         raise ConfigError(f"--ks {text!r}: expected cut-offs such as 10,20")
     return ks
+
+
+def _served_by(run: Path, *, quiet: bool = False) -> tuple[Config, PreparedLog, EmbeddingRanker]:
+    """What a run serves; says so where training has not come to its end."""
+    from recclr.load import load_ranker
+    from recclr.run_folder import METRICS
+
+    found = load_ranker(run)
+    if not quiet and not (run / METRICS).exists():
+        say(
+            f"{run} is not finished: what follows is of its best model so far; recclr train with "
+            "--resume goes on"
+        )
+    return found
 
 
 def _say_if_short(k: int, num_choices: int) -> None:

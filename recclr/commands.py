@@ -119,7 +119,7 @@ def ablate(
         ),
     ] = [],  # noqa: B006
     parts: Annotated[
-        Path | None, typer.Option(help="TOML file of rows, in a section [parts].")
+        Path | None, typer.Option(help="TOML file whose section parts holds the rows.")
     ] = None,
     seeds: Seeds = 3,
     test: Annotated[bool, typer.Option("--test", help="Judge test as well, once.")] = False,

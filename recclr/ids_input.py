@@ -33,13 +33,17 @@ def read_ids(
         column: their column in it; a table of one column may name it as it likes.
 
     Raises:
-        ConfigError: both were given, or an id is no number where ids are numbers.
-        DataError: the table has no such column.
+        ConfigError: both were given, a list of none, or an id is no number where ids are numbers.
+        DataError: the table has no such column, or an id is null.
     """
     if listed is not None and source is not None:
         raise ConfigError("give the ids either on the command line or in a file, not both")
     if listed is not None:
         parts = [part.strip() for part in listed.split(",") if part.strip()]
+        if not parts:
+            raise ConfigError(
+                f"the list of ids {listed!r} names none; leave the option out to have all"
+            )
         return _typed(pl.Series("id", parts, dtype=pl.String), vocabulary)
     if source is None:
         return None
@@ -50,6 +54,10 @@ def read_ids(
             f"{', '.join(map(repr, frame.columns))}"
         )
     ids = frame[column] if column in frame.columns else frame.to_series()
+    if ids.null_count():
+        raise DataError(
+            f"{source}: {ids.null_count():,} of {len(ids):,} ids are null; leave these rows out"
+        )
     return _typed(ids, vocabulary)
 
 

@@ -32,7 +32,12 @@ def judged_by(
     Raises:
         ConfigError: nothing of ``held_out`` can be judged. DataError: ids of another type.
     """
-    encoded, _ = encode_held_out(held_out, prepared.users, prepared.items)
+    encoded, counts = encode_held_out(held_out, prepared.users, prepared.items)
+    if len(held_out) and counts["held_out_rows_outside_corpus"] == len(held_out):
+        raise ConfigError(
+            f"none of the {len(held_out):,} held-out rows has an item that train or the catalogue "
+            "knows, so there is nothing to find; are their ids of another kind?"
+        )
     seen = None if also is None else encode_held_out(also, prepared.users, prepared.items)[0]
     tensors = replace(prepared.tensors, held_out=encoded)
     examples = EvaluationSet.from_prepared(

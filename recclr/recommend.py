@@ -133,5 +133,5 @@ def _table(found: TopK, ids: pl.Series, items: Vocabulary) -> pl.DataFrame:
 
 
 def _require_positive(k: int) -> None:
-    if k < 1:
-        raise ConfigError(f"k must be at least 1, found {k}")
+    if k < 1 or k != int(k):
+        raise ConfigError(f"k must be whole and at least 1, found {k}")

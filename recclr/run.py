@@ -15,7 +15,7 @@ from typing import Any
 
 from recclr.baselines import BaselineChoice, build_baselines, refit_baseline
 from recclr.blend_stage import blend_final, blend_selected, require_validation
-from recclr.checking import Data, read_data, refits
+from recclr.checking import Data, read_data, refits, require_targets
 from recclr.config import Config
 from recclr.data.log import Prepared
 from recclr.data.prepare import PreparedLog, prepare_for
@@ -81,7 +81,7 @@ def train_run(
         RecclrError: its class says what went wrong (see ``errors``); the folder resumes.
     """
     device = pick_device(ranks.own_device(device))
-    _require_targets(config)
+    require_targets(config)
     if not (out / METRICS).exists():
         require_runs(config)
     existed = out.exists()
@@ -324,15 +324,6 @@ def _save(context: Context, prepared: PreparedLog, folder: Path) -> None:
     """Once per run: a resumed one prepares the same again."""
     if context.ranks.first and not (context.resume and (folder / "prepared.json").exists()):
         prepared.save(folder)
-
-
-def _require_targets(config: Config) -> None:
-    """Refuse a store that does not exist before hours of training, not after them."""
-    if config.export:
-        from recclr.export import parse_target
-
-        for target in config.export:
-            parse_target(target)
 
 
 def _export(context: Context, final: Stage) -> None:

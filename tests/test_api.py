@@ -84,6 +84,24 @@ def test_evaluate_without_a_test_part(model):
         model.evaluate(None)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "word"),
+    [
+        ({"ks": 10}, "ks must be"),
+        ({"ks": ()}, "ks must be"),
+        ({"ks": (5, 0)}, "ks must be"),
+        ({"num_bootstrap": 1}, "num_bootstrap must be"),
+    ],
+)
+def test_numbers_of_an_evaluation_that_are_refused(model, parts, numbers, word):
+    with pytest.raises(ConfigError, match=word):
+        model.evaluate(parts[2], **numbers)
+
+
+def test_the_names_of_the_package_are_those_that_it_promises():
+    assert dir(recclr) == sorted(recclr.__all__)
+
+
 def test_recommend_and_similar_take_any_sequence(model, parts):
     best = model.recommend(["u07", "nobody"], k=3)
     assert best["user_id"].to_list() == ["u07"] * 3 + ["nobody"] * 3
@@ -97,8 +115,10 @@ def test_recommend_and_similar_take_any_sequence(model, parts):
     assert model.recommend([], k=3).height == 0
     with pytest.raises(ConfigError, match="single value 'u07'"):
         model.recommend("u07")
-    with pytest.raises(ConfigError, match="k must be at least 1"):
+    with pytest.raises(ConfigError, match="k must be whole and at least 1"):
         model.recommend(["u07"], k=0)
+    with pytest.raises(ConfigError, match="k must be whole and at least 1"):
+        model.recommend(["u07"], k=2.5)
     with pytest.raises(DataError, match="'sku-9999'"):
         model.similar(["sku-9999"])
 
@@ -132,6 +152,11 @@ def test_export_is_verified_and_can_be_opened(model, tmp_path):
 def test_settings_that_are_refused(parts, config, words):
     with pytest.raises((ConfigError, DataError), match=words):
         recclr.TwoTower.fit(parts[0], config=QUICK | config, device="cpu", progress=False)
+
+
+def test_a_configuration_is_no_path(parts):
+    with pytest.raises(ConfigError, match="config must be sections"):
+        recclr.TwoTower.fit(parts[0], config="run.toml", progress=False)
 
 
 def test_the_given_configuration_is_not_changed(parts):

@@ -293,6 +293,7 @@ def test_wrong_arguments(recclr, small_run, small_config, tmp_path):
         (("evaluate", small_run, "--ks", "ten"), "10,20"),
         (("evaluate", small_run, "--split", "train"), "test or valid"),
         (("recommend", small_run, "--users", "a", "--users-from", "b"), "not both"),
+        (("recommend", small_run, "--users", " "), "names none"),
         (("recommend", small_run, "--out", tmp_path / "x.xlsx"), ".parquet"),
         (("export", small_run, "--to", "ftp:x"), "lancedb"),
         (("export", small_run, "--to", "parquet:x", "--name", "../x"), "name"),
@@ -304,6 +305,43 @@ def test_wrong_arguments(recclr, small_run, small_config, tmp_path):
         assert word in done.err, (arguments, done.err)
         assert "Traceback" not in done.err
     assert not list(tmp_path.iterdir())
+
+
+def test_null_ids_are_refused(recclr, small_run, tmp_path):
+    pl.DataFrame({"user_id": ["u01", None]}).write_parquet(tmp_path / "users.parquet")
+    done = recclr("recommend", small_run, "--users-from", tmp_path / "users.parquet")
+    assert done.code == 3
+    assert "1 of 2 ids are null" in done.err
+
+
+def test_check_refuses_what_training_would(recclr, small_config):
+    for settings, word in (
+        (['export=["ftp:store"]'], "no kind of store"),
+        (["model.init_from=nowhere"], "pretrain-items"),
+        (["item.id.enabled=false", "item.features={}"], "item.id.enabled = true"),
+    ):
+        chosen = [word for setting in settings for word in ("--set", setting)]
+        done = recclr("check", "--config", small_config, *chosen)
+        assert done.code == 2, (settings, done.err)
+        assert word in done.err
+
+
+def test_what_an_unfinished_run_serves_is_said_to_be_that(recclr, small_run, tmp_path):
+    out = shutil.copytree(small_run, tmp_path / "run")
+    ask = ("recommend", out, "--users", "u01")
+    assert "not finished" not in recclr(*ask).err
+    (out / "metrics.json").unlink()
+    done = recclr(*ask)
+    assert done.code == 0
+    assert "is not finished" in done.err
+
+
+def test_events_of_items_that_nobody_knows_are_no_zero(recclr, small_run, small_data, tmp_path):
+    rows = pl.read_parquet(small_data / "events.parquet").head(1)
+    rows.with_columns(item_id=pl.lit("other")).write_parquet(tmp_path / "other.parquet")
+    done = recclr("evaluate", small_run, "--events", tmp_path / "other.parquet")
+    assert done.code == 2
+    assert "none of the 1 held-out rows has an item" in done.err
 
 
 def test_unknown_ids(recclr, small_run):

@@ -270,7 +270,7 @@ def test_init_std_is_in_units_of_the_inverse_root_of_the_dimension():
 @pytest.mark.parametrize(
     ("user", "item", "timed", "words"),
     [
-        (TowerSettings(), TowerSettings(id=IdSettings(enabled=False)), True, "switched off"),
+        (TowerSettings(), TowerSettings(id=IdSettings(enabled=False)), True, "has nothing to read"),
         (TowerSettings(), TowerSettings(history=HistorySettings()), True, "only users"),
         (
             TowerSettings(history=HistorySettings(use="features")),

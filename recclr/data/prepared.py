@@ -130,7 +130,8 @@ def _read_state(root: Path) -> dict[str, Any]:
         version, files = int(state["format"]), dict(state["files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            f"{root} holds no prepared log: {_STATE} cannot be read ({error})"
+            f"{root} holds no prepared log: {_STATE} cannot be read ({error}); if the run was "
+            "stopped, go on with recclr train and --resume"
         ) from error
     if version > FORMAT_VERSION:
         raise CheckpointError(
@@ -141,7 +142,7 @@ def _read_state(root: Path) -> dict[str, Any]:
         if not path.is_file() or sha256_of(path) != files.get(name):
             raise CheckpointError(
                 f"{path} is missing or damaged (its SHA-256 is not the one in {_STATE}); "
-                "prepare the log again"
+                "train again into another folder"
             )
     return state
 

@@ -132,12 +132,13 @@ def data(found: Mapping[str, Any]) -> str:
     )
 
 
-def baselines(found: Mapping[str, Any]) -> str:
-    """The settings that validation chose."""
+def baselines(found: Mapping[str, Any], *, validated: bool) -> str:
+    """The settings that validation chose, or the first where there was none."""
     rows = []
     for name, choice in found.items():
         settings = ", ".join(f"{key} = {value}" for key, value in choice["settings"].items())
-        rows.append((name, f"{settings or 'no settings'} (validation {choice['score']:.4f})"))
+        score = f"validation {choice['score']:.4f}" if validated else "not chosen: no validation"
+        rows.append((name, f"{settings or 'no settings'} ({score})"))
     return section("Settings of the baselines", pairs(rows))
 
 

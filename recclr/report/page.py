@@ -59,7 +59,9 @@ def write_report(run: Path) -> Path:
             comparison(results, "valid"),
             background.training(log, results.select, steps),
             vectors.section_of(log, metrics.get("monitors", {})),
-            background.baselines(metrics.get("baselines", {})),
+            background.baselines(
+                metrics.get("baselines", {}), validated=bool(metrics.get("valid"))
+            ),
             background.data(data),
             background.definitions(metrics.get("definitions", {})),
             background.configuration((run / CONFIG).read_text("utf-8")),

@@ -11,6 +11,8 @@ from recclr.report.markup import Cell, figure, folded, paragraph, section, table
 from recclr.settings.judging import leading_slice
 
 _FEW_USERS = 200
+# Of the test behind a verdict.
+_LEVEL = 0.05
 _SPLIT_NAMES = {"test": "test", "valid": "validation"}
 SLICE_NAMES = {
     "all": "all users",
@@ -114,7 +116,12 @@ def _against(results: Results, split: str, best: str) -> str:
 
 
 def verdict_of(difference: Mapping[str, float]) -> str:
-    """``better`` or ``worse`` where the interval leaves out 0, else ``none``."""
+    """``better`` or ``worse`` where the interval leaves out 0 and the test agrees, else ``none``.
+
+    Of few users the two may differ.
+    """
+    if difference.get("p_value", 0.0) > _LEVEL:
+        return "none"
     if difference["low"] > 0:
         return "better"
     return "worse" if difference["high"] < 0 else "none"
@@ -179,9 +186,10 @@ def comparison(results: Results, split: str) -> str:
     if results.metrics.get("intervals", {}).get(split, {}).get("model"):
         caption += "; small: 95 % intervals over users"
         drawn += " with 95 % intervals over users"
+    chosen = "chosen on validation" if results.metrics.get("valid") else "not chosen: no validation"
     return section(
         f"Against the baselines, on {spoken}{among(part)}",
-        figure(chart, f"{drawn}; settings of the baselines were chosen on validation."),
+        figure(chart, f"{drawn}; settings of the baselines were {chosen}."),
         table(["ranker", *metrics], rows, caption),
     )
 

@@ -65,6 +65,11 @@ class Search:
                 self.stopped_by_budget = True
                 break
         best = winner(self.values(), len(self.settings.epochs))
+        if best is None and not self.trained:
+            raise ConfigError(
+                f"the budget of {self.budget_s or 0:g} s was spent before the first trial began; "
+                "raise --budget-s, or leave it out"
+            )
         if best is None:
             reasons = sorted({t.reason for t in self.trained.values()})
             raise ConfigError(

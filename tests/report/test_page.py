@@ -42,7 +42,7 @@ def test_the_facts_of_every_file_are_on_the_page(run):
     html = page(run)
     for fact in (
         "0.3100",  # metrics.json
-        "shrink = 10.0 (validation 0.2345)",
+        "shrink = 10.0 (not chosen: no validation)",
         "1,500",
         "7,001",  # data.json
         "null item",
@@ -57,6 +57,17 @@ def test_the_facts_of_every_file_are_on_the_page(run):
         "seed = 3",  # config.toml
     ):
         assert fact in html, fact
+
+
+def test_what_validation_chose_is_said_where_there_was_one(run):
+    assert "settings of the baselines were not chosen: no validation" in page(run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics |= {"valid": metrics["test"]}
+    metrics["counts"]["valid"] = metrics["counts"]["test"]
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    html = page(run)
+    assert "shrink = 10.0 (validation 0.2345)" in html
+    assert "settings of the baselines were chosen on validation" in html
 
 
 def test_the_page_needs_nothing_but_itself(run):

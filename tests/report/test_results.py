@@ -30,8 +30,10 @@ def of(metrics, select="recall@20") -> Results:
     return Results(metrics, select, (5, 20))
 
 
-def set_difference(metrics, low, high):
-    entry = {"difference": (low + high) / 2, "low": low, "high": high, "p_value": 0.5}
+def set_difference(metrics, low, high, p_value=None):
+    if p_value is None:
+        p_value = 0.001 if low > 0 or high < 0 else 0.5
+    entry = {"difference": (low + high) / 2, "low": low, "high": high, "p_value": p_value}
     metrics["differences"]["test"]["item_knn"]["all"]["recall@20"] = entry
 
 
@@ -233,6 +235,8 @@ def test_only_a_shown_difference_is_coloured(metrics):
     assert re.findall(r'<td class="better">([^<]+)', html) == ["+0.0500", "+0.2300"]
     set_difference(metrics, -0.2, -0.1)
     assert re.findall(r'<td class="worse">([^<]+)', difference_table(of(metrics))) == ["-0.1500"]
+    set_difference(metrics, -0.2, -0.1, p_value=0.136)
+    assert 'class="worse"' not in difference_table(of(metrics))
 
 
 def test_without_differences_there_is_no_section(metrics):

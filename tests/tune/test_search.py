@@ -157,6 +157,11 @@ def test_the_budget_ends_the_search_between_rounds(tmp_path):
     assert not further.stopped_by_budget
 
 
+def test_a_budget_that_no_trial_fits_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="the budget of 0 s was spent"):
+        search_in(tmp_path, budget_s=0.0).run()
+
+
 def test_what_comes_to_nothing_never_goes_on(tmp_path):
     def value(job):
         return None if job.params.get("c") == "good" or job.number in (1, 2, 3, 4, 5) else 0.3
