@@ -223,7 +223,7 @@ def _take_bad_rows(
     num_bad, num_rows = int(bad.sum()), frame.height
     if num_bad:
         _refuse_bad_rows(raw, why, reasons, settings)
-    steps.record("bad_rows", num_rows, num_rows - num_bad, setting="data.where")
+    steps.record("bad_rows", num_rows, num_rows - num_bad, setting="data.columns")
     files, rows = raw.table.locate(raw.rows.filter(bad))
     added = {"file": files, "row": rows, "reason": why.filter(bad)}
     original = raw.frame.filter(bad)
@@ -234,6 +234,15 @@ def _take_bad_rows(
     return (frame.filter(~bad) if num_bad else frame), quarantine
 
 
+def _example(values: pl.Series, reason: str) -> str:
+    """The first of some bad values, of which there is at least one; nothing where it is none."""
+    first = values[0]
+    if first is None:
+        return ""
+    known = ", expected ISO 8601 such as '2024-12-31 10:00:00'" * (reason == "time is unreadable")
+    return f", the first {str(first)[:40]!r}{known}"
+
+
 def _refuse_bad_rows(
     raw: _RawRows, why: pl.Series, reasons: list[tuple[str, str, pl.Expr]], settings: DataSettings
 ) -> None:
@@ -241,16 +250,21 @@ def _refuse_bad_rows(
     share = num_bad / num_rows
     if settings.bad_rows == "drop" and share <= settings.max_bad_share:
         return
-    details = []
+    details, missing = [], None
     for column, text, _ in reasons:
-        hit = raw.rows.filter((why == text).fill_null(False))
-        if len(hit):
-            details.append(
-                f"column {column!r}: {text} in {len(hit):,} ({raw.table.name_rows(hit)})"
-            )
+        hit = (why == text).fill_null(False)
+        if not hit.any():
+            continue
+        rows = raw.rows.filter(hit)
+        details.append(
+            f"column {column!r}: {text} in {len(rows):,} ({raw.table.name_rows(rows)})"
+            f"{_example(raw.frame[column].filter(hit), text)}"
+        )
+        if missing is None and text.endswith("missing"):
+            missing = column
+    condition = "" if missing is None else f' such as data.where = {{ {missing} = "not null" }}'
     advice = (
-        "mend them, leave them out with a condition such as data.where = { "
-        f"{raw.columns.user} = \"not null\" }}, or set data.bad_rows = 'drop'"
+        f"mend them, leave them out with a condition{condition}, or set data.bad_rows = 'drop'"
         if settings.bad_rows == "refuse"
         else f"data.max_bad_share allows {settings.max_bad_share:.2%}; mend them or raise it"
     )
