@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +43,8 @@ app = typer.Typer(
     help="Train, judge and ship two-tower retrieval models from interaction logs.",
 )
 
+# How long other processes leave rank 0 to say why it refuses; it ends them when it has.
+_RANK_0_S = 20.0
 # What every process would do again, and write to the same place.
 _ALONE = (
     "check",
@@ -91,6 +94,8 @@ def root(
     if size == "1" or context.invoked_subcommand not in _ALONE:
         return
     if os.environ.get("RANK", "0") != "0":
+        # torchrun ends all processes once one ends, and rank 0, maybe slower, is to be heard.
+        time.sleep(_RANK_0_S)
         raise PeerError("rank 0 refuses", exit_code=ConfigError.exit_code)
     raise ConfigError(
         f"recclr {context.invoked_subcommand} runs in one process, found WORLD_SIZE = {size}; "
