@@ -96,7 +96,7 @@ class Objective:
             self.more_positives = MorePositives(lists, loss.positives - 1)
         self.mirror: Mirror | None = None
         if loss.symmetric > 0:
-            self.mirror = Mirror(log, loss, ranks=ranks, bfloat16=bfloat16)
+            self.mirror = Mirror(log, loss, ranks=ranks)
         # What steps leave for later ones: kept in checkpoints, by tensors that stay the same ones.
         self.state: dict[str, Tensor] = self.own.state()
         self.self_supervision = self_supervision
@@ -256,7 +256,8 @@ class Objective:
             fresh = self._without_queue(scored, candidates, positives, own, batch)
             loss = loss_with_queue(scored, fresh, self.loss, bfloat16=bfloat16)
         if self.mirror is not None:
-            loss = torch.lerp(loss, self.mirror.loss(scored, batch), self.loss.symmetric)
+            other_way = self.mirror.loss(scored, batch, bfloat16=bfloat16)
+            loss = torch.lerp(loss, other_way, self.loss.symmetric)
         auxiliary: dict[str, Tensor] = {}
         if self.teacher is not None:
             every = self.loss.kind == "full_softmax" and self.sampler.availability is None

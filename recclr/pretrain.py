@@ -190,15 +190,17 @@ class CatalogueSource:
 class CatalogueObjective:
     """NT-Xent on two views of the items of a step, the whole loss."""
 
-    def __init__(self, views: TwoViews, encode: Encoding) -> None:
+    def __init__(self, views: TwoViews, encode: Encoding, num_steps: int) -> None:
         self.views, self.encode, self.bfloat16 = views, encode, encode.bfloat16
+        self.num_steps = num_steps
         self.state = {name: p.detach() for name, p in views.parameters().items()}
 
     def backward(
         self, model: TwoTower, idx: Tensor, step: int, check: Callable[[Tensor], None] | None
     ) -> StepStats:
         """Forward and backward passes of a step."""
-        loss = self.views.loss(self.encode, model.embed_items, idx, None, step)
+        progress = step / max(1, self.num_steps - 1)
+        loss = self.views.loss(self.encode, model.embed_items, idx, None, step, progress)
         if check is not None:
             check(loss)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -222,10 +224,11 @@ class CatalogueStepper:
             model.num_items, train.batch_size, seed=config.seed, device=device
         )
         place = torch.device(device)
-        views = TwoViews("item", of, dim=config.model.embedding_dim, seed=config.seed, device=place)
+        dim = config.model.embedding_dim + model.num_lifted
+        views = TwoViews("item", of, dim=dim, seed=config.seed, device=place)
         encode = Encoding(train.chunk_size, use_bfloat16(train, place))
-        self.objective = CatalogueObjective(views, encode)
         self.num_steps = max(1, round(train.epochs * self.source.steps_per_epoch))
+        self.objective = CatalogueObjective(views, encode, self.num_steps)
         self.optimizers = Optimizers(model, train, self.num_steps, also=views.parameters())
 
     def __call__(

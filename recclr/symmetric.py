@@ -37,22 +37,23 @@ class Mirror:
         loss: everything but ``top_k`` and ``positives`` holds for this direction too: it is items
             that are ranked, and a row has one user.
         ranks: who shares the step; embeddings of users are gathered as those of items are.
-        bfloat16: as ``total_contrastive_loss`` has it.
     """
 
-    def __init__(
-        self, log: EncodedLog, loss: LossSettings, *, ranks: Ranks, bfloat16: bool = False
-    ) -> None:
-        self.ranks, self.bfloat16 = ranks, bfloat16
+    def __init__(self, log: EncodedLog, loss: LossSettings, *, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.settings = replace(loss, top_k=None, positives=1)
         self.num_users, self.num_rows = log.num_users, len(log)
         self.counts = log.user_counts().float()
         only_own = not loss.mask_known_positives
         self.known_users = KnownPositives(_swapped(log), only_own=only_own)
 
-    def loss(self, scored: Scored, batch: Batch) -> Tensor:
-        """Of the item -> user direction, float32 scalar; arguments as ``swapped`` has them."""
-        return scored_loss(self.swapped(scored, batch), self.settings, bfloat16=self.bfloat16)
+    def loss(self, scored: Scored, batch: Batch, *, bfloat16: bool = False) -> Tensor:
+        """Of the item -> user direction, float32 scalar.
+
+        Args:
+            scored, batch: as ``swapped`` has them. bfloat16: as ``total_contrastive_loss`` has it.
+        """
+        return scored_loss(self.swapped(scored, batch), self.settings, bfloat16=bfloat16)
 
     def swapped(self, scored: Scored, batch: Batch) -> Scored:
         """What the item -> user direction scores.

@@ -75,7 +75,7 @@ def encoding_of(config: Config) -> Any:
     """What the prepared log follows from: two configurations of equal value can share one."""
     towers = {
         side: {
-            name: replace(feature, dropout=0.0)
+            name: replace(feature, dropout=0.0, subsample=1.0, jitter=0.0, swap=0.0)
             for name, feature in getattr(config, side).features.items()
         }
         for side in ("user", "item")

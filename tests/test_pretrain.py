@@ -143,6 +143,28 @@ def test_the_folder_holds_weights_by_feature_and_no_head(made):
     assert not (out / ".lock").exists()
 
 
+def step_by_step(config):
+    catalogue = read_catalogue(config)
+    model = catalogue_model(config, catalogue.features)
+    stepper = CatalogueStepper(config, model, "cpu")
+    return [float(stepper(step)[0].loss) for step in range(stepper.num_steps)]
+
+
+def test_distances_are_learned_from_a_catalogue_too(tmp_path):
+    model = {"embedding_dim": DIM, "similarity": "euclidean"}
+    losses = step_by_step(config_of(tmp_path, model=model, train={"epochs": 4}))
+    assert all(0 < loss < 100 for loss in losses)
+
+
+def test_rates_follow_the_schedule_of_the_pre_training(tmp_path):
+    def losses(**augment):
+        features = {"title": FEATURES["title"] | {"dropout": 0.3}, "year": FEATURES["year"]}
+        item = {"features": features, "augment": augment}
+        return step_by_step(config_of(tmp_path, item=item, train={"epochs": 4}))
+
+    assert losses(start=1.0, end=0.0) != losses(start=1.0, end=1.0)
+
+
 def test_an_epoch_shows_every_item_once_in_steps_of_equal_size():
     source = CatalogueSource(90, 40, seed=3, device="cpu")
     assert source.steps_per_epoch == 3

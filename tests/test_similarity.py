@@ -5,6 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import recclr.objective as objective_module
+import recclr.symmetric as symmetric_module
 from recclr.batches import Batch
 from recclr.building import build_model
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
@@ -139,6 +141,26 @@ def test_a_bias_is_served_and_not_trained(similarity):
         for model in (plain, biased)
     ]
     assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize(("similarity", "allowed"), [("cosine", True), ("euclidean", False)])
+def test_neither_direction_rounds_what_distances_subtract(monkeypatch, similarity, allowed):
+    loss = LossSettings(temperature=0.4, symmetric=0.5)
+    told = []
+    for module in (objective_module, symmetric_module):
+        scored_loss = module.scored_loss
+
+        def heard(scored, loss, *, bfloat16=False, scored_loss=scored_loss):
+            told.append(bfloat16)
+            return scored_loss(scored, loss, bfloat16=bfloat16)
+
+        monkeypatch.setattr(module, "scored_loss", heard)
+    model = model_of(similarity, loss=loss)
+    rows = torch.arange(30)
+    batch = Batch(LOG.user_idx[rows].long(), LOG.item_idx[rows].long(), None, None, None, None)
+    objective = Objective(LOG, loss, NegativesSettings(uniform=8), seed=0, bfloat16=True)
+    objective(model.train(), batch, 0)
+    assert told == [allowed, allowed]
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])

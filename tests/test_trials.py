@@ -59,7 +59,13 @@ def test_all_rows_are_the_log_itself_and_seeds_draw_others():
 def test_the_encoding_follows_from_what_is_read_and_features_not_from_dropout():
     title = {"kind": "text", "buckets": 10}
     config = with_changes(CONFIG, {"item.features": {"title": title}})
-    same = ({"item.features.title.dropout": 0.3}, {"user.dropout": 0.1}, {"train.epochs": 3.0})
+    same = (
+        {"item.features.title.dropout": 0.3},
+        {"item.features.title.subsample": 0.5},
+        {"item.features.title.swap": 0.1},
+        {"user.dropout": 0.1},
+        {"train.epochs": 3.0},
+    )
     other = ({"item.features.title.buckets": 11}, {"data.k_core_user": 2}, {"split.valid": 0.2})
     for values in same:
         assert encoding_of(with_changes(config, values)) == encoding_of(config)
