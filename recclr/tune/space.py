@@ -86,7 +86,17 @@ def default_space(config: Config) -> Space:
         found["train.table_lr"] = RangeSettings(low=rate / 5, high=min(rate * 5, 1e4), log=True)
     if config.user.id.enabled or config.item.id.enabled:
         found["model.init"] = ChoiceSettings(choices=("random", "spectral"))
-    return Space(found)
+    return Space({key: of for key, of in found.items() if _fits(key, of, config)})
+
+
+def _fits(key: str, parameter: Parameter, config: Config) -> bool:
+    """Whether the configuration allows all of its values: some losses have no temperature."""
+    try:
+        for value in _probes(parameter):
+            with_changes(config, {key: value})
+    except ConfigError:
+        return False
+    return True
 
 
 def _of_loss(config: Config) -> Iterator[tuple[str, Parameter]]:

@@ -164,6 +164,27 @@ def test_every_value_of_the_default_space_is_a_valid_setting(small_config, tmp_p
             with_changes(config, {key: int(value) if not choices and parameter.int else value})
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        *({"loss": {"kind": kind}} for kind in ("ccl", "bpr", "bce", "full_softmax")),
+        {"loss": {"kind": "margin"}},
+        {"loss": {"kind": "triplet"}},
+        {"loss": {"kind": "alignment_uniformity"}},
+        {"loss": {"temperature": "learned", "initial_temperature": 0.2}},
+        {"model": {"mode": "item_item"}},
+    ],
+)
+def test_the_default_space_holds_only_what_the_configuration_allows(sections):
+    config = config_of(**sections)
+    space = default_space(config)
+    assert "train.table_lr" in space.parameters
+    for key, parameter in space.parameters.items():
+        ends = getattr(parameter, "choices", None) or (parameter.low, parameter.high)
+        for value in ends:
+            with_changes(config, {key: int(value) if getattr(parameter, "int", False) else value})
+
+
 def test_a_space_knows_what_lies_in_it():
     space = Space(
         {
