@@ -96,7 +96,7 @@ class BatchSource:
         # time would be gone: an old cell would count as much as a new one.
         self.mean_weight = None
         if time_cells and log.weight is not None:
-            self.mean_weight = log.weight.mean(dtype=torch.float64)
+            self.mean_weight = log.weight.mean(dtype=torch.float64).to(log.device)
         self.batch_size = min(settings.batch_size, len(log))
         self.staleness_s = settings.staleness_d * DAY_S
         whole = math.ceil(len(log) / self.batch_size)
@@ -139,11 +139,9 @@ class BatchSource:
         item_at = rows.timestamp[0] - stale_s
         # With staleness the whole step stands at one frozen moment, as an evaluation does.
         user_at = rows.timestamp if not stale_s else item_at.expand(len(rows))
-        expected = None
-        if self.mean_weight is not None:
-            expected = (self.mean_weight * len(rows)).float().to(self.log.device)
-        users = user_pool[0] if user_pool else None
-        return _batch(rows, user_at, item_at, pool, users, expected)
+        mean = self.mean_weight
+        expected = None if mean is None else (mean * len(rows)).float()
+        return _batch(rows, user_at, item_at, pool, *user_pool, expected_weight=expected)
 
     def close(self) -> None:
         """End the thread that reads ahead, if there is one; ``batch`` starts another."""
@@ -213,6 +211,7 @@ def _batch(
     item_at: Tensor | None,
     pool: Tensor | None,
     user_pool: Tensor | None = None,
+    *,
     expected_weight: Tensor | None = None,
 ) -> Batch:
     users, items = rows.user_idx.long(), rows.item_idx.long()

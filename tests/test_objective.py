@@ -105,7 +105,7 @@ def test_a_time_cell_counts_by_its_weight_among_all(symmetric):
         model = model_of(loss)
         step_of = objective_of(loss)(model, batch, 0)
         step_of.loss.backward()
-        (parts,) = (table.take_lookups() for table in [model.item_tower.parts[0].table])
+        parts = model.item_tower.parts[0].table.take_lookups()
         found[name] = step_of.loss.detach(), *(grads for _, grads, _ in parts)
     for one, other in zip(*found.values(), strict=True):
         torch.testing.assert_close(1.5 * one, other)

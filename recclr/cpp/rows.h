@@ -20,6 +20,10 @@ const int64_t MOST_COLUMNS = 512;
 // Floats of a slice of candidates, with all that is kept of it.
 const int64_t SLICE = 1 << 24;
 
+inline float share(float part, float whole) {
+  return part == NONE || whole == NONE ? 0.f : expf(part - whole);
+}
+
 struct Problem {
   int64_t rows, candidates, dim;
   const float *queries, *vectors, *log_weights;
@@ -37,7 +41,7 @@ struct Problem {
 // How a problem is cut, and where each piece of a buffer begins, in floats.
 struct Plan {
   bool kept; // the exponentials of whole rows
-  int64_t threads, height, width, blocks, columns, dims, line;
+  int64_t threads, height, width, blocks, held, columns, dims, line; // held: blocks that have room
   int64_t panels, vectors, weights, own, queries, pulled, moved, logits, shifts, gradient, room;
 
   // floats: that a thread may keep. keep: whole rows of exponentials, if they fit.
@@ -58,6 +62,7 @@ struct Plan {
     height = floats / (blocks * line) / TALL * TALL;
     kept = keep && height >= FEWEST_ROWS && columns * dims * (threads + 2) <= 4 * SLICE;
     if (!kept || height > MOST_ROWS) height = MOST_ROWS;
+    held = kept ? blocks : 1;
     int64_t at = 0;
     auto take = [&at](int64_t size) {
       int64_t start = at;
@@ -70,7 +75,7 @@ struct Plan {
     int64_t shared = at;
     at = 0;
     queries = take(height * p.dim);
-    logits = take((kept ? blocks : 1) * height * line);
+    logits = take(held * height * line);
     shifts = take(kept ? blocks * height : 0);
     pulled = take(backward ? height * dims : 0);
     moved = take(backward ? height * dims : 0);
@@ -195,7 +200,7 @@ struct Rows {
     for (int64_t i = 0; i < count; i++) {
       float before = shifts[block * plan.height + i];
       if (before == shift[i]) continue;
-      float *at = of(block, i), factor = before > NONE ? expf(before - shift[i]) : 0.f;
+      float *at = of(block, i), factor = share(before, shift[i]);
       for (int64_t j = 0; j < width_of(block); j += LANES) store(at + j, load(at + j) * factor);
     }
   }
@@ -257,7 +262,7 @@ void each_rows(const Problem &p, const Plan &plan, float *buffer, bool backward,
     if (backward) {
       memset(mine.gradient, 0, sizeof(float) * (plan.columns + LOW) * plan.dims);
       // What is beside a block is multiplied too.
-      for (int64_t i = 0; i < (plan.kept ? plan.blocks : 1) * plan.height; i++)
+      for (int64_t i = 0; i < plan.held * plan.height; i++)
         memset(mine.logits + i * plan.line + plan.width, 0, sizeof(float) * (plan.line - plan.width));
     }
     int64_t end = edge(p, plan, t + 1);
@@ -269,9 +274,5 @@ void each_rows(const Problem &p, const Plan &plan, float *buffer, bool backward,
 }
 
 inline float logarithm(float shift, float sum) { return sum > 0 ? shift + logf(sum) : (sum == 0 ? NONE : sum); }
-
-inline float share(float part, float whole) {
-  return part == NONE || whole == NONE ? 0.f : expf(part - whole);
-}
 
 } // namespace

@@ -109,8 +109,7 @@ int64_t recclr_room(int64_t rows, int64_t candidates, int64_t dim, int64_t threa
   int64_t room = Plan(p.slice(0, step), threads, floats, backward, false).room;
   // The last slice has fewer candidates, but may be cut in wider blocks.
   int64_t last = left ? Plan(p.slice(0, left), threads, floats, backward, false).room : 0;
-  int64_t whole = backward ? Plan(p, threads, floats, true, true).room : 0;
-  if (step < candidates) whole = 0;
+  int64_t whole = backward && step == candidates ? Plan(p, threads, floats, true, true).room : 0;
   if (last > room) room = last;
   return 2 * up(rows, 16) + (whole > room ? whole : room);
 }

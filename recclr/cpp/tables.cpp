@@ -97,40 +97,38 @@ struct Bags {
     if (i + AHEAD < n) fetch(from + rows[order ? order[i + AHEAD] : i + AHEAD] * dim, dim);
   }
 
-  // Some of the coordinates of one bag, summed in registers; how many of its rows there are not.
-  template <int VECTORS>
-  int64_t part(int64_t low, int64_t high, int64_t first, float *sum) const {
-    vec sums[VECTORS] = {};
+  // add(weight, coordinates from ``first`` on) for each row of one bag; how many of its rows there
+  // are not.
+  template <class Add>
+  inline __attribute__((always_inline)) int64_t each(int64_t low, int64_t high, int64_t first,
+                                                     Add add) const {
     int64_t strangers = 0;
     for (int64_t i = low; i < high; i++) {
       int64_t j = order ? order[i] : i, row = rows[j];
       if (!first) prepare(i);
-      if (row < 0 || row >= size) {
-        strangers++;
-        continue;
-      }
-      const float *one = from + row * dim + first;
-      const float weight = weights ? weights[j] : 1.f;
-      for (int v = 0; v < VECTORS; v++) sums[v] += weight * load(one + v * LANES);
+      if (row < 0 || row >= size) strangers++;
+      else add(weights ? weights[j] : 1.f, from + row * dim + first);
     }
+    return strangers;
+  }
+
+  // Some of the coordinates, summed in registers.
+  template <int VECTORS>
+  int64_t part(int64_t low, int64_t high, int64_t first, float *sum) const {
+    vec sums[VECTORS] = {};
+    int64_t strangers = each(low, high, first, [&](float weight, const float *one) {
+      for (int v = 0; v < VECTORS; v++) sums[v] += weight * load(one + v * LANES);
+    });
     for (int v = 0; v < VECTORS; v++) store(sum + first + v * LANES, sums[v]);
     return strangers;
   }
 
   // The coordinates that fill no vector.
   int64_t rest(int64_t low, int64_t high, int64_t first, float *sum) const {
-    int64_t strangers = 0;
     memset(sum + first, 0, sizeof(float) * (dim - first));
-    for (int64_t i = low; i < high; i++) {
-      int64_t j = order ? order[i] : i, row = rows[j];
-      if (row < 0 || row >= size) {
-        strangers++;
-        continue;
-      }
-      const float weight = weights ? weights[j] : 1.f;
-      for (int64_t k = first; k < dim; k++) sum[k] += weight * from[row * dim + k];
-    }
-    return strangers;
+    return each(low, high, first, [&](float weight, const float *one) {
+      for (int64_t k = first; k < dim; k++) sum[k] += weight * one[k - first];
+    });
   }
 
   int64_t sum(int64_t low, int64_t high, float *into) const {

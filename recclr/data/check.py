@@ -239,8 +239,10 @@ def _example(values: pl.Series, reason: str) -> str:
     first = values[0]
     if first is None:
         return ""
-    known = ", expected ISO 8601 such as '2024-12-31 10:00:00'" * (reason == "time is unreadable")
-    return f", the first {str(first)[:40]!r}{known}"
+    found = f", the first {str(first)[:40]!r}"
+    if reason != "time is unreadable":
+        return found
+    return f"{found}, expected ISO 8601 such as '2024-12-31 10:00:00'"
 
 
 def _refuse_bad_rows(
