@@ -83,10 +83,9 @@ class Augmentation(nn.Module):
     def _independent(self, rows: Rows) -> Tensor | None:
         if not self.units or self._spared(rows):
             return None
-        rates = self.settings.rates()
-        each = rates if len(rates) == len(self.units) else rates * len(self.units)
+        rates = self.settings.rates_of(self.units)
         drawn = rows.uniform(len(self.units))
-        return torch.stack([drawn[:, n] < rate * rows.share for n, rate in enumerate(each)], 1)
+        return torch.stack([drawn[:, n] < rate * rows.share for n, rate in enumerate(rates)], 1)
 
     def _halved(self, rows: Rows) -> Tensor | None:
         """Bool [M, U]: the half that a row, or a view of it, lacks."""

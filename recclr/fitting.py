@@ -36,21 +36,20 @@ class _Served:
     """A model as it would be served, made once for both that look at it."""
 
     def __init__(self, judge: Judge, monitor: Monitor | None, cutoff: int | None) -> None:
-        self.judge, self.of_vectors, self.cutoff = judge, monitor, cutoff
+        self.judge, self.figures_of, self.cutoff = judge, monitor, cutoff
         self.ranker: EmbeddingRanker | None = None
 
     def evaluate(self, model: TwoTower) -> dict[str, float]:
         ranker = ranker_of(model, self.cutoff)
-        self.ranker = None if self.of_vectors is None else ranker
+        self.ranker = None if self.figures_of is None else ranker
         return self.judge(ranker)
 
     def monitor(self, model: TwoTower) -> dict[str, float]:
         """Of the model that was evaluated last, whose vectors are then let go."""
         assert self.ranker is not None
-        assert self.of_vectors is not None
+        assert self.figures_of is not None
         ranker, self.ranker = self.ranker, None
-        found = self.of_vectors(ranker.user_vectors, ranker.item_vectors)
-        return found | temperature_figures(model)
+        return self.figures_of(ranker) | temperature_figures(model)
 
 
 def _teacher(config: Config, prepared: Prepared) -> Teacher | None:

@@ -124,6 +124,7 @@ def fresh_model(config: Config, prepared: Prepared, new_table: NewTable = Table)
             model=config.model,
             loss=config.loss,
             seed=config.seed,
+            views=config.self_supervision,
             new_table=new_table,
         )
     return build_model(
@@ -133,6 +134,7 @@ def fresh_model(config: Config, prepared: Prepared, new_table: NewTable = Table)
         model=config.model,
         loss=config.loss,
         seed=config.seed,
+        views=config.self_supervision,
         new_table=new_table,
     )
 

@@ -256,16 +256,16 @@ class Refresher:
         """
         if self.miner is None:
             self.miner = Miner(self.log, self.settings, self.held_out)
-        with torch.no_grad():
-            users, items = model.all_vectors(self.cutoff)
-            table, report = self.miner.table(
-                users,
-                items,
-                self.settings,
-                temperature=float(model.temperature()),
-                keys=(self.seed, step),
-                ranks=self.ranks,
-            )
+        # What is hard is what training scores high; a bias of served scores is no part of that.
+        users, items = model.all_embeddings(self.cutoff)
+        table, report = self.miner.table(
+            users,
+            items,
+            self.settings,
+            temperature=float(model.temperature()),
+            keys=(self.seed, step),
+            ranks=self.ranks,
+        )
         return table, report.to_json()
 
 

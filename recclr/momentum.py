@@ -175,7 +175,8 @@ class MomentumQueue:
     def staleness(self, model: TwoTower) -> float | None:
         """Mean cosine between vectors of the queue and the model's of the same items, in [-1, 1].
 
-        Of 512 of them, evenly spread, at the moment of the latest batch. None of an empty queue.
+        Of 512 of them, evenly spread, at the moment of the latest batch, without the coordinates of
+        a lift. None of an empty queue.
         """
         filled = self.num_filled
         if not filled:
@@ -183,7 +184,10 @@ class MomentumQueue:
         places = torch.linspace(0, filled - 1, min(filled, _LOOKED_AT), device=self.device).long()
         plain = _embedder(model, model.item_tower)
         today = self._embed(plain, self.item_idx[places], self.at)
-        return float(torch.cosine_similarity(today, self.vectors[places], dim=1).mean())
+        own = slice(0, today.shape[1] - model.num_lifted)
+        return float(
+            torch.cosine_similarity(today[:, own], self.vectors[places, own], dim=1).mean()
+        )
 
     def _embed(self, embedder: TwoTower, item_idx: Tensor, at: Tensor | None) -> Tensor:
         """Vectors as they would be served, float32 [M, D]: nothing is dropped."""

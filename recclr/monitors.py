@@ -1,5 +1,5 @@
-"""What the vectors of both towers look like as they would be served: figures that tell a model that
-uses its space from one that has collapsed.
+"""What the vectors of both towers look like, as they would be served but for what the score needs
+beside them: figures that tell a model that uses its space from one that has collapsed.
 
 Shape letters: N vectors, D dimension, P pairs, U users, V items, Q queries, K cut-off.
 """
@@ -17,7 +17,7 @@ from recclr.data.log import Csr, EncodedLog
 from recclr.errors import ShapeError
 from recclr.kernels import unit_rows
 from recclr.order import permuted
-from recclr.topk import top_k
+from recclr.topk import EmbeddingRanker
 
 # Sizes of the samples, which bound the cost whatever the log: pairs of vectors that are compared
 # grow with the square of the first, and the others cost a product with all items or with D vectors.
@@ -222,20 +222,22 @@ class Monitor:
         most = most_taken(len(counts), k)
         self.demand = float(counts.sort(descending=True).values[:most].sum() / counts.sum())
 
-    def __call__(self, users: Tensor, items: Tensor) -> dict[str, float]:
+    def __call__(self, ranker: EmbeddingRanker) -> dict[str, float]:
         """The figures by name, all finite; what is not defined is left out.
 
         Args:
-            users: float32 [U + 1, D] on the CPU, whose last row serves unknown users. items:
-                float32 [V, D].
+            ranker: of U users and V items, on the CPU. Rankings are what it serves; the other
+                figures are of its own vectors, since coordinates of a lift or of a bias would
+                drown the angles between them.
         """
         found: dict[str, float] = {}
+        users, items = ranker.own_vectors()
         for name, (user_idx, item_idx) in self.pairs.items():
             queries = users[user_idx.clamp(max=len(users) - 1)]
             found[name] = alignment(queries, items[item_idx])
         for number, (side, vectors) in enumerate((("user", users), ("item", items))):
             found |= self._of_side(side, vectors, 4 + number)
-        found |= self._of_rankings(users, items)
+        found |= self._of_rankings(ranker)
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def _of_side(self, side: str, vectors: Tensor, key: int) -> dict[str, float]:
@@ -264,16 +266,15 @@ class Monitor:
             named |= {} if related is None else {"norm_popularity": related}
         return named
 
-    def _of_rankings(self, users: Tensor, items: Tensor) -> dict[str, float]:
+    def _of_rankings(self, ranker: EmbeddingRanker) -> dict[str, float]:
         if not len(self.queries):
             return {}
-        queries = users[self.queries.clamp(max=len(users) - 1)]
-        found = top_k(queries, items, self.k, seen=self.seen).item_idx
+        found = ranker.top_k(self.queries, self.k, seen=self.seen).item_idx
         if not bool((found >= 0).any()):
             return {}
-        return concentration(found, len(items)) | {
+        return concentration(found, len(ranker.item_vectors)) | {
             "demand_share": self.demand,
-            "num_queries": float(len(queries)),
+            "num_queries": float(len(self.queries)),
         }
 
     def _pairs(self, user_idx: Tensor, item_idx: Tensor, *, key: int) -> tuple[Tensor, Tensor]:

@@ -25,12 +25,11 @@ _HIDDEN = 32
 class IdPart(nn.Module):
     """The id embedding. Table row 0 is the unknown id, row i + 1 entity i.
 
-    Where training never shows the unknown id (no dropout, no ``first_seen``), an unknown entity
-    gets the mean of the known ones.
+    Where training never shows the unknown id, an unknown entity gets the mean of the known ones.
 
     Args:
         known: bool [num_rows]: entities with a train interaction.
-        hideable: whether the tower hides ids together with other parts (``augment``).
+        trains_unknown: whether training shows the unknown id; None: by what is given here.
         first_seen: int64 [num_rows] seconds: with it, an id counts only after that moment.
     """
 
@@ -43,24 +42,25 @@ class IdPart(nn.Module):
         known: Tensor,
         *,
         dropout: float,
+        trains_unknown: bool | None = None,
         first_seen: Tensor | None = None,
-        hideable: bool = False,
     ) -> None:
         super().__init__()
         self.table = table
         self.dropout = dropout
         self.draws = dropout > 0.0
-        trains_unknown = dropout > 0.0 or hideable or first_seen is not None
         beyond = torch.zeros(1, dtype=torch.bool)
         self.register_buffer("known", torch.cat([known, beyond]), persistent=False)
         self.register_buffer("first_seen", first_seen, persistent=False)
         # Without any unknown row to serve the lookup is the bare table (the fast path).
-        self.always = bool(known.all()) and not trains_unknown
+        self.always = bool(known.all()) and dropout == 0.0 and first_seen is None
+        if trains_unknown is None:
+            trains_unknown = dropout > 0.0 or first_seen is not None
         self.trains_unknown = trains_unknown
 
     def forward(self, rows: Rows) -> Tensor:
         num_rows = len(self.known) - 1
-        if self.always and rows.generator is not None and not rows.hide_rate:
+        if self.always and rows.generator is not None and rows.shows_all:
             return _vectors(self.table, rows.idx + 1)
         idx = rows.idx.clamp(max=num_rows)
         known = self.known[idx]

@@ -54,7 +54,7 @@ from recclr.stopping import signals
 from recclr.topk import top_k
 from recclr.towers import Tower, TwoTower
 from recclr.train import run_steps
-from recclr.views import TwoViews
+from recclr.views import TwoViews, shown_by
 from recclr.watching import OnEvent
 
 PRETRAINING = "pretraining.json"
@@ -159,13 +159,24 @@ def catalogue_model(config: Config, features: FeatureTable) -> TwoTower:
 
 def _features_only(item: TowerSettings) -> TowerSettings:
     features = {n: f for n, f in item.features.items() if f.kind != "statistics"}
-    return replace(item, id=IdSettings(enabled=False), features=features)
+    names = tuple(f"features.{name}" for name in features)
+    try:
+        return replace(
+            item,
+            id=IdSettings(enabled=False),
+            features=features,
+            augment=item.augment.only(names),
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"pretrain-items hides features only, without the id and statistics: {error}"
+        ) from None
 
 
 def _require_features(config: Config) -> None:
     if config.data.items is None:
         raise ConfigError("pretrain-items learns from a table of items; name it in data.items")
-    if not _features_only(config.item).features:
+    if all(feature.kind == "statistics" for feature in config.item.features.values()):
         raise ConfigError(
             "pretrain-items learns from item.features, and the configuration has none of a table's "
             "columns (an id and statistics tell nothing without interactions)"
@@ -200,7 +211,7 @@ class CatalogueObjective:
     ) -> StepStats:
         """Forward and backward passes of a step."""
         progress = step / max(1, self.num_steps - 1)
-        loss = self.views.loss(self.encode, model.embed_items, idx, None, step, progress)
+        loss = self.views.loss(self.encode, shown_by(model, "item"), idx, None, step, progress)
         if check is not None:
             check(loss)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -224,7 +235,7 @@ class CatalogueStepper:
             model.num_items, train.batch_size, seed=config.seed, device=device
         )
         place = torch.device(device)
-        dim = config.model.embedding_dim + model.num_lifted
+        dim = config.model.embedding_dim
         views = TwoViews("item", of, dim=dim, seed=config.seed, device=place)
         encode = Encoding(train.chunk_size, use_bfloat16(train, place))
         self.num_steps = max(1, round(train.epochs * self.source.steps_per_epoch))
@@ -280,7 +291,7 @@ def judge_views(stepper: CatalogueStepper, seed: int) -> dict[str, float]:
 
     def embedded(idx: Tensor, view: int) -> Tensor:
         rows = objective.views.rows(idx, None, _JUDGED, view)
-        return encode(model.embed_items, rows, len(idx)).float()
+        return encode(shown_by(model, "item"), rows, len(idx)).float()
 
     first, second = embedded(queries, 0), embedded(every, 1)
     one, corpus = unit_rows(first), unit_rows(second)

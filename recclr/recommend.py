@@ -88,7 +88,7 @@ def similar(
         ConfigError: k below 1. DataError: an id is not known, or ids of another type.
     """
     _require_positive(k)
-    own = ranker.item_vectors[:, : ranker.item_vectors.shape[1] - ranker.num_beside]
+    _, own = ranker.own_vectors()
     # Dot product ranks users' items; of two items it would say more of their lengths.
     among = "euclidean" if ranker.similarity == "euclidean" else "cosine"
     queries, vectors = as_queries(own, among), as_candidates(own, among)

@@ -98,6 +98,11 @@ class Rows:
         """Draws from [0, 1), float32 ``shape``, that all rows of a step share."""
         return self._drawn(torch.rand, shape)
 
+    @property
+    def shows_all(self) -> bool:
+        """Whether no part is hidden by anything but a rate of its own."""
+        return self.hidden is None and self.hide_rate == 0.0
+
     def dropped(self, probability: float) -> Tensor | None:
         """Bool [M]: rows whose part is hidden in this step; None for none."""
         if self.generator is None or probability == self.hide_rate == 0.0:

@@ -264,8 +264,7 @@ def _judge(context: Context, data: Data, selected: Stage, final: Stage) -> dict[
 
 def _looked_at(context: Context, monitor: Monitor, final: Stage) -> dict[str, Any]:
     """Figures of the final model's vectors, and what is wrong with them."""
-    vectors = final.ranker.user_vectors, final.ranker.item_vectors
-    found = final_monitors(monitor(*vectors) | final.temperature)
+    found = final_monitors(monitor(final.ranker) | final.temperature)
     where = {"stage": "final", "step": final.steps}
     context.log({"kind": "monitor", **where, "figures": found["figures"]})
     for cause in found["causes"]:

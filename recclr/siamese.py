@@ -13,7 +13,12 @@ from recclr.building import build_tower, served_bias
 from recclr.co_interactions import last_items
 from recclr.data.log import Prepared
 from recclr.optim import Table
-from recclr.settings import LossSettings, ModelSettings, TowerSettings
+from recclr.settings import (
+    LossSettings,
+    ModelSettings,
+    SelfSupervisionSettings,
+    TowerSettings,
+)
 from recclr.sharded_tables import NewTable
 from recclr.similarity import as_queries
 from recclr.towers import TwoTower
@@ -62,17 +67,16 @@ class Siamese(TwoTower):
         self.register_buffer("counts", log.item_counts().float(), persistent=False)
 
     @torch.no_grad()
-    def all_vectors(self, cutoff: int | None) -> tuple[Tensor, Tensor]:
-        """As ``TwoTower.all_vectors``; a user without items is served as unknown ones are, by the
-        mean of all items, each as often as train has it.
+    def all_embeddings(self, cutoff: int | None) -> tuple[Tensor, Tensor]:
+        """As ``TwoTower.all_embeddings``; a user without items is served as unknown ones are, by
+        the mean of all items, each as often as train has it.
         """
         items = self._every(self.embed_items, self.num_items, cutoff)
         own = items[:, : items.shape[1] - self.num_lifted]
         pooled = embedding_bag(self.last, own, self.offsets[:-1], mode="mean")
         average = (self.counts @ own / self.counts.sum()).unsqueeze(0)
         pooled = torch.where((self.offsets.diff() > 0).unsqueeze(1), pooled, average)
-        users = as_queries(torch.cat([pooled, average]), self.similarity)
-        return self._served(users, items)
+        return as_queries(torch.cat([pooled, average]), self.similarity), items
 
 
 def build_siamese(
@@ -82,14 +86,17 @@ def build_siamese(
     model: ModelSettings,
     loss: LossSettings,
     seed: int,
+    views: SelfSupervisionSettings | None = None,
     new_table: NewTable = Table,
 ) -> Siamese:
-    """The model for the given data, freshly initialised on the CPU.
+    """The model for the given data, freshly initialised on the CPU; arguments as ``build_model``.
 
     Raises:
         ConfigError: as ``towers.build_model``.
     """
-    tower = build_tower("item", item, prepared, model=model, seed=seed, new_table=new_table)
+    tower = build_tower(
+        "item", item, prepared, model=model, seed=seed, views=views, new_table=new_table
+    )
     return Siamese(
         tower,
         prepared,

@@ -155,6 +155,14 @@ class EmbeddingRanker:
         known = user_idx.to(self.user_vectors.device).clamp(max=len(self.user_vectors) - 1)
         return top_k(self.user_vectors[known], self.item_vectors, k, seen=seen, items=items)
 
+    def own_vectors(self) -> tuple[Tensor, Tensor]:
+        """What the towers came to, without what the score needs beside: users and items, views of
+        the vectors, or under ``euclidean`` with users copied.
+        """
+        stop = self.item_vectors.shape[1] - self.num_beside
+        users, items = self.user_vectors[:, :stop], self.item_vectors[:, :stop]
+        return (users / 2 if self.similarity == "euclidean" else users), items
+
 
 def _check(queries: Tensor, corpus: Tensor, k: int, seen: Csr | None) -> None:
     if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1]:

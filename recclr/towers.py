@@ -199,14 +199,20 @@ class TwoTower(nn.Module):
             users float32 [num_users + 1, D + num_served_beside], whose last row serves unknown
             users, and items float32 [num_items, as many]; on the CPU if a table is sharded.
         """
-        users = self._every(self.embed_users, self.num_users + 1, cutoff)
-        return self._served(users, self._every(self.embed_items, self.num_items, cutoff))
-
-    def _served(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        """With the bias of the items, if they have one."""
+        users, items = self.all_embeddings(cutoff)
         if self.item_bias is None:
             return users, items
         return with_bias(users, items, self.item_bias.to(items.device))
+
+    @torch.no_grad()
+    def all_embeddings(self, cutoff: int | None) -> tuple[Tensor, Tensor]:
+        """As ``all_vectors`` without the bias: their dot product is the score of training.
+
+        Returns:
+            users float32 [num_users + 1, D + num_lifted], items float32 [num_items, as many].
+        """
+        users = self._every(self.embed_users, self.num_users + 1, cutoff)
+        return users, self._every(self.embed_items, self.num_items, cutoff)
 
     def _every(self, embed: Callable[[Rows], Tensor], count: int, cutoff: int | None) -> Tensor:
         was_training = self.training

@@ -12,7 +12,7 @@ Shape letters: M entities of a step, B rows of a batch, D embedding dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +173,7 @@ class SelfSupervision:
             of: ViewSettings | None = getattr(settings, side)
             if of is None:
                 continue
-            embed = _tower(model, side)
+            embed = shown_by(model, side)
             dim = _width(model, embed, log) if of.projection else 0
             self.views[side] = TwoViews(
                 side, of, dim=dim, seed=seed, device=log.device, ranks=ranks
@@ -193,7 +193,7 @@ class SelfSupervision:
         """
         for side, views in self.views.items():
             idx, at = self.draws[side](batch, number)
-            loss = views.loss(encode, _tower(model, side), idx, at, number, progress)
+            loss = views.loss(encode, shown_by(model, side), idx, at, number, progress)
             yield f"{side}_nt_xent", views.settings.weight, loss
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -205,7 +205,15 @@ class SelfSupervision:
         return {name: p.detach() for name, p in self.parameters().items()}
 
 
-def _tower(model: TwoTower, side: str) -> Callable[[Rows], Tensor]:
+def shown_by(model: TwoTower, side: str) -> Embed:
+    """A tower as views of it are compared: by angles, which the coordinates of a lift would hide.
+
+    Returns:
+        from ``Rows`` to float [M, D]: of unit length under cosine, else as the tower gives them.
+    """
+    if model.num_lifted:
+        tower: Embed = model.item_tower if side == "item" else model.user_tower
+        return tower
     return model.embed_items if side == "item" else model.embed_users
 
 

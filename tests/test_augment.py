@@ -305,17 +305,6 @@ def test_views_show_of_a_tower_what_the_masks_say():
     assert 0 < first.sum() < len(first)
 
 
-def test_the_unknown_id_that_masks_train_is_what_strangers_get():
-    for hides, augment in (
-        (True, AugmentSettings(groups=(("id",),), dropout=0.1)),
-        (True, AugmentSettings(mode="complementary")),
-        (False, AugmentSettings(groups=(("kind",),), dropout=0.1)),
-    ):
-        part = tower_of("item", augment=augment, id=IdSettings()).parts[0]
-        stranger = part(Rows(torch.tensor([WORK.NUM_ITEMS])))[0]
-        assert torch.equal(stranger, part.table.weight[0]) is hides
-
-
 def test_only_views_are_changed_where_it_is_said_so():
     settings = AugmentSettings(
         groups=(("kind", "size"),), dropout=0.5, dimension_mask=0.4, noise=0.3, views_only=True

@@ -8,6 +8,7 @@ import torch
 from recclr.causes import causes
 from recclr.data.log import EncodedLog
 from recclr.monitors import Monitor
+from recclr.topk import EmbeddingRanker
 from recclr.watching import tell_figures
 
 NUM_USERS, NUM_ITEMS, DIM, K = 300, 700, 16, 10
@@ -31,7 +32,7 @@ def the_log():
 
 
 def figures(users, items):
-    return Monitor(the_log(), k=K, seed=3)(users, items)
+    return Monitor(the_log(), k=K, seed=3)(EmbeddingRanker("model", users, items))
 
 
 def names(users, items):
@@ -109,7 +110,8 @@ def test_concentrated_demand_is_no_fault_of_the_model():
     users[:, 1], items[:K, 1] = 5.0, 9.0
     # Everybody takes the first few items.
     wanted = torch.arange(NUM_USERS), torch.arange(NUM_USERS) % 8
-    found = Monitor(the_log(), k=K, seed=3, held_out=wanted)(users, items)
+    monitor = Monitor(the_log(), k=K, seed=3, held_out=wanted)
+    found = monitor(EmbeddingRanker("model", users, items))
     assert found["top_percent_share"] > 0.9
     assert causes([found], final=True) == []
 

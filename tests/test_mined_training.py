@@ -9,6 +9,7 @@ from recclr.building import build_model
 from recclr.checkpoint import find_checkpoint, load_checkpoint
 from recclr.data.log import Csr, EncodedLog, FeatureTable, Prepared
 from recclr.errors import ConfigError, InterruptedTraining
+from recclr.load import ranker_of
 from recclr.mining import Refresher
 from recclr.settings import (
     ExplicitSettings,
@@ -41,12 +42,12 @@ LOG = EncodedLog(
 SHOWN = Csr.from_pairs(torch.tensor([0, 0, 3]), torch.tensor([4, 5, 6]), NUM_USERS)
 
 
-def model_of(seed=0):
+def model_of(seed=0, **model):
     return build_model(
         Prepared(LOG, FeatureTable(NUM_USERS), FeatureTable(NUM_ITEMS)),
         user=TowerSettings(),
         item=TowerSettings(),
-        model=ModelSettings(embedding_dim=4),
+        model=ModelSettings(embedding_dim=4, **model),
         loss=LossSettings(),
         seed=seed,
     )
@@ -128,6 +129,20 @@ def test_resumed_before_and_after_a_mining_it_is_the_uninterrupted_run(tmp_path,
     assert same(weights_of(again), weights_of(whole))
     last = (load_checkpoint(tmp_path / name / "step-9").tensors for name in ("whole", "cut"))
     assert same(*last)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "euclidean"])
+def test_a_bias_of_served_scores_makes_nothing_hard(similarity):
+    found = []
+    for bias in (0.0, 40.0):
+        model = model_of(similarity=similarity, popularity_bias=bias)
+        miner = Refresher(LOG, MINED, seed=3, cutoff=None)
+        table, report = miner(model, 5)
+        found.append((table, {k: v for k, v in report.items() if k != "seconds"}))
+        ranked = ranker_of(model, None).top_k(torch.arange(NUM_USERS), 1).item_idx
+        assert (len(ranked.unique()) == 1) is (bias > 0)
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
 
 
 def test_what_was_mined_is_nothing_that_a_user_has():

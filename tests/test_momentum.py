@@ -71,8 +71,8 @@ TIMED = TowerSettings(
 )
 
 
-def model_of(item=RICH, loss=LOSS):
-    settings = ModelSettings(embedding_dim=DIM)
+def model_of(item=RICH, loss=LOSS, similarity="cosine"):
+    settings = ModelSettings(embedding_dim=DIM, similarity=similarity)
     user = TowerSettings()
     return build_model(DATA, user=user, item=item, model=settings, loss=loss, seed=1).train()
 
@@ -244,8 +244,9 @@ def test_a_queue_that_serves_nobody_changes_no_bit(queue):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_staleness_is_the_mean_cosine_with_the_vectors_of_today():
-    model = model_of(TowerSettings())
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+def test_staleness_is_the_mean_cosine_with_the_vectors_of_today(similarity):
+    model = model_of(TowerSettings(), similarity=similarity)
     queue = queue_of(model, 6, 0.9)
     assert queue.staleness(model) is None
     rows = [3, 8, 11, 20]

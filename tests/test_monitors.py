@@ -26,6 +26,8 @@ from recclr.monitors import (
     uniformity,
     variance,
 )
+from recclr.similarity import as_candidates, as_queries, with_bias
+from recclr.topk import EmbeddingRanker
 
 NUM_USERS, NUM_ITEMS, DIM = 23, 31, 7
 
@@ -167,6 +169,10 @@ def test_the_same_list_for_everybody_overlaps_wholly():
 # the monitor
 
 
+def served(users, items, **arguments):
+    return EmbeddingRanker("model", users, items, **arguments)
+
+
 def monitor_of(log, **arguments):
     return Monitor(log, **{"k": 4, "seed": 5, **arguments})
 
@@ -174,7 +180,7 @@ def monitor_of(log, **arguments):
 def test_figures_are_of_users_and_items_with_train_rows():
     log = log_of()
     users, items = vectors(NUM_USERS + 1, seed=7), vectors(NUM_ITEMS, seed=8)
-    found = monitor_of(log)(users, items)
+    found = monitor_of(log)(served(users, items))
     warm_users = [u for u in range(NUM_USERS) if u in log.user_idx.tolist()]
     warm_items = [i for i in range(NUM_ITEMS) if i in log.item_idx.tolist()]
     assert len(warm_items) <= NUM_ITEMS - 2
@@ -196,7 +202,7 @@ def test_figures_are_of_users_and_items_with_train_rows():
     assert "alignment" not in found
     # What nobody trained may be anything.
     users[20:], items[29:] = 1e6, -1e6
-    again = monitor_of(log, seen=None)(users, items)
+    again = monitor_of(log, seen=None)(served(users, items))
     same = [name for name in found if name.endswith(("variance", "rank", "uniformity"))]
     assert [again[name] for name in same] == [found[name] for name in same]
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -211,7 +217,7 @@ def test_rankings_are_those_of_the_judged_without_what_they_have():
     seen = Csr.from_pairs(rows, torch.tensor([i for own in had for i in own]), len(had))
     relevant = torch.tensor([6, 6, 6, 8, 9]), torch.tensor([2, 2, 2, 7, 11])
     held_out = relevant[0], relevant[1]
-    found = monitor_of(log, users=judged, seen=seen, held_out=held_out)(users, items)
+    found = monitor_of(log, users=judged, seen=seen, held_out=held_out)(served(users, items))
     lists = []
     for user, own in zip(judged.tolist(), had, strict=True):
         scores = items @ users[min(user, NUM_USERS)]
@@ -224,9 +230,34 @@ def test_rankings_are_those_of_the_judged_without_what_they_have():
     assert found["demand_share"] == 1.0
     pairs = alignment(users[held_out[0]], items[held_out[1]])
     assert found["alignment"] == pytest.approx(pairs)
-    train = monitor_of(log)(users, items)
+    train = monitor_of(log)(served(users, items))
     counts = torch.bincount(log.item_idx).sort(descending=True).values
     assert train["demand_share"] == pytest.approx(float(counts[:k].sum() / len(log)))
+
+
+@pytest.mark.parametrize("similarity", ["dot", "euclidean"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_a_score_needs_beside_the_vectors_is_in_no_figure_of_them(similarity, biased):
+    log = log_of()
+    held_out = log.user_idx.long(), log.item_idx.long()
+    users, items = vectors(NUM_USERS + 1, seed=7), vectors(NUM_ITEMS, seed=8)
+    # Pairs in one direction, which lifted vectors hide: they are nearly orthogonal.
+    items[held_out[1]] = 0.5 * users[held_out[0]].mean(0)
+    users[held_out[0]] = users[held_out[0]].mean(0)
+    lifted = as_queries(users, similarity), as_candidates(items, similarity)
+    if biased:
+        lifted = with_bias(*lifted, 9 * torch.rand(NUM_ITEMS, generator=draws(9)))
+    beside = lifted[0].shape[1] - DIM
+    monitor = monitor_of(log, held_out=held_out)
+    plain = monitor(served(users, items))
+    found = monitor(served(*lifted, similarity=similarity, num_beside=beside))
+    rankings = ("top_", "distinct_items", "overlap")
+    of_vectors = {name: plain[name] for name in plain if not name.startswith(rankings)}
+    assert plain["alignment"] == pytest.approx(0, abs=1e-6)
+    assert {name: found[name] for name in of_vectors} == pytest.approx(of_vectors)
+    # But users are shown what is served.
+    expected = concentration(served(*lifted).top_k(monitor.queries, 4).item_idx, NUM_ITEMS)
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
 def test_samples_are_bounded_without_repeats_and_of_the_seed(monkeypatch):
@@ -245,12 +276,12 @@ def test_samples_are_bounded_without_repeats_and_of_the_seed(monkeypatch):
     known = set(zip(log.user_idx.tolist(), log.item_idx.tolist(), strict=True))
     for user_idx, item_idx in first.pairs.values():
         assert set(zip(user_idx.tolist(), item_idx.tolist(), strict=True)) <= known
-    found = first(users, items)
-    assert found == again(users, items)
-    assert found != other(users, items)
+    found = first(served(users, items))
+    assert found == again(served(users, items))
+    assert found != other(served(users, items))
     # Estimates from samples: of the same figures as from all.
     monkeypatch.undo()
-    assert found.keys() == monitor_of(log, held_out=held_out)(users, items).keys()
+    assert found.keys() == monitor_of(log, held_out=held_out)(served(users, items)).keys()
 
 
 def test_a_sample_reaches_all_of_what_it_is_of():
@@ -265,11 +296,11 @@ def test_a_sample_reaches_all_of_what_it_is_of():
 def test_what_is_not_finite_or_not_there_is_left_out():
     users, items = vectors(NUM_USERS + 1, seed=7), vectors(NUM_ITEMS, seed=8)
     users[2, 1] = torch.inf
-    found = monitor_of(log_of())(users, items)
+    found = monitor_of(log_of())(served(users, items))
     assert "user_rank" not in found
     assert found["item_rank"] > 1
     one = EncodedLog(torch.tensor([0]).int(), torch.tensor([0]).int(), 1, 1)
-    single = monitor_of(one)(users[:2], items[:1])
+    single = monitor_of(one)(served(users[:2], items[:1]))
     assert single["item_rank"] == pytest.approx(1)
     assert "item_uniformity" not in single
     assert "norm_popularity" not in single

@@ -165,6 +165,31 @@ def test_rates_follow_the_schedule_of_the_pre_training(tmp_path):
     assert losses(start=1.0, end=0.0) != losses(start=1.0, end=1.0)
 
 
+def test_groups_of_a_training_are_those_of_its_features(tmp_path):
+    def losses(features=FEATURES, **augment):
+        item = {"id": {"as_of": True}, "features": features, "augment": augment}
+        return step_by_step(config_of(tmp_path, item=item, train={"epochs": 3}))
+
+    with_id = losses(groups=[["id", "title"], ["kind"]], dropout=[0.5, 0.2])
+    assert with_id == losses(groups=[["title"], ["kind"]], dropout=[0.5, 0.2])
+    assert with_id != losses(groups=[["title"], ["kind"]], dropout=[0.1, 0.2])
+    assert losses(groups=[["id"], ["kind"]], dropout=[0.5, 0.2]) == losses(
+        groups=[["kind"]], dropout=[0.2]
+    )
+    assert losses(groups=[["id"]], dropout=0.5) == losses()
+    halves = losses(mode="complementary", groups=[["id", "year"]])
+    assert halves == losses(mode="complementary", groups=[["year"]]) != losses()
+
+
+def test_halves_of_one_feature_are_refused(tmp_path):
+    """A training has the id as the other half; a catalogue has none."""
+    item = {"features": {"year": FEATURES["year"]}, "augment": {"mode": "complementary"}}
+    config = config_of(tmp_path, item=item)
+    with pytest.raises(ConfigError, match=r"hides features only.*needs two parts"):
+        pretrain_items(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_epoch_shows_every_item_once_in_steps_of_equal_size():
     source = CatalogueSource(90, 40, seed=3, device="cpu")
     assert source.steps_per_epoch == 3

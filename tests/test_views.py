@@ -91,6 +91,33 @@ def test_without_anything_hidden_the_term_is_nt_xent_of_equal_views():
     assert plain.auxiliary == {}
 
 
+@pytest.mark.parametrize("similarity", ["dot", "euclidean"])
+def test_views_are_told_apart_by_the_angles_of_what_towers_give(similarity):
+    """Whatever the lengths, of which the coordinates of a lift are made."""
+    model = build_model(
+        WORK.prepared(),
+        user=TowerSettings(),
+        item=TowerSettings(),
+        model=ModelSettings(embedding_dim=6, similarity=similarity),
+        loss=LOSS,
+        seed=2,
+    )
+    views = SelfSupervisionSettings(item=PLAIN, user=replace(PLAIN, distribution="batch"))
+    batch = stepper_of(None).source.batch(2)
+    for length in (0.01, 30.0):
+        with torch.no_grad():
+            for table in model.tables().values():
+                table.weight.mul_(length / table.weight.norm(dim=1).mean())
+        stepper = stepper_of(views, model=model)
+        terms = stepper.objective.backward(stepper.model, stepper.source.step(2)).auxiliary
+        stepper.optimizers.forget()
+        for side, tower in (("item", model.item_tower), ("user", model.user_tower)):
+            drawn, _ = stepper.objective.self_supervision.draws[side](batch, 2)
+            own = tower.parts[0].table.weight[drawn + 1].detach()
+            expected = nt_xent(own, own, 0.3, entity_idx=drawn)
+            torch.testing.assert_close(terms[f"{side}_nt_xent"], expected)
+
+
 @pytest.mark.parametrize("towers", ["rich", "timed", "history"])
 def test_loss_and_gradients_are_those_of_the_main_term_and_weight_times_those_of_the_others(towers):
     plain, without = gradients(None, towers=towers)

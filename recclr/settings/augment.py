@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from recclr.strict import STRICT
@@ -86,6 +87,23 @@ class AugmentSettings:
         """``dropout`` as a tuple: one for each group where it was given so, else one for all."""
         return self.dropout if isinstance(self.dropout, tuple) else (self.dropout,)
 
+    def rates_of(self, units: Sequence[object]) -> tuple[float, ...]:
+        """``dropout`` of each unit under ``independent``."""
+        rates = self.rates()
+        return rates if len(rates) == len(units) else rates * len(units)
+
+    def hides(self, place: int, names: tuple[str, ...]) -> tuple[bool, bool]:
+        """Whether the part at a place of ``names`` is ever hidden with others: in the rows of a
+        step, and in the views of a self-supervised term.
+        """
+        units, share = self.units(names), max(self.start, self.end)
+        if self.mode == "independent":
+            rates = zip(units, self.rates_of(units), strict=True)
+            somewhere = any(place in unit and rate * share > 0 for unit, rate in rates)
+            return somewhere and not self.views_only, somewhere
+        (rate,) = self.rates()
+        return rate * share > 0 and not self.views_only, True
+
     def units(self, names: tuple[str, ...]) -> list[list[int]]:
         """Places in ``names`` (of the parts of a tower) of the parts that are hidden together.
 
@@ -104,10 +122,26 @@ class AugmentSettings:
             )
         return units
 
+    def only(self, names: tuple[str, ...]) -> AugmentSettings:
+        """What is left of the settings for a tower of some of the parts, those of ``names``."""
+        groups = [tuple(n for n in group if _part(n, names) is not None) for group in self.groups]
+        rates = self.dropout
+        if isinstance(rates, tuple):
+            rates = tuple(rate for rate, group in zip(rates, groups, strict=True) if group)
+        groups = [group for group in groups if group]
+        if self.mode == "independent" and not groups:
+            rates = 0.0
+        return replace(self, groups=tuple(groups), dropout=rates)
+
     @staticmethod
     def _place(name: str, names: tuple[str, ...]) -> int:
-        for candidate in (f"features.{name}", name):
-            if candidate in names:
-                return names.index(candidate)
+        part = _part(name, names)
+        if part is not None:
+            return names.index(part)
         known = ", ".join(part.removeprefix("features.") for part in names)
         raise ValueError(f"augment.groups names {name!r}, which the tower lacks; it has: {known}")
+
+
+def _part(name: str, names: tuple[str, ...]) -> str | None:
+    """The part that goes by a name, if a tower of ``names`` has it."""
+    return next((part for part in (f"features.{name}", name) if part in names), None)
