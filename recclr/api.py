@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import polars as pl
 
+from recclr.checking import advice_on
 from recclr.config import Config, parse_config
 from recclr.data.infer import infer_features
 from recclr.data.interactions import Log, read
@@ -20,7 +21,6 @@ from recclr.fitting import fit_model
 from recclr.judge import judged_by
 from recclr.load import load_ranker, pick_device, ranker_of
 from recclr.monitoring import monitor_of
-from recclr.negatives import lost_negatives
 from recclr.other_runs import with_teacher
 from recclr.recommend import recommend, similar
 from recclr.shipping import ExportReport, ship
@@ -77,9 +77,8 @@ class TwoTower:
         settings = _settings(train, config or {})
         if settings.train.refit and valid is None:
             raise ConfigError("train.refit: there is no validation to select on; give valid=")
-        lost = lost_negatives(settings.negatives, settings.train)
-        if lost is not None:
-            warnings.warn(lost, stacklevel=2)
+        for sentence in advice_on(settings, timed=train.has_time):
+            warnings.warn(sentence, stacklevel=2)
         kept = valid
         device = pick_device(device)
         with RunProgress(settings.evaluate.select, quiet=not progress) as shown:

@@ -14,11 +14,11 @@ import torch
 
 from recclr.config import Config
 from recclr.data.log import Prepared
-from recclr.load import fresh_model, training_log
+from recclr.fitting import fresh_stepper
 from recclr.memory import available_bytes, forget_peak, held_bytes, peak_bytes
 from recclr.step_stats import StepStats
 from recclr.stepping import Stepper
-from recclr.within import RoomError, item_groups
+from recclr.within import RoomError
 
 _FIRST = 256
 _LAST = 1 << 20
@@ -98,19 +98,12 @@ def fastest(trials: list[BatchTrial]) -> BatchTrial:
 def _trial(
     config: Config, prepared: Prepared, size: int, device: str, seconds: float
 ) -> BatchTrial:
-    settings = replace(config.train, batch_size=size)
-    model = fresh_model(config, prepared).to(device).train()
-    stepper = Stepper(
-        model,
-        training_log(config, prepared).to(device),
-        loss=config.loss,
-        negatives=config.negatives,
-        train=settings,
-        self_supervision=config.self_supervision,
-        seed=config.seed,
-        explicit=prepared.explicit,
-        item_group=item_groups(config.negatives, prepared.items),
-    )
+    queue, train = config.negatives.queue, replace(config.train, batch_size=size)
+    if queue is not None:
+        # Steps as they are for most of a training: with a queue that is full.
+        negatives = replace(config.negatives, queue=replace(queue, warmup=0.0))
+        config = config.model_copy(update={"negatives": negatives})
+    stepper = fresh_stepper(config, prepared, device=device, train=train)
 
     def step(number: int) -> StepStats:
         stats, _ = stepper(number)
@@ -119,6 +112,7 @@ def _trial(
 
     _forget_peak(device)
     try:
+        _fill(stepper)
         # A whole batch, where the last one of an epoch is smaller.
         whole = step(0)
         shares = whole.duplicate_share, whole.masked_share
@@ -137,6 +131,15 @@ def _trial(
         duplicate_share=shares[0],
         masked_share=shares[1],
     )
+
+
+def _fill(stepper: Stepper) -> None:
+    """Push batches into the queue, if there is one, until it is full."""
+    queue = stepper.objective.queue
+    number = 0
+    while queue is not None and queue.num_filled < queue.size:
+        queue.advance(stepper.model, [stepper.source.batch(number)])
+        number += 1
 
 
 def _next_peak(trials: list[BatchTrial]) -> float:

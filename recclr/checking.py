@@ -14,13 +14,15 @@ from recclr.data.prepare import PreparedLog, prepare_for
 from recclr.data.split import Split
 from recclr.errors import ConfigError
 from recclr.evaluate import EvaluationSet
+from recclr.fitting import fresh_stepper
 from recclr.judge import judged_by
 from recclr.kernels import native
 from recclr.little_data import advise
-from recclr.load import fresh_model, pick_device
+from recclr.load import pick_device
 from recclr.negatives import lost_negatives
 from recclr.other_runs import require_runs, require_same_rows, with_teacher
 from recclr.run_folder import weights_folder
+from recclr.unread import unread_settings
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,18 @@ def read_data(config: Config, inputs: Mapping[str, Any], *, with_test: bool = Tr
         # Hours of training are a high price for a test that turns out to be empty.
         judged_by(prepared, split.test, config, also=split.had_before("test"))
     notes = [*log.notes, *_long_rankings(config, len(prepared.items))]
-    if (lost := lost_negatives(config.negatives, config.train)) is not None:
-        notes.append(lost)
+    notes += advice_on(config, timed=log.has_time)
     return Data(log, split, prepared, examples, tuple(notes), inputs)
+
+
+def advice_on(config: Config, *, timed: bool) -> list[str]:
+    """What of a configuration costs more than it seems to, or does nothing; one sentence each.
+
+    Args:
+        timed: whether the log has times.
+    """
+    lost = lost_negatives(config.loss, config.negatives, config.train)
+    return [*([] if lost is None else [lost]), *unread_settings(config, timed=timed)]
 
 
 def refits(config: Config, split: Split) -> bool:
@@ -136,21 +147,22 @@ def check_data(
     if settings.model.init_from is not None:
         weights_folder(settings.model.init_from)
     data = read_data(settings, inputs={})
-    # Towers that cannot be built are told here too.
-    fresh_model(settings, data.prepared.tensors)
+    # What a trainer refuses is told here too; it is handed the towers, and takes no step.
+    place = pick_device(device)
+    fresh_stepper(settings, data.prepared.tensors, device=place).close()
     found = data.to_json()
     del found["inputs"]
     found["encoded"] = data.prepared.counts
     train = data.prepared.tensors.train
-    found["notes"] += _slow_kernels(device)
+    found["notes"] += _slow_kernels(place)
     found["amount"] = advise(data.log, train, data.examples, settings).to_json()
     if batch_sizes:
-        found |= _batch_sizes(settings, data, device)
+        found |= _batch_sizes(settings, data, place)
     return found
 
 
 def _batch_sizes(config: Config, data: Data, device: str) -> dict[str, Any]:
-    trials = try_batch_sizes(config, data.prepared.tensors, device=pick_device(device))
+    trials = try_batch_sizes(config, data.prepared.tensors, device=device)
     if not trials:
         raise ConfigError(
             "not even a step of 256 rows fits the memory that is free; lower model.embedding_dim "
@@ -164,7 +176,7 @@ def _batch_sizes(config: Config, data: Data, device: str) -> dict[str, Any]:
 
 def _slow_kernels(device: str) -> list[str]:
     reason = native.why_not()
-    if reason is None or not native.kernels_exist() or pick_device(device) != "cpu":
+    if reason is None or not native.kernels_exist() or device != "cpu":
         return []
     return [f"training on this CPU takes two to three times as long as it could: {reason}"]
 

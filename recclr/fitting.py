@@ -20,9 +20,11 @@ from recclr.load import fresh_model, ranker_of, training_log
 from recclr.mining import Refresher
 from recclr.monitors import Monitor
 from recclr.run_folder import weights_folder
+from recclr.settings import TrainSettings
 from recclr.sharded_tables import table_maker
 from recclr.spectral import start_from_spectral, starts_spectral
 from recclr.starting import start_from_catalogue
+from recclr.stepping import Stepper
 from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower
 from recclr.train import FitResult, fit
@@ -61,6 +63,31 @@ def _teacher(config: Config, prepared: Prepared) -> Teacher | None:
             "other_runs.with_teacher gave its vectors"
         )
     return Teacher.of(Vectors(*prepared.teacher), config.distillation, seed=config.seed)
+
+
+def fresh_stepper(
+    config: Config, prepared: Prepared, *, device: str, train: TrainSettings | None = None
+) -> Stepper:
+    """A fresh model in the hands of its trainer, for steps that nobody keeps.
+
+    Args:
+        train: in place of that of ``config``.
+
+    Raises:
+        ConfigError: the settings do not fit the log, the model or the device.
+    """
+    return Stepper(
+        fresh_model(config, prepared).to(device).train(),
+        training_log(config, prepared).to(device),
+        loss=config.loss,
+        negatives=config.negatives,
+        train=train or config.train,
+        self_supervision=config.self_supervision,
+        seed=config.seed,
+        explicit=prepared.explicit,
+        item_group=item_groups(config.negatives, prepared.items),
+        teacher=_teacher(config, prepared),
+    )
 
 
 def fit_model(

@@ -369,20 +369,12 @@ def require_negatives(
         )
 
 
-def require_sources(settings: NegativesSettings, loss: LossSettings, *, time_cells: bool) -> None:
-    """Refuse sources that contradict the loss or the batches.
+def require_sources(settings: NegativesSettings, *, time_cells: bool) -> None:
+    """Refuse sources that contradict the batches.
 
     Raises:
-        ConfigError: a full softmax with a queue or streaming counts, which it never looks at; time
-            cells with streaming counts.
+        ConfigError: time cells with streaming counts.
     """
-    full = loss.kind == "full_softmax"
-    if full and (settings.queue is not None or settings.counts == "streaming"):
-        name = "queue" if settings.queue is not None else "counts"
-        raise ConfigError(
-            f"negatives.{name} is about sampled negatives, but loss.kind = 'full_softmax' has "
-            "every item as one; leave one of them out"
-        )
     if time_cells and settings.counts == "streaming":
         raise ConfigError(
             "negatives.counts = 'streaming' estimates shares of the whole log, but the batches are "
@@ -390,13 +382,23 @@ def require_sources(settings: NegativesSettings, loss: LossSettings, *, time_cel
         )
 
 
-def lost_negatives(settings: NegativesSettings, train: TrainSettings) -> str | None:
+def lost_negatives(
+    loss: LossSettings, settings: NegativesSettings, train: TrainSettings
+) -> str | None:
     """What plain accumulation costs, in words; None where it costs nothing."""
-    if train.accumulate == 1 or not settings.in_batch:
+    if train.accumulate == 1:
+        return None
+    if loss.kind == "alignment_uniformity":
+        what = "is kept apart from the rows"
+    elif loss.symmetric > 0:
+        what = "meets the users"
+    elif settings.in_batch and loss.kind != "full_softmax":
+        what = "meets the in-batch negatives"
+    else:
         return None
     size = train.batch_size * train.accumulate
     return (
-        f"train.accumulate = {train.accumulate} makes updates of {size:,} rows, but each row meets "
-        f"the in-batch negatives of its own {train.batch_size:,} only; for those of all rows set "
+        f"train.accumulate = {train.accumulate} makes updates of {size:,} rows, but each row "
+        f"{what} of its own {train.batch_size:,} only; for those of all rows set "
         f"train.batch_size = {size} and train.chunk_size = {train.batch_size}, accumulate = 1"
     )

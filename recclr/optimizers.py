@@ -186,6 +186,10 @@ class Optimizers:
 
 
 def _batch_scale(settings: TrainSettings) -> float:
-    """Linear for SGD (Goyal et al. 2017), square root for Adam (Krizhevsky 2014; Malladi 2022)."""
+    """Linear for SGD (Goyal et al. 2017), square root for Adam (Krizhevsky 2014; Malladi 2022).
+
+    By the rows of an update, however many batches they are in.
+    """
     power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[settings.lr_scaling]
-    return float((settings.batch_size / settings.base_batch_size) ** power)
+    rows = settings.batch_size * settings.accumulate
+    return float((rows / settings.base_batch_size) ** power)

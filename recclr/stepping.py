@@ -123,7 +123,7 @@ class Stepper:
             require_negatives(negatives, log, batch_size=train.batch_size)
         self.model = model
         time_cells = _time_cells(model, train, negatives)
-        require_sources(negatives, loss, time_cells=time_cells)
+        require_sources(negatives, time_cells=time_cells)
         self.source = BatchSource(
             log, train, seed=seed, time_cells=time_cells, user_pools=loss.symmetric > 0
         )

@@ -319,6 +319,12 @@ def test_check_refuses_what_training_would(recclr, small_config):
         (['export=["ftp:store"]'], "no kind of store"),
         (["model.init_from=nowhere"], "pretrain-items"),
         (["item.id.enabled=false", "item.features={}"], "item.id.enabled = true"),
+        (
+            ["negatives.in_batch=true", "negatives.uniform=0", "train.batch_size=1"],
+            "at least 2 rows",
+        ),
+        (["negatives.in_batch=true", "negatives.counts=streaming"], "time cells"),
+        (["train.cuda_graph=true"], "train.cuda_graph"),
     ):
         chosen = [word for setting in settings for word in ("--set", setting)]
         done = recclr("check", "--config", small_config, *chosen)

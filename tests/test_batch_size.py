@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from recclr.batch_size import BatchTrial, fastest, try_batch_sizes
 from recclr.config import parse_config
 from recclr.data.log import EncodedLog, FeatureTable, Prepared
 from recclr.errors import ConfigError
+from recclr.stepping import Stepper
 from recclr.within import RoomError
 
 
@@ -151,6 +153,33 @@ def test_steps_are_those_of_the_configuration():
     """A setting that does not fit the log is refused as a run would refuse it."""
     with pytest.raises(ConfigError, match="timestamps"):
         try_batch_sizes(config_of(time_cells=True), prepared(), device="cpu")
+
+
+def test_steps_are_those_of_most_of_a_training(monkeypatch):
+    """With a full queue, however many steps of small batches that takes, and with the teacher."""
+    seen = []
+
+    class Seen(Stepper):
+        def __call__(self, step, **options):
+            queue = self.objective.queue
+            seen.append((queue.num_filled, queue.queued(0) is not None, self.objective.teacher))
+            return super().__call__(step, **options)
+
+    monkeypatch.setattr("recclr.fitting.Stepper", Seen)
+    negatives = {"in_batch": True, "queue": {"size": 700, "warmup": 0.9}}
+    config = parse_config(
+        {
+            "data": {"events": "unused.parquet"},
+            "model": {"embedding_dim": 4},
+            "negatives": negatives,
+            "distillation": {"run": "there"},
+        }
+    )
+    data = prepared(300)
+    taught = torch.randn(data.train.num_users + 1, 3), torch.randn(data.train.num_items, 3)
+    try_batch_sizes(config, replace(data, teacher=taught), device="cpu", seconds=0.0)
+    assert seen
+    assert all(found[:2] == (700, True) and found[2] is not None for found in seen)
 
 
 def test_the_command_prints_a_row_per_size(recclr, small_data, monkeypatch):

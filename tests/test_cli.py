@@ -236,6 +236,19 @@ def test_check_says_what_accumulation_loses(recclr, small_config):
     assert "train.chunk_size" in lost[0]
 
 
+def test_settings_that_nothing_reads_are_said(recclr, small_config, tmp_path):
+    idle = ("--set", "train.final_lr=0.5", "--set", "train.decay=none")
+    said = 'train.final_lr = 0.5 does nothing here: train.decay is "none"'
+    assert (
+        said in json.loads(recclr("check", "--config", small_config, *idle, "--json").out)["notes"]
+    )
+    once = ("--set", "train.epochs=1", "--set", "baselines.names=[]")
+    done = recclr("train", "--config", small_config, "--out", tmp_path / "run", *idle, *once)
+    assert done.code == 0
+    assert said in done.err
+    assert said in json.loads((tmp_path / "run" / "data.json").read_text())["notes"]
+
+
 def test_check_tells_bad_rows_by_reason(recclr, small_data, tmp_path):
     events = pl.read_parquet(small_data / "events.parquet")
     gap = pl.when(pl.int_range(pl.len()) < 2).then(None).otherwise(pl.col("user_id"))

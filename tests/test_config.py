@@ -509,6 +509,13 @@ TIMELESS = {"data": {"events": "e", "columns": {"timestamp": ""}}}
             {"negatives": {"mined": {}}, "loss": {"kind": "full_softmax"}},
             "negatives.mined: loss.kind = 'full_softmax' scores every item",
         ),
+        *(
+            (
+                {"negatives": {"in_batch": True, **source}, "loss": {"kind": "full_softmax"}},
+                f"negatives.{name} is about sampled negatives, but loss.kind = 'full_softmax' has",
+            )
+            for name, source in (("queue", {"queue": {}}), ("counts", {"counts": "streaming"}))
+        ),
         ({"negatives": {"explicit": {"events": ["hide"]}}}, "name the event types that are"),
         (
             {

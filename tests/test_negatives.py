@@ -11,7 +11,7 @@ from recclr.data.log import EncodedLog
 from recclr.errors import ConfigError
 from recclr.negatives import CandidateSampler, lost_negatives, require_negatives
 from recclr.order import generator
-from recclr.settings import NegativesSettings, PopularitySettings, TrainSettings
+from recclr.settings import LossSettings, NegativesSettings, PopularitySettings, TrainSettings
 
 COUNTS = [0, 1, 2, 5, 12, 3, 7]
 NUM_ITEMS = len(COUNTS)
@@ -271,8 +271,16 @@ def test_settings_that_leave_some_negative_are_not(items, batch_size, options):
 
 def test_accumulation_that_loses_negatives_is_said_with_the_setting_that_keeps_them():
     train = TrainSettings(batch_size=512, accumulate=6)
-    said = lost_negatives(NegativesSettings(in_batch=True), train)
-    assert "updates of 3,072 rows" in said
-    assert "train.batch_size = 3072 and train.chunk_size = 512" in said
-    assert lost_negatives(NegativesSettings(in_batch=False), train) is None
-    assert lost_negatives(NegativesSettings(in_batch=True), TrainSettings()) is None
+    plain, in_batch, sampled = LossSettings(), NegativesSettings(in_batch=True), NegativesSettings()
+    for loss, sources, lost in (
+        (plain, in_batch, "meets the in-batch negatives"),
+        (LossSettings(symmetric=0.3), sampled, "meets the users"),
+        (LossSettings(kind="full_softmax", symmetric=0.3), sampled, "meets the users"),
+        (LossSettings(kind="alignment_uniformity"), sampled, "is kept apart from the rows"),
+    ):
+        said = lost_negatives(loss, sources, train)
+        assert f"updates of 3,072 rows, but each row {lost} of its own 512 only" in said
+        assert "train.batch_size = 3072 and train.chunk_size = 512" in said
+        assert lost_negatives(loss, sources, TrainSettings()) is None
+    assert lost_negatives(plain, sampled, train) is None
+    assert lost_negatives(LossSettings(kind="full_softmax"), in_batch, train) is None

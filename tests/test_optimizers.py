@@ -73,9 +73,11 @@ def test_the_rate_warms_up_then_decays_to_its_end(decay, final_lr):
 
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1.0), ("sqrt", 3.0), ("linear", 9.0)])
 def test_rates_grow_with_the_batch_where_asked(scaling, factor):
-    batch = {"batch_size": 900, "base_batch_size": 100, "lr_scaling": scaling}
     plain = rates(12, warmup=0.3)
-    assert rates(12, warmup=0.3, **batch) == pytest.approx([factor * rate for rate in plain])
+    for size, accumulate in ((900, 1), (300, 3)):
+        batch = {"batch_size": size, "accumulate": accumulate, "base_batch_size": 100}
+        found = rates(12, warmup=0.3, lr_scaling=scaling, **batch)
+        assert found == pytest.approx([factor * rate for rate in plain])
 
 
 def test_without_warm_up_the_first_step_is_at_the_peak_and_one_step_is_enough():

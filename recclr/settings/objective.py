@@ -300,4 +300,12 @@ def contradictions(loss: LossSettings, negatives: NegativesSettings, similarity:
             "negatives.mined: loss.kind = 'full_softmax' scores every item for every row, to which "
             "mined negatives add nothing; leave negatives.mined out, or set loss.kind = 'infonce'"
         )
+    if loss.kind == "full_softmax":
+        sampled = {"queue": negatives.queue is not None, "counts": negatives.counts != "static"}
+        found += [
+            f"negatives.{name} is about sampled negatives, but loss.kind = 'full_softmax' has "
+            "every item as one; leave one of them out"
+            for name, is_set in sampled.items()
+            if is_set
+        ]
     return found

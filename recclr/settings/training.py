@@ -32,7 +32,8 @@ class TrainSettings:
     table_lr: float = 0.02
     dense_lr: float = 0.003
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
-    """Both rates times (batch_size / base_batch_size) to the power 0, 1/2 (Adam) or 1 (SGD)."""
+    """Both rates times (batch_size · accumulate / base_batch_size) to the power 0, 1/2 (Adam) or 1
+    (SGD)."""
     base_batch_size: int = 2048
     weight_decay: float = 0.01
     """Decoupled decay of the dense layers; tables have none."""
