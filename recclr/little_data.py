@@ -7,17 +7,18 @@ What the settings are for stands beside each; ``recclr curve`` shows what they c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recclr.config import Config, toml_value
+from recclr.config import Config, toml_value, with_changes
 from recclr.data.infer import infer_features
 from recclr.data.interactions import Log
 from recclr.data.log import EncodedLog
+from recclr.errors import ConfigError
 from recclr.evaluate import EvaluationSet
 
 # Too little: below any of these nothing that a model learns can be told from chance.
@@ -119,8 +120,22 @@ def advise(log: Log, train: EncodedLog, examples: EvaluationSet | None, config: 
         verdict = "little"
     else:
         verdict = "plenty"
-    profile = () if verdict == "plenty" else tuple(_profile(facts, log, train, config))
+    profile = () if verdict == "plenty" else _fitting(_profile(facts, log, train, config), config)
     return Advice(verdict, tuple(reasons), profile)
+
+
+def _fitting(lines: Iterable[Line], config: Config) -> tuple[Line, ...]:
+    """Those that the configuration allows, together with those before: it may have one tower only,
+    or say that batches are no time cells.
+    """
+    kept: list[Line] = []
+    for line in lines:
+        try:
+            with_changes(config, {each.key: each.value for each in (*kept, line)})
+        except ConfigError:
+            continue
+        kept.append(line)
+    return tuple(kept)
 
 
 def facts_of(log: Log, train: EncodedLog, examples: EvaluationSet | None, config: Config) -> Facts:

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from recclr.checking import read_data
-from recclr.config import Config, parse_config
+from recclr.config import Config, parse_config, with_changes
 from recclr.data.synthetic import generate_log
 from recclr.little_data import advise, facts_of
 
@@ -134,6 +134,23 @@ def test_without_features_or_time_neither_is_proposed(little, tmp_path):
     assert not {key for key in found if "features" in key}
     assert "item.id.dropout" not in found
     assert found["user.history"] == {"length": 50}
+
+
+@pytest.mark.parametrize(
+    ("section", "left_out"),
+    [
+        ({"model": {"mode": "item_item"}}, "user."),
+        ({"train": {"time_cells": False}}, "item.features.popularity_prior"),
+    ],
+)
+def test_a_profile_fits_what_is_configured(little, section, left_out):
+    every = keys(advice_of({"data": little})[0])
+    advice, _, config = advice_of({"data": little} | section)
+    found = keys(advice)
+    gone = {key for key in every if key.startswith(left_out)}
+    assert gone
+    assert every.keys() - found.keys() == gone
+    with_changes(config, found)
 
 
 def test_too_little_says_that_baselines_suffice(small_data):
