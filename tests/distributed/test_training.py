@@ -60,6 +60,34 @@ def test_loss_and_every_gradient_are_those_of_one_process(
 @pytest.mark.parametrize(
     ("size", "options"),
     [
+        (2, {"loss": "bce"}),
+        (3, {"loss": "ccl", "negatives": "own"}),
+        (2, {"loss": "margin", "similarity": "euclidean"}),
+        (2, {"loss": "distance_weighted"}),
+        (3, {"loss": "family", "similarity": "euclidean"}),
+        (2, {"loss": "both_ways", "similarity": "dot"}),
+        (3, {"loss": "infonce", "negatives": "within"}),
+        (2, {"loss": "bpr", "negatives": "within"}),
+        (2, {"loss": "infonce", "siamese": True}),
+        (3, {"loss": "semi_hard", "siamese": True, "similarity": "euclidean"}),
+        (2, {"loss": "infonce", "similarity": "euclidean", "views": {"weight": 0.5}}),
+    ],
+)
+def test_every_objective_is_that_of_one_process(work, spread, tmp_path, size, options):
+    settings = {"towers": "rich", "steps": (0, 3)} | options
+    ended = spread("gradients", size, tmp_path, **settings)
+    assert ended.codes == [0] * size, ended.texts
+    (tmp_path / "one").mkdir()
+    work.alone("gradients", tmp_path / "one", **settings)
+    one = load_file(tmp_path / "one" / "gradients-0.safetensors")
+    assert any(value.abs().max() > 1e-3 for name, value in one.items() if "gradients" in name)
+    for rank in range(size):
+        close(one, load_file(tmp_path / f"gradients-{rank}.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
         (2, {"chunk_size": 2}),
         (2, {"accumulate": 3}),
         (3, {"chunk_size": 3, "accumulate": 2}),

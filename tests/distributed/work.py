@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from recclr import sharded_tables
 from recclr.building import build_model
+from recclr.co_interactions import co_interactions
 from recclr.data.log import (
     CategoricalColumn,
     Csr,
@@ -39,6 +40,7 @@ from recclr.settings import (
     MinedSettings,
     ModelSettings,
     NegativesSettings,
+    PairSettings,
     PopularitySettings,
     QueueSettings,
     SelfSupervisionSettings,
@@ -47,11 +49,13 @@ from recclr.settings import (
     ViewSettings,
 )
 from recclr.sharded_tables import ShardedTable, table_maker
+from recclr.siamese import build_siamese
 from recclr.spectral import start_from_spectral
 from recclr.statistics import DAY_S
 from recclr.stepping import Stepper
 from recclr.topk import EmbeddingRanker
 from recclr.train import fit
+from recclr.within import item_groups
 
 NUM_USERS, NUM_ITEMS, NUM_ROWS, DIM = 11, 17, 53, 6
 
@@ -65,6 +69,10 @@ LOSSES = {
     ),
     "both_ways": LossSettings(symmetric=0.5, decoupled=True),
     "bpr": LossSettings(kind="bpr", temperature="learned"),
+    "bce": LossSettings(kind="bce", temperature=0.4, negative_weight=2.0),
+    "ccl": LossSettings(kind="ccl", margin=0.2),
+    "margin": LossSettings(kind="margin", margin=0.8),
+    "distance_weighted": LossSettings(kind="triplet", mining="distance_weighted"),
     "semi_hard": LossSettings(kind="triplet", margin=0.6, mining="semi_hard"),
     "spread": LossSettings(kind="alignment_uniformity", uniformity_weight=1.3),
 }
@@ -81,6 +89,7 @@ NEGATIVES = {
         ),
         explicit=ExplicitSettings(events=("shown",), count=2),
     ),
+    "within": NegativesSettings(in_batch=True, uniform=9, within="kind"),
     # No more than a rank's share of the rows.
     "few": NegativesSettings(in_batch=False, uniform=3),
     "none": NegativesSettings(),
@@ -181,8 +190,9 @@ def refused():
     return Csr.from_pairs(rows, values, NUM_USERS)
 
 
-def model_of(towers, loss, dim=DIM, new_table=Table, log=None):
-    (user, item), settings, data = TOWERS[towers], ModelSettings(embedding_dim=dim), prepared()
+def model_of(towers, loss, dim=DIM, new_table=Table, log=None, similarity="cosine"):
+    settings = ModelSettings(embedding_dim=dim, similarity=similarity)
+    (user, item), data = TOWERS[towers], prepared()
     data = data if log is None else replace(data, train=log)
     return build_model(
         data,
@@ -193,6 +203,14 @@ def model_of(towers, loss, dim=DIM, new_table=Table, log=None):
         seed=2,
         new_table=new_table,
     )
+
+
+def siamese_of(towers, loss, similarity):
+    """One tower for both sides, and the pairs of items that it learns from."""
+    settings = ModelSettings(embedding_dim=DIM, similarity=similarity, mode="item_item")
+    item, data = TOWERS[towers][1], prepared()
+    model = build_siamese(data, item=item, model=settings, loss=loss, seed=2)
+    return model, co_interactions(data.train, PairSettings(window=2))
 
 
 def views_of(options):
@@ -227,24 +245,31 @@ def gradients(
     views=None,
     taught=None,
     dim=DIM,
+    similarity="cosine",
+    siamese=False,
 ):
     """Loss, masked pairs and every gradient of a few steps, before any update.
 
     ``taught``: share of the loss that a teacher has, who knows no user 3 and no item 5.
     """
-    model, found = model_of(towers, LOSSES[loss], dim), {}
+    found, log, explicit = {}, prepared().train, refused()
+    if siamese:
+        (model, log), explicit = siamese_of(towers, LOSSES[loss], similarity), None
+    else:
+        model = model_of(towers, LOSSES[loss], dim, similarity=similarity)
     train = TrainSettings(batch_size=batch_size, chunk_size=chunk_size, accumulate=accumulate)
     model.train()
     stepper = Stepper(
         model,
-        prepared().train,
+        log,
         loss=LOSSES[loss],
         negatives=NEGATIVES[negatives],
         train=train,
         self_supervision=views_of(views),
         seed=4,
-        explicit=refused(),
+        explicit=explicit,
         ranks=ranks,
+        item_group=item_groups(NEGATIVES[negatives], prepared().items),
         teacher=None if taught is None else teacher_of(taught),
     )
     if stepper.objective.own.mined is not None:
