@@ -37,12 +37,14 @@ Judge = Callable[[EmbeddingRanker], dict[str, float]]
 class _Served:
     """A model as it would be served, made once for both that look at it."""
 
-    def __init__(self, judge: Judge, monitor: Monitor | None, cutoff: int | None) -> None:
-        self.judge, self.figures_of, self.cutoff = judge, monitor, cutoff
+    def __init__(
+        self, judge: Judge, monitor: Monitor | None, cutoff: int | None, ranks: Ranks
+    ) -> None:
+        self.judge, self.figures_of, self.cutoff, self.ranks = judge, monitor, cutoff, ranks
         self.ranker: EmbeddingRanker | None = None
 
     def evaluate(self, model: TwoTower) -> dict[str, float]:
-        ranker = ranker_of(model, self.cutoff)
+        ranker = ranker_of(model, self.cutoff, self.ranks)
         self.ranker = None if self.figures_of is None else ranker
         return self.judge(ranker)
 
@@ -138,7 +140,7 @@ def fit_model(
             say=lambda text: on_event({"kind": "note", "text": text}),
         )
 
-    served = None if judge is None else _Served(judge, monitor, prepared.cutoff)
+    served = None if judge is None else _Served(judge, monitor, prepared.cutoff, ranks)
     with rows as log:
         data = replace(prepared, train=log) if log.mapped_for is not None else prepared
         model = fresh_model(config, data, table_maker(config.train, ranks, device))

@@ -14,6 +14,7 @@ from recclr.co_interactions import co_interactions
 from recclr.config import Config
 from recclr.data.log import EncodedLog, Prepared
 from recclr.data.prepared import PreparedLog
+from recclr.distributed import ALONE, Ranks
 from recclr.errors import CheckpointError, ConfigError
 from recclr.files import sha256_of
 from recclr.keeping import load_weights
@@ -99,11 +100,15 @@ def load_blend(folder: Path, name: str = "model") -> EmbeddingRanker | None:
     return EmbeddingRanker(name, held["users"], held["items"])
 
 
-def ranker_of(model: TwoTower, cutoff: int | None, name: str = "model") -> EmbeddingRanker:
-    """The model as it would be served from the cut-off on, on the CPU."""
-    users, items = model.all_vectors(cutoff)
+def ranker_of(model: TwoTower, cutoff: int | None, ranks: Ranks = ALONE) -> EmbeddingRanker:
+    """The model as it would be served from the cut-off on, on the CPU.
+
+    Args:
+        ranks: see ``TwoTower.all_vectors``.
+    """
+    users, items = model.all_vectors(cutoff, ranks)
     return EmbeddingRanker(
-        name,
+        "model",
         users.cpu(),
         items.cpu(),
         similarity=model.similarity,

@@ -257,7 +257,7 @@ class Refresher:
         if self.miner is None:
             self.miner = Miner(self.log, self.settings, self.held_out)
         # What is hard is what training scores high; a bias of served scores is no part of that.
-        users, items = model.all_embeddings(self.cutoff)
+        users, items = model.all_embeddings(self.cutoff, self.ranks)
         table, report = self.miner.table(
             users,
             items,

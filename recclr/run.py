@@ -171,7 +171,7 @@ def _select(context: Context, data: Data) -> Stage:
     prepared, examples = data.prepared, data.examples
     _save(context, prepared, folder)
     model, steps = fit_stage(context, "selection", folder, prepared, examples, None)
-    ranker = ranker_of(model, prepared.tensors.cutoff)
+    ranker = ranker_of(model, prepared.tensors.cutoff, context.ranks)
     if context.config.blend.several:
         rankers = [ranker, *fit_seeds(context, "selection", folder, prepared, examples)]
         ranker = _blend_selected(context, prepared, rankers, folder, examples)
@@ -226,7 +226,7 @@ def _final_stage(context: Context, split: Split, selected: Stage) -> Stage:
     prepared = with_teacher(prepared, config, of_selection=False)
     _save(context, prepared, context.out)
     model, steps = fit_stage(context, "refit", context.out, prepared, None, selected.steps)
-    ranker = ranker_of(model, prepared.tensors.cutoff)
+    ranker = ranker_of(model, prepared.tensors.cutoff, context.ranks)
     if config.blend.several:
         selection, out = context.out / SELECTION, context.out
         rankers = [ranker, *fit_seeds(context, "refit", out, prepared, None, selection)]

@@ -12,6 +12,7 @@ from torch.nn.functional import embedding_bag
 from recclr.building import build_tower, served_bias
 from recclr.co_interactions import last_items
 from recclr.data.log import Prepared
+from recclr.distributed import ALONE, Ranks
 from recclr.optim import Table
 from recclr.settings import (
     LossSettings,
@@ -67,11 +68,11 @@ class Siamese(TwoTower):
         self.register_buffer("counts", log.item_counts().float(), persistent=False)
 
     @torch.no_grad()
-    def all_embeddings(self, cutoff: int | None) -> tuple[Tensor, Tensor]:
+    def all_embeddings(self, cutoff: int | None, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
         """As ``TwoTower.all_embeddings``; a user without items is served as unknown ones are, by
         the mean of all items, each as often as train has it.
         """
-        items = self._every(self.embed_items, self.num_items, cutoff)
+        items = self._every(self.embed_items, self.num_items, cutoff, ranks)
         own = items[:, : items.shape[1] - self.num_lifted]
         pooled = embedding_bag(self.last, own, self.offsets[:-1], mode="mean")
         average = (self.counts @ own / self.counts.sum()).unsqueeze(0)

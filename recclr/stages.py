@@ -121,5 +121,5 @@ def fit_seeds(
             chosen = read_json(selection / own.name / "selection.json")
             num_steps = int(chosen["best_step"])
         model, _ = fit_stage(context, stage, own, prepared, examples, num_steps, seed=seed)
-        found.append(ranker_of(model, prepared.tensors.cutoff))
+        found.append(ranker_of(model, prepared.tensors.cutoff, context.ranks))
     return found

@@ -6,6 +6,7 @@ makes of that. Any ``nn.Module`` that maps ``Rows`` to float32 [M, D] may take a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recclr.augment import Augmentation
+from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError
 from recclr.losses import automatic_temperature
 from recclr.optim import Table
@@ -25,7 +27,8 @@ from recclr.settings import (
 from recclr.sharded_tables import RowShard, ShardedTable
 from recclr.similarity import LIFTED, as_candidates, as_queries, with_bias
 
-_CHUNK = 16_384
+# Rows that a tower embeds at once outside of training, and the least that a rank takes.
+_CHUNK = 8_192
 
 
 class ResidualBlock(nn.Module):
@@ -190,43 +193,56 @@ class TwoTower(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def all_vectors(self, cutoff: int | None) -> tuple[Tensor, Tensor]:
+    def all_vectors(self, cutoff: int | None, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
         """Vectors of all entities as they stand at the cut-off, in evaluation mode.
 
         Their dot product is the score that is served: that of training, and the item's bias.
+
+        Args:
+            ranks: who share the work, all of which call this and get the same bits as one alone.
 
         Returns:
             users float32 [num_users + 1, D + num_served_beside], whose last row serves unknown
             users, and items float32 [num_items, as many]; on the CPU if a table is sharded.
         """
-        users, items = self.all_embeddings(cutoff)
+        users, items = self.all_embeddings(cutoff, ranks)
         if self.item_bias is None:
             return users, items
         return with_bias(users, items, self.item_bias.to(items.device))
 
     @torch.no_grad()
-    def all_embeddings(self, cutoff: int | None) -> tuple[Tensor, Tensor]:
+    def all_embeddings(self, cutoff: int | None, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
         """As ``all_vectors`` without the bias: their dot product is the score of training.
 
         Returns:
             users float32 [num_users + 1, D + num_lifted], items float32 [num_items, as many].
         """
-        users = self._every(self.embed_users, self.num_users + 1, cutoff)
-        return users, self._every(self.embed_items, self.num_items, cutoff)
+        users = self._every(self.embed_users, self.num_users + 1, cutoff, ranks)
+        return users, self._every(self.embed_items, self.num_items, cutoff, ranks)
 
-    def _every(self, embed: Callable[[Rows], Tensor], count: int, cutoff: int | None) -> Tensor:
+    def _every(
+        self, embed: Callable[[Rows], Tensor], count: int, cutoff: int | None, ranks: Ranks
+    ) -> Tensor:
         was_training = self.training
         self.eval()
         device = self.log_temperature.device
-        # Tables that outgrow the device have vectors that do.
-        kept_on = "cpu" if self.shards() else device
+        # Tables that outgrow the device have vectors that do, and all ranks look up together.
+        sharded = bool(self.shards())
+        kept_on, sharing = ("cpu", ALONE) if sharded else (device, ranks)
         at = None if cutoff is None else torch.tensor(cutoff, device=device)
-
         chunks = torch.split(torch.arange(count, device=device), _CHUNK)
-        parts = (embed(Rows(chunk, at)).float() for chunk in chunks)
-        vectors = torch.cat([part.to(kept_on) for part in parts])
+        first, last = sharing.part(len(chunks))
+        # What has no rows knows its width only by asking for none.
+        own = chunks[first:last] or (chunks[0][:0],)
+        vectors = torch.cat([embed(Rows(chunk, at)).float().to(kept_on) for chunk in own])
         self.train(was_training)
-        return vectors
+        lengths = [len(chunk) for chunk in chunks]
+        ends = itertools.accumulate(sharing.counts(len(chunks)))
+        counts = [
+            sum(lengths[end - number : end])
+            for end, number in zip(ends, sharing.counts(len(chunks)), strict=True)
+        ]
+        return sharing.gather(vectors, counts, "vectors of all entities")
 
 
 def saved_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ FLOORS = {
         "strict",
         "settings",
         "config",
+        "unread",
         "files",
         "memory",
         "order",

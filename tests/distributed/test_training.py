@@ -271,6 +271,34 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(
     close(one, load_file(tmp_path / "weights-0.safetensors"), atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (2, {"towers": "rich", "chunk": 4}),
+        (3, {"towers": "timed", "chunk": 5, "similarity": "euclidean"}),
+        (2, {"towers": "history", "chunk": 9}),
+        (3, {"towers": "rich", "chunk": 4, "siamese": True}),
+        # Fewer chunks than ranks.
+        (3, {"towers": "history", "chunk": 9_999}),
+    ],
+)
+def test_ranks_embed_their_part_of_all_entities_to_the_same_bits(
+    work, spread, tmp_path, size, options
+):
+    ended = spread("embeds", size, tmp_path, **options)
+    assert ended.codes == [0] * size, ended.texts
+    (tmp_path / "one").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recclr.towers._CHUNK", 9_999)
+        work.alone("embeds", tmp_path / "one", **options)
+    one = load_file(tmp_path / "one" / "vectors-0.safetensors")
+    parts = [load_file(tmp_path / f"vectors-{rank}.safetensors") for rank in range(size)]
+    for other in parts:
+        assert torch.equal(one["items"], other["items"])
+        assert torch.equal(one["users"], other["users"])
+    assert sum(int(each["asked"]) for each in parts) == int(one["asked"]) == work.NUM_ITEMS
+
+
 def test_a_bit_that_flips_on_one_rank_reaches_no_checkpoint(spread, tmp_path):
     ended = spread("train", 3, tmp_path, towers="ids", checkpoints="kept", odd=2)
     assert ended.codes == [4] * 3, ended.texts

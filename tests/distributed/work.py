@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from recclr import sharded_tables
+from recclr import towers as towers_module
 from recclr.building import build_model
 from recclr.co_interactions import co_interactions
 from recclr.data.log import (
@@ -482,6 +483,20 @@ def sharded_table(ranks, folder, *, num_rows, dim, optimizer):
 def sharded_mean(table, keep):
     """By looking every row up."""
     return table(torch.arange(table.num_rows))[keep].mean(0)
+
+
+def embeds(ranks, folder, *, towers, chunk, siamese=False, similarity="cosine"):
+    """Vectors of all users and items, and how many this rank was asked for."""
+    if siamese:
+        model, _ = siamese_of(towers, LOSSES["infonce"], similarity)
+    else:
+        model = model_of(towers, LOSSES["infonce"], similarity=similarity)
+    asked = []
+    model.item_tower.register_forward_hook(lambda _, rows, __: asked.append(len(rows[0].idx)))
+    towers_module._CHUNK = chunk
+    users, items = model.all_vectors(NUM_ROWS * DAY_S, ranks)
+    found = {"users": users, "items": items, "asked": torch.tensor(sum(asked))}
+    save_file(found, folder / f"vectors-{ranks.rank}.safetensors")
 
 
 def judge(ranks, folder, *, num_users):
