@@ -22,6 +22,8 @@ _LOW_RANK, _FEW_DIMENSIONS = 0.1, 8
 # Slots that the most recommended items take, what two users' lists share, and rows that as many
 # most taken items have at most: where few items are new or wanted, lists are rightly alike.
 _CONCENTRATED, _ALIKE, _SPREAD_DEMAND = 0.9, 0.8, 0.4
+# By how much the third quartile of items' lengths exceeds the first where they decide, not angles.
+_NORMS_APART = 10.0
 # A learned temperature within this factor of a bound stands at it.
 _AT_BOUND = 1.001
 # Evaluations in a row that have to show a cause while the training lasts.
@@ -71,7 +73,7 @@ def _named(figures: Figures) -> list[Cause]:
         found += _spoken(named or _low_rank(side, figures))
     if not collapsed:
         found += _spoken(_concentrated(figures))
-    return found + _spoken(_saturated(figures))
+    return found + _spoken(_norms_apart(figures)) + _spoken(_saturated(figures))
 
 
 def _spoken(cause: Cause | None) -> list[Cause]:
@@ -150,6 +152,23 @@ def _concentrated(figures: Figures) -> Cause | None:
         f"share {figures['overlap']:.0%}: everybody gets nearly the same",
         "train longer or with a lower temperature, give users a history or features, or, where "
         "loss.log_q_strength is 1, lower it, which holds popular items back",
+    )
+
+
+def _norms_apart(figures: Figures) -> Cause | None:
+    if not _known(figures, "item_norm_q1", "item_norm_q3"):
+        return None
+    low, high = figures["item_norm_q1"], figures["item_norm_q3"]
+    if high <= _NORMS_APART * low:
+        return None
+    times = f"{high / low:.0f} times the first" if low > 0 else "above a first of 0"
+    return Cause(
+        "item_norms_apart",
+        f"the vectors of items differ more in length than they could in angle: the third quartile "
+        f"of their lengths is {times}, so that a few long ones are ranked first for everybody, or "
+        "last",
+        'set model.similarity = "cosine", under which all have length 1, raise loss.temperature, '
+        "or lower train.table_lr and train.dense_lr",
     )
 
 

@@ -262,7 +262,7 @@ class Refresher:
             users,
             items,
             self.settings,
-            temperature=float(model.temperature()),
+            temperature=float(model.temperature().detach()),
             keys=(self.seed, step),
             ranks=self.ranks,
         )

@@ -105,6 +105,21 @@ def test_the_same_popular_items_for_everybody():
     assert "10 most recommended items take" in cause.text
 
 
+@pytest.mark.parametrize(("spread", "named"), [(1.0, False), (3.0, True)])
+def test_lengths_that_run_apart(spread, named):
+    users, items = healthy(similarity="dot")
+    lengths = torch.exp(spread * normal(NUM_ITEMS, 1, seed=8))
+    found = causes([figures(users, lengths * items)], final=True)
+    assert ("item_norms_apart" in [cause.name for cause in found]) is named
+    if named:
+        (text,) = [cause.text for cause in found if cause.name == "item_norms_apart"]
+        assert "times the first" in text
+    # Half of the items without any length at all.
+    items[::2][: NUM_ITEMS // 2] = 0.0
+    items[1::8] = 0.0
+    assert "item_norms_apart" in names(users, items)
+
+
 def test_concentrated_demand_is_no_fault_of_the_model():
     users, items = healthy(similarity="dot")
     users[:, 1], items[:K, 1] = 5.0, 9.0
