@@ -246,7 +246,9 @@ def _table() -> Iterator[tuple[str, Where]]:
     )
     yield from _of_objective()
     yield from _of_loop()
-    yield from _where("blend.spectral is 0", lambda c, _: bool(c.blend.spectral), _POWER)
+    yield from _where(
+        "blend.spectral is 0", lambda c, _: bool(c.blend.spectral), "blend.spectral_item_power"
+    )
     yield from _where(
         "blend names neither spectral nor runs", lambda c, _: bool(c.blend.parts), "blend.weights"
     )
@@ -255,10 +257,11 @@ def _table() -> Iterator[tuple[str, Where]]:
         lambda c, _: "ease" in c.baselines.names,
         "baselines.ease_max_items",
     )
-    yield from _where("baselines.names is empty", lambda c, _: bool(c.baselines.names), _BUDGET)
-
-
-_POWER, _BUDGET = "blend.spectral_item_power", "baselines.budget"
+    yield from _where(
+        "baselines.names is empty, or there is no validation to choose by",
+        lambda c, _: bool(c.baselines.names) and _validates(c),
+        "baselines.budget",
+    )
 
 
 def _of_objective() -> Iterator[tuple[str, Where]]:
@@ -302,6 +305,11 @@ def _of_loop() -> Iterator[tuple[str, Where]]:
     )
     yield from _where(
         "there is no validation to stop by; set split.valid", _validates, "train.patience"
+    )
+    yield from _where(
+        "there is no validation to look at, and no queue whose age is told",
+        lambda c, _: _validates(c) or c.negatives.queue is not None,
+        "train.evaluate_every",
     )
     yield from _where(
         "nothing but tables of ids is trained", _is_dense, "train.dense_lr", "train.clip_norm"

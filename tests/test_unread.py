@@ -50,7 +50,7 @@ self_supervision.*.batch_size self_supervision.*.distribution self_supervision.*
 self_supervision.*.projection
 distillation distillation.run distillation.weight
 train.batch_size train.chunk_size train.accumulate train.epochs train.table_optimizer train.table_lr
-train.lr_scaling train.warmup train.decay train.evaluate_every train.checkpoint_every train.refit
+train.lr_scaling train.warmup train.decay train.checkpoint_every train.refit
 train.time_cells train.precision train.cuda_graph train.compile train.sharded_tables
 train.collective_timeout_s
 evaluate.ks evaluate.select evaluate.select_slice evaluate.keep_seen evaluate.num_bootstrap
@@ -272,6 +272,15 @@ CASES = [
     Case("train.final_lr", 0.5, {"train.decay": "none"}, {}),
     Case("train.table_moments", "bfloat16", {"train.table_optimizer": "rowwise_adagrad"}, {}),
     Case("train.patience", 2, {"split.valid": 0.0}, {}, trains=False),
+    Case("train.evaluate_every", 2.0, {"split.valid": 0.0}, {}, trains=False),
+    Case(
+        "train.evaluate_every",
+        2.0,
+        {"split.valid": 0.0},
+        {"split.valid": 0.0, "negatives.in_batch": True, "negatives.queue": {}},
+        trains=False,
+    ),
+    Case("baselines.budget", "full", {"split.valid": 0.0}, {}, trains=False),
     Case("train.dense_lr", 0.5, {}, {"item.features": KIND}),
     Case("train.dense_lr", 0.5, {}, {"loss.temperature": "learned"}),
     Case("train.clip_norm", 1e-6, {}, {"user.mlp": [5]}),
