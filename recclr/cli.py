@@ -205,6 +205,7 @@ def evaluate(
 
     Under torchrun, its processes share the work.
     """
+    from recclr.evaluate import left_out
     from recclr.joining import joined
     from recclr.judge import evaluate_run
     from recclr.keeping import digest_of
@@ -236,6 +237,8 @@ def evaluate(
         print_json(found.to_json())
     else:
         sys.stdout.write(f"{found}\n")
+        for note in left_out(found.counts):
+            say(f"note: {note}")
 
 
 app.command()(tune)

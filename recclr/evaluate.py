@@ -5,7 +5,7 @@ Shape letters: Q queries (users with something relevant), K cut-off, V corpus.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -176,6 +176,25 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """The parts of metrics.json that belong to this ranker."""
         return {"metrics": self.metrics, "intervals": self.intervals, "counts": self.counts}
+
+
+def left_out(counts: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What of the held-out rows is in no figure, one sentence each.
+
+    Args:
+        counts: by slice, as ``Evaluation`` has them.
+    """
+    everyone, found = counts.get("all", {}), []
+    if users := everyone.get("dropped_users"):
+        found.append(
+            f"{users:,} held-out users are not in the figures: they had all their held-out items "
+            "before."
+        )
+    if pairs := everyone.get("repeated_rows"):
+        found.append(
+            f"{pairs:,} held-out pairs are not in the figures: their user had the item before."
+        )
+    return found
 
 
 def evaluate(

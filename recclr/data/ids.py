@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from recclr.data.schema import widened
 from recclr.errors import DataError
 
+_PLACEHOLDERS = ["", "nan", "null", "none", "na", "n/a", "<na>", "nil", "undefined"]
 _INTEGER_TEXT = r"^-?[0-9]+$"
 
 
@@ -34,8 +35,9 @@ def canonical_ids(series: pl.Series, *, where: str, as_text: bool = False) -> pl
     if dtype.is_float():
         raise DataError(
             f"{where} holds ids as floats ({dtype}), which change above 2^53; expected integers or "
-            "strings; write the column as integers again (pandas makes floats of integers beside "
-            "missing values: use its dtype 'Int64'), or as strings with data.id_type = 'string'"
+            "strings; write the column as one of them (pandas makes floats of integers beside "
+            "missing values: use its dtype 'Int64'); of a CSV, data.id_type = 'string' takes the "
+            "text as it stands"
         )
     if isinstance(dtype, pl.Decimal) and dtype.scale == 0:
         series = series.cast(pl.Int128)
@@ -117,6 +119,19 @@ def stray_text(ids: pl.Series) -> int:
     distinct = ids.drop_nulls().unique()
     strays = len(distinct) - int(distinct.str.contains(_INTEGER_TEXT).sum())
     return strays if strays * 10 <= len(distinct) else 0
+
+
+def placeholders(ids: pl.Series) -> dict[str, int]:
+    """Rows by id, of ids that look like a missing one that was written as text, most first.
+
+    Args:
+        ids: of rows, with repeats. Of integers none is.
+    """
+    if ids.dtype != pl.String:
+        return {}
+    plain = ids.str.strip_chars().str.to_lowercase()
+    counts = ids.filter(plain.is_in(_PLACEHOLDERS)).value_counts(sort=True)
+    return dict(counts.iter_rows())
 
 
 def hash_ids(ids: pl.Series, seed: int) -> NDArray[np.uint64]:

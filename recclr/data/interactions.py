@@ -16,7 +16,7 @@ import polars as pl
 from recclr.data.check import clean_events, event_columns
 from recclr.data.files import closest
 from recclr.data.filters import StepCount, decay_weights
-from recclr.data.ids import align_ids, lookalikes, stray_text
+from recclr.data.ids import align_ids, lookalikes, placeholders, stray_text
 from recclr.data.side_tables import read_side_table
 from recclr.data.tables import load_table
 from recclr.errors import ConfigError, DataError
@@ -366,6 +366,12 @@ def _id_notes(log: Log) -> list[str]:
             notes.append(
                 f"{key}: {same:,} ids differ from another only in case, outer spaces or Unicode "
                 "form; they are kept apart"
+            )
+        for found, rows in placeholders(log.events[key]).items():
+            column = getattr(log.settings.columns, key.removesuffix("_id"))
+            notes.append(
+                f"{key}: {rows:,} rows have the id {found!r}, which looks like a missing one; if it is, "
+                f"leave them out with data.where = {{ {column} = \"!= '{found}'\" }}"
             )
         if strays := stray_text(every):
             notes.append(

@@ -114,12 +114,24 @@ def require_columns(table: Table, wanted: dict[str, str], *, name: str) -> None:
     for column, setting in wanted.items():
         if column in table.columns:
             continue
+        if separator := _other_separator(table.columns):
+            raise DataError(
+                f"{name}: {table.label} has one column, {table.columns[0][:80]!r}: expected values "
+                f"between commas, found {separator!r} there; write it with commas, or as Parquet"
+            )
         near = closest(column, list(table.columns))
         hint = f"did you mean {near!r}? Set" if near else "set"
         raise DataError(
             f"{name}: {table.label} has no column {column!r} (from {setting}); found "
             f"{_listed(table.columns)}; {hint} {setting} to the name in the file"
         )
+
+
+def _other_separator(columns: Sequence[str]) -> str | None:
+    """What stands between the names of a header that was read as a single one."""
+    if len(columns) != 1:
+        return None
+    return next((mark for mark in (";", "\t", "|") if mark in columns[0]), None)
 
 
 def _listed(names: Sequence[str], most: int = 30) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from recclr.evaluate import left_out
 from recclr.report.charts import Bar, bar_chart
 from recclr.report.markup import Cell, figure, folded, paragraph, section, table
 from recclr.settings.judging import leading_slice
@@ -143,11 +144,7 @@ def warnings(results: Results) -> str:
     users = counts[part]["users"]
     if users < _FEW_USERS:
         notes.append(f"Only {users:,} users were judged; small differences mean nothing.")
-    if counts["all"].get("dropped_users"):
-        notes.append(
-            f"{counts['all']['dropped_users']:,} held-out users are not in the figures: they had "
-            "all their held-out items before."
-        )
+    notes += left_out(counts)
     if "cold_items" not in counts:
         notes.append("No held-out item is cold: these figures say nothing about new items.")
     for name, reason in results.metrics.get("skipped_baselines", {}).items():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recclr.data.ids import align_ids, canonical_ids, hash_ids, lookalikes, stray_text
+from recclr.data.ids import align_ids, canonical_ids, hash_ids, lookalikes, placeholders, stray_text
 from recclr.errors import DataError
 
 EXTREMES = [2**53 + 1, 2**63 - 1, -1, -(2**63), 0, None]
@@ -77,6 +77,12 @@ def test_lookalikes_and_strays_are_counted():
     assert stray_text(pl.Series([*numbers, "NULL"])) == 1
     assert stray_text(pl.Series(numbers)) == 0
     assert stray_text(pl.Series(["a", "b", "1"])) == 0
+
+
+def test_ids_that_look_like_missing_ones_are_counted_by_row():
+    ids = pl.Series(["nan", "u1", "NaN", "", "nan", " null ", "Nana", None, "none of these"])
+    assert placeholders(ids) == {"nan": 2, "NaN": 1, "": 1, " null ": 1}
+    assert placeholders(pl.Series([1, 2])) == placeholders(pl.Series(["a"])) == {}
 
 
 def test_hashes_are_fixed_for_ever():

@@ -100,6 +100,29 @@ def test_leading_zeros_in_csv_stay(tmp_path):
     (tmp_path / "g.csv").write_text("user_id,item_id\n12.0,1\n13.0,2\n")
     with pytest.raises(DataError, match="ids as floats"):
         read(tmp_path / "g.csv")
+    taken = read(tmp_path / "g.csv", id_type="string").events["user_id"].to_list()
+    assert taken == ["12.0", "13.0"]
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_values_that_are_not_between_commas_are_said(tmp_path, mark):
+    (tmp_path / "e.csv").write_text(f"user_id{mark}item_id\n1{mark}2\n")
+    with pytest.raises(DataError, match="values between commas, found") as caught:
+        read(tmp_path / "e.csv")
+    assert repr(mark) in str(caught.value)
+
+
+def test_ids_that_look_like_missing_ones_are_said_with_a_condition_that_drops_them():
+    frame = pl.DataFrame({"who": ["a", "nan", "b", "nan", ""], "item_id": [1, 2, 3, 4, 5]})
+    columns = {"user": "who"}
+    notes = [note for note in read(frame, columns=columns).notes if "looks like a missing" in note]
+    assert len(notes) == 2
+    assert notes[0].startswith("user_id: 2 rows have the id 'nan'")
+    assert notes[0].endswith("""data.where = { who = "!= 'nan'" }""")
+    for found in ("nan", ""):
+        frame = read(frame, columns=columns, where={"who": f"!= '{found}'"}).events
+        frame = frame.rename({"user_id": "who"})
+    assert frame["who"].to_list() == ["a", "b"]
 
 
 def test_ids_of_events_and_tables_get_one_type():
