@@ -370,8 +370,8 @@ def _id_notes(log: Log) -> list[str]:
         for found, rows in placeholders(log.events[key]).items():
             column = getattr(log.settings.columns, key.removesuffix("_id"))
             notes.append(
-                f"{key}: {rows:,} rows have the id {found!r}, which looks like a missing one; if it is, "
-                f"leave them out with data.where = {{ {column} = \"!= '{found}'\" }}"
+                f"{key}: {rows:,} rows have the id {found!r}, which looks like a missing one; if "
+                f"it is, leave them out with data.where = {{ {column} = \"!= '{found}'\" }}"
             )
         if strays := stray_text(every):
             notes.append(
