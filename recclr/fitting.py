@@ -46,7 +46,9 @@ class _Served:
     def evaluate(self, model: TwoTower) -> dict[str, float]:
         ranker = ranker_of(model, self.cutoff, self.ranks)
         self.ranker = None if self.figures_of is None else ranker
-        return self.judge(ranker)
+        # Vectors of tables that outgrow the device would as well.
+        place = "cpu" if model.shards() else model.log_temperature.device
+        return self.judge(ranker.to(place))
 
     def monitor(self, model: TwoTower) -> dict[str, float]:
         """Of the model that was evaluated last, whose vectors are then let go."""

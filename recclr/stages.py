@@ -31,8 +31,13 @@ def evaluated(
     *,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Judge, and show how far that is; ``ranks`` share it, else the caller does it alone."""
+    """Judge, and show how far that is; ``ranks`` share it, else the caller does it alone.
+
+    On the device of the run where the ranker is one of vectors, unless tables outgrow it.
+    """
     context.end_if_asked()
+    if isinstance(ranker, EmbeddingRanker) and context.config.train.sharded_tables == "none":
+        ranker = ranker.to(context.device)
 
     def progress(done: int, total: int) -> None:
         event = {"kind": "judging", "name": ranker.name, "done": done, "total": total}

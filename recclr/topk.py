@@ -151,9 +151,22 @@ class EmbeddingRanker:
     def top_k(
         self, user_idx: Tensor, k: int, *, seen: Csr | None = None, items: Tensor | None = None
     ) -> TopK:
-        """See ``ranking.Ranker``."""
-        known = user_idx.to(self.user_vectors.device).clamp(max=len(self.user_vectors) - 1)
+        """See ``ranking.Ranker``; arguments from anywhere, the result where the vectors are."""
+        device = self.user_vectors.device
+        known = user_idx.to(device).clamp(max=len(self.user_vectors) - 1)
+        seen = None if seen is None else seen.to(device)
+        items = None if items is None else items.to(device)
         return top_k(self.user_vectors[known], self.item_vectors, k, seen=seen, items=items)
+
+    def to(self, device: torch.device | str) -> EmbeddingRanker:
+        """The same with its vectors on a device; shares them where they are there already."""
+        return EmbeddingRanker(
+            self.name,
+            self.user_vectors.to(device),
+            self.item_vectors.to(device),
+            similarity=self.similarity,
+            num_beside=self.num_beside,
+        )
 
     def own_vectors(self) -> tuple[Tensor, Tensor]:
         """What the towers came to, without what the score needs beside: users and items, views of

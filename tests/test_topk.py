@@ -193,3 +193,30 @@ def test_tiles_in_which_everything_was_seen_leave_no_trace(columns, left, monkey
     missing = 4 - len(left)
     assert found.item_idx.tolist() == [left[::-1] + [-1] * missing]
     assert found.scores.tolist() == [[*map(float, left[::-1])] + [-np.inf] * missing]
+
+
+def test_a_ranker_keeps_its_name_and_vectors_wherever_it_is():
+    users, items = torch.randn(4, 5), torch.randn(7, 5)
+    ranker = EmbeddingRanker("x", users, items, similarity="euclidean", num_beside=2)
+    moved = ranker.to("meta")
+    assert (moved.name, moved.similarity, moved.num_beside) == ("x", "euclidean", 2)
+    assert moved.user_vectors.device.type == moved.item_vectors.device.type == "meta"
+    assert moved.user_vectors.shape == users.shape
+    same = ranker.to("cpu")
+    assert same.user_vectors.data_ptr() == users.data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("among", [None, [1, 4, 5, 80]])
+def test_a_ranker_on_a_gpu_takes_queries_and_seen_items_from_the_cpu(among):
+    draws = torch.Generator().manual_seed(3)
+    ranker = EmbeddingRanker(
+        "x", torch.randn(30, 8, generator=draws), torch.randn(90, 8, generator=draws)
+    )
+    user_idx, seen = torch.tensor([3, 0, 29, 77]), random_seen(4, 90, draws)
+    items = None if among is None else torch.tensor(among)
+    expected = ranker.top_k(user_idx, 3, seen=seen, items=items)
+    found = ranker.to("cuda").top_k(user_idx, 3, seen=seen, items=items)
+    assert torch.equal(found.item_idx.cpu(), expected.item_idx)
+    torch.testing.assert_close(found.scores.cpu(), expected.scores)
