@@ -77,7 +77,7 @@ class TwoTower:
         settings = _settings(train, config or {})
         if settings.train.refit and valid is None:
             raise ConfigError("train.refit: there is no validation to select on; give valid=")
-        for sentence in advice_on(settings, timed=train.has_time):
+        for sentence in advice_on(settings, timed=train.has_time, validates=valid is not None):
             warnings.warn(sentence, stacklevel=2)
         kept = valid
         device = pick_device(device)

@@ -134,12 +134,15 @@ def _trial(
 
 
 def _fill(stepper: Stepper) -> None:
-    """Push batches into the queue, if there is one, until it is full."""
+    """Fill the queue, if there is one, with items of a batch and vectors of nothing."""
     queue = stepper.objective.queue
-    number = 0
-    while queue is not None and queue.num_filled < queue.size:
-        queue.advance(stepper.model, [stepper.source.batch(number)])
-        number += 1
+    if queue is None:
+        return
+    batch = stepper.source.batch(0)
+    # To embed them would take as long as all that is measured; a step costs the same.
+    vectors = queue.vectors.new_zeros(len(batch.item_idx), queue.vectors.shape[1])
+    while queue.num_filled < queue.size:
+        queue.push(batch.item_idx, vectors, batch.pool)
 
 
 def _next_peak(trials: list[BatchTrial]) -> float:

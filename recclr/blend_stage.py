@@ -24,8 +24,6 @@ from recclr.blending import (
 from recclr.config import Config
 from recclr.data.prepared import PreparedLog
 from recclr.distributed import Ranks
-from recclr.errors import ConfigError
-from recclr.evaluate import EvaluationSet
 from recclr.files import sha256_of, write_bytes_atomic, write_json_atomic
 from recclr.keeping import digest_of
 from recclr.other_runs import BLEND_RUNS, named_runs, vectors_of_run
@@ -34,19 +32,6 @@ from recclr.spectral import spectral_factors
 from recclr.topk import EmbeddingRanker
 
 Judge = Callable[[EmbeddingRanker], float]
-
-
-def require_validation(config: Config, examples: EvaluationSet | None) -> None:
-    """Refuse a blend that nothing can choose the weights of.
-
-    Raises:
-        ConfigError: there is no validation to judge them by.
-    """
-    if config.blend.parts and examples is None:
-        raise ConfigError(
-            "blend chooses its weights on validation, but the split holds none out; set "
-            "split.valid, or leave [blend] out"
-        )
 
 
 def blend_selected(

@@ -28,9 +28,7 @@ from recclr.settings import (
     LossSettings,
     ModelSettings,
     PropagationSettings,
-    SelfSupervisionSettings,
     TowerSettings,
-    ViewSettings,
 )
 from recclr.sharded_tables import NewTable
 from recclr.similarity import log_popularity
@@ -46,19 +44,17 @@ def build_model(
     model: ModelSettings,
     loss: LossSettings,
     seed: int,
-    views: SelfSupervisionSettings | None = None,
     new_table: NewTable = Table,
 ) -> TwoTower:
     """Both towers for the given data, freshly initialised on the CPU.
 
     Args:
-        views: terms that will train it as well. new_table: makes every embedding table; see
-            ``sharded_tables.table_maker``.
+        new_table: makes every embedding table; see ``sharded_tables.table_maker``.
 
     Raises:
         ConfigError: a feature needs timestamps that the log lacks, or a tower would be empty.
     """
-    builder = _Builder(prepared, model, seed, views, new_table)
+    builder = _Builder(prepared, model, seed, new_table)
     item_tower = builder.tower("item", item, prepared.items)
     user_tower = builder.tower("user", user, prepared.users)
     return TwoTower(
@@ -86,43 +82,20 @@ def build_tower(
     *,
     model: ModelSettings,
     seed: int,
-    views: SelfSupervisionSettings | None = None,
     new_table: NewTable = Table,
 ) -> Tower:
     """One tower alone, ``item`` or ``user`` (without a history); as ``build_model`` otherwise."""
     features = prepared.items if side == "item" else prepared.users
-    return _Builder(prepared, model, seed, views, new_table).tower(side, settings, features)
-
-
-def _trains_unknown_id(
-    settings: TowerSettings, view: ViewSettings | None, *, all_known: bool
-) -> bool:
-    """Whether anything of a training shows the unknown id of a tower, whose first part the id is.
-
-    Args:
-        all_known: every entity that views are drawn from has an id of its own.
-    """
-    share = max(settings.augment.start, settings.augment.end)
-    in_steps, in_views = settings.augment.hides(0, settings.part_names())
-    if settings.id.as_of or settings.id.dropout * share > 0 or in_steps:
-        return True
-    if view is None:
-        return False
-    return in_views or view.dropout > 0 or (view.distribution == "uniform" and not all_known)
+    return _Builder(prepared, model, seed, new_table).tower(side, settings, features)
 
 
 class _Builder:
     """Tables and time indexes that parts of both towers share."""
 
     def __init__(
-        self,
-        prepared: Prepared,
-        model: ModelSettings,
-        seed: int,
-        views: SelfSupervisionSettings | None,
-        new_table: NewTable,
+        self, prepared: Prepared, model: ModelSettings, seed: int, new_table: NewTable
     ) -> None:
-        self.log, self.views, self.new_table = prepared.train, views, new_table
+        self.log, self.new_table = prepared.train, new_table
         self.dim = model.embedding_dim
         self.std = model.init_std / math.sqrt(model.embedding_dim)
         self.generator = keyed_generator("cpu", seed, 0x7AB1E)
@@ -187,13 +160,14 @@ class _Builder:
     def id_part(self, side: str, settings: TowerSettings) -> IdPart:
         counts = self.log.user_counts() if side == "user" else self.log.item_counts()
         first_seen = self.index(side).first_seen if settings.id.as_of else None
-        view: ViewSettings | None = None if self.views is None else getattr(self.views, side)
+        # The id is the first part.
+        hidden = settings.augment.hides(0, settings.part_names())
         return IdPart(
             self.id_table(side),
             counts > 0,
             dropout=settings.id.dropout,
             first_seen=first_seen,
-            trains_unknown=_trains_unknown_id(settings, view, all_known=bool((counts > 0).all())),
+            trains_unknown=settings.id.dropout > 0 or settings.id.as_of or hidden,
         )
 
     def id_table(self, side: str) -> Table:

@@ -165,10 +165,9 @@ def _norms_apart(figures: Figures) -> Cause | None:
     return Cause(
         "item_norms_apart",
         f"the vectors of items differ more in length than they could in angle: the third quartile "
-        f"of their lengths is {times}, so that a few long ones are ranked first for everybody, or "
-        "last",
-        'set model.similarity = "cosine", under which all have length 1, raise loss.temperature, '
-        "or lower train.table_lr and train.dense_lr",
+        f"of their lengths is {times}, so that the long ones are first for everybody, or last",
+        'set model.similarity = "cosine", under which all have length 1, lower train.table_lr and '
+        "train.dense_lr, or raise loss.temperature if the loss has one",
     )
 
 

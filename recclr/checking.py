@@ -18,10 +18,11 @@ from recclr.fitting import fresh_stepper
 from recclr.judge import judged_by
 from recclr.kernels import native
 from recclr.little_data import advise
-from recclr.load import pick_device
+from recclr.load import fresh_model, pick_device
 from recclr.negatives import lost_negatives
 from recclr.other_runs import require_runs, require_same_rows, with_teacher
 from recclr.run_folder import weights_folder
+from recclr.starting import start_from_catalogue
 from recclr.unread import unread_settings
 
 
@@ -85,23 +86,37 @@ def read_data(config: Config, inputs: Mapping[str, Any], *, with_test: bool = Tr
         # Hours of training are a high price for a test that turns out to be empty.
         judged_by(prepared, split.test, config, also=split.had_before("test"))
     notes = [*log.notes, *_long_rankings(config, len(prepared.items))]
-    notes += advice_on(config, timed=log.has_time)
+    notes += advice_on(config, timed=log.has_time, validates=split.valid is not None)
     return Data(log, split, prepared, examples, tuple(notes), inputs)
 
 
-def advice_on(config: Config, *, timed: bool) -> list[str]:
+def advice_on(config: Config, *, timed: bool, validates: bool) -> list[str]:
     """What of a configuration costs more than it seems to, or does nothing; one sentence each.
 
     Args:
-        timed: whether the log has times.
+        timed, validates: see ``unread.Facts``.
     """
     lost = lost_negatives(config.loss, config.negatives, config.train)
-    return [*([] if lost is None else [lost]), *unread_settings(config, timed=timed)]
+    unread = unread_settings(config, timed=timed, validates=validates)
+    return [*([] if lost is None else [lost]), *unread]
 
 
 def refits(config: Config, split: Split) -> bool:
     """Whether the model that is shipped is trained afresh on train + validation."""
     return config.train.refit and split.valid is not None
+
+
+def require_validation(config: Config, examples: EvaluationSet | None) -> None:
+    """Refuse a blend that nothing can choose the weights of.
+
+    Raises:
+        ConfigError: there is no validation to judge them by.
+    """
+    if config.blend.parts and examples is None:
+        raise ConfigError(
+            "blend chooses its weights on validation, but the split holds none out; set "
+            "split.valid, or leave [blend] out"
+        )
 
 
 def require_targets(config: Config) -> None:
@@ -144,9 +159,13 @@ def check_data(
     """
     settings = _config(events, users, items, config, overrides)
     require_targets(settings)
-    if settings.model.init_from is not None:
-        weights_folder(settings.model.init_from)
+    starts = settings.model.init_from
+    weights = None if starts is None else weights_folder(starts)
     data = read_data(settings, inputs={})
+    require_validation(settings, data.examples)
+    if weights is not None:
+        model = fresh_model(settings, data.prepared.tensors)
+        start_from_catalogue(model, data.prepared.item_encoder, weights)
     # What a trainer refuses is told here too; it is handed the towers, and takes no step.
     place = pick_device(device)
     fresh_stepper(settings, data.prepared.tensors, device=place).close()

@@ -306,6 +306,8 @@ def _cross_check(config: Config, source: str) -> None:
         problems.append("model.init_from: starts item.features, and there are none")
     if config.model.mode == "item_item":
         problems += _siamese_problems(config)
+    if config.model.init == "spectral" and not (config.user.id.enabled or config.item.id.enabled):
+        problems.append('model.init = "spectral" starts tables of ids, and both are switched off')
     if config.blend.several and config.served_beside:
         problems.append(
             f"blend: lays vectors side by side, and {config.served_beside} has coordinates that "

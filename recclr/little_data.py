@@ -212,12 +212,11 @@ def _little(facts: Facts) -> list[str]:
 
 def _profile(facts: Facts, log: Log, train: EncodedLog, config: Config) -> Iterator[Line]:
     """Settings that differ from those of ``config``."""
-    features = dict(_features(log, train, config))
-    for key, (value, reason) in features.items():
-        yield Line(key, value, reason)
+    features = _fitting((Line(key, *found) for key, found in _features(log, train, config)), config)
+    yield from features
     has = {
         side: bool(getattr(config, side).features)
-        or any(key.startswith(f"{side}.features.") for key in features)
+        or any(line.key.startswith(f"{side}.features.") for line in features)
         for side in ("item", "user")
     }
     yield from _ids(facts, config, has)

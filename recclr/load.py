@@ -129,7 +129,6 @@ def fresh_model(config: Config, prepared: Prepared, new_table: NewTable = Table)
             model=config.model,
             loss=config.loss,
             seed=config.seed,
-            views=config.self_supervision,
             new_table=new_table,
         )
     return build_model(
@@ -139,7 +138,6 @@ def fresh_model(config: Config, prepared: Prepared, new_table: NewTable = Table)
         model=config.model,
         loss=config.loss,
         seed=config.seed,
-        views=config.self_supervision,
         new_table=new_table,
     )
 

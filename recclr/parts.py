@@ -25,11 +25,14 @@ _HIDDEN = 32
 class IdPart(nn.Module):
     """The id embedding. Table row 0 is the unknown id, row i + 1 entity i.
 
-    Where training never shows the unknown id, an unknown entity gets the mean of the known ones.
+    Where training never shows the unknown id in place of a positive's own, an unknown entity gets
+    the mean of the known ones. It may be shown elsewhere even so: as a negative, for an item of the
+    catalogue that nobody has, or in a view. But what the loss only pushes away is below every known
+    item, and says nothing of an unknown one.
 
     Args:
         known: bool [num_rows]: entities with a train interaction.
-        trains_unknown: whether training shows the unknown id; None: by what is given here.
+        trains_unknown: whether training shows the unknown id in place of known ones.
         first_seen: int64 [num_rows] seconds: with it, an id counts only after that moment.
     """
 
@@ -42,7 +45,7 @@ class IdPart(nn.Module):
         known: Tensor,
         *,
         dropout: float,
-        trains_unknown: bool | None = None,
+        trains_unknown: bool,
         first_seen: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -54,8 +57,6 @@ class IdPart(nn.Module):
         self.register_buffer("first_seen", first_seen, persistent=False)
         # Without any unknown row to serve the lookup is the bare table (the fast path).
         self.always = bool(known.all()) and dropout == 0.0 and first_seen is None
-        if trains_unknown is None:
-            trains_unknown = dropout > 0.0 or first_seen is not None
         self.trains_unknown = trains_unknown
 
     def forward(self, rows: Rows) -> Tensor:

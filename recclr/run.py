@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from recclr.baselines import BaselineChoice, build_baselines, refit_baseline
-from recclr.blend_stage import blend_final, blend_selected, require_validation
-from recclr.checking import Data, read_data, refits, require_targets
+from recclr.blend_stage import blend_final, blend_selected
+from recclr.checking import Data, read_data, refits, require_targets, require_validation
 from recclr.config import Config
 from recclr.data.log import Prepared
 from recclr.data.prepare import PreparedLog, prepare_for

@@ -14,12 +14,7 @@ from recclr.co_interactions import last_items
 from recclr.data.log import Prepared
 from recclr.distributed import ALONE, Ranks
 from recclr.optim import Table
-from recclr.settings import (
-    LossSettings,
-    ModelSettings,
-    SelfSupervisionSettings,
-    TowerSettings,
-)
+from recclr.settings import LossSettings, ModelSettings, TowerSettings
 from recclr.sharded_tables import NewTable
 from recclr.similarity import as_queries
 from recclr.towers import TwoTower
@@ -87,17 +82,14 @@ def build_siamese(
     model: ModelSettings,
     loss: LossSettings,
     seed: int,
-    views: SelfSupervisionSettings | None = None,
     new_table: NewTable = Table,
 ) -> Siamese:
-    """The model for the given data, freshly initialised on the CPU; arguments as ``build_model``.
+    """The model for the given data, freshly initialised on the CPU.
 
     Raises:
         ConfigError: as ``towers.build_model``.
     """
-    tower = build_tower(
-        "item", item, prepared, model=model, seed=seed, views=views, new_table=new_table
-    )
+    tower = build_tower("item", item, prepared, model=model, seed=seed, new_table=new_table)
     return Siamese(
         tower,
         prepared,

@@ -27,7 +27,7 @@ from recclr.settings import (
 from recclr.sharded_tables import RowShard, ShardedTable
 from recclr.similarity import LIFTED, as_candidates, as_queries, with_bias
 
-# Rows that a tower embeds at once outside of training, and the least that a rank takes.
+# Rows that a tower embeds at once outside of training; a rank takes whole stretches of them.
 _CHUNK = 8_192
 
 

@@ -15,7 +15,7 @@ from recclr.towers import Tower
 
 def id_part(num_items=9):
     table = Table(num_items + 1, 4, std=0.1, generator=torch.Generator())
-    return IdPart(table, torch.ones(num_items, dtype=torch.bool), dropout=0.0)
+    return IdPart(table, torch.ones(num_items, dtype=torch.bool), dropout=0.0, trains_unknown=False)
 
 
 def tower(parts, mlp=()):

@@ -249,7 +249,7 @@ def test_at_inference_nothing_changes_bit_for_bit(side):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_a_share_of_nothing_leaves_everything_as_it_is(side):
-    augment = replace(WORK.TOWERS["augmented"][SIDES.index(side)].augment, start=0.0, end=0.0)
+    augment = replace(WORK.TOWERS["augmented"][SIDES.index(side)].augment, start=0.0, end=1.0)
     tower = tower_of(side, augment=augment)
     torch.testing.assert_close(tower(seen(side, generator=draws())), tower(seen(side)))
 

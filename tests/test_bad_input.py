@@ -325,6 +325,7 @@ def test_check_refuses_what_training_would(recclr, small_config):
         ),
         (["negatives.in_batch=true", "negatives.counts=streaming"], "time cells"),
         (["train.cuda_graph=true"], "train.cuda_graph"),
+        (["blend.spectral=4", "split.valid=0", "train.refit=false"], "weights on validation"),
     ):
         chosen = [word for setting in settings for word in ("--set", setting)]
         done = recclr("check", "--config", small_config, *chosen)

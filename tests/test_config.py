@@ -504,6 +504,14 @@ TIMELESS = {"data": {"events": "e", "columns": {"timestamp": ""}}}
                 ("self_supervision.user", {"self_supervision": {"user": {}}}),
             )
         ),
+        (
+            {
+                "model": {"init": "spectral"},
+                "user": {"id": {"enabled": False}, "history": {"use": "features"}},
+                "item": {"id": {"enabled": False}, "features": {"a": {"kind": "numeric"}}},
+            },
+            'model.init = "spectral" starts tables of ids, and both are switched off',
+        ),
         ({"model": {"init_from": "w"}}, "model.init_from: starts item.features, and there are"),
         (
             {"negatives": {"mined": {}}, "loss": {"kind": "full_softmax"}},

@@ -153,6 +153,19 @@ def test_a_profile_fits_what_is_configured(little, section, left_out):
     with_changes(config, found)
 
 
+def test_what_rests_on_a_feature_goes_with_it(little):
+    """Without a table of items the moment is all that tells items apart."""
+    values = {"data": {"events": little["events"]}}
+    assert advice_of(values)[0].profile
+    found = keys(advice_of(values | {"train": {"time_cells": False}})[0])
+    every = keys(advice_of(values)[0])
+    assert "item.features.popularity_prior" in every
+    gone = {"item.features.popularity_prior", "item.id.dropout", "self_supervision.item"}
+    assert every.keys() - found.keys() == gone
+    assert every["user.history"]["use"] == "both"
+    assert "use" not in found["user.history"]
+
+
 def test_too_little_says_that_baselines_suffice(small_data):
     tables = {name: f"{small_data}/{name}.parquet" for name in ("events", "items")}
     advice, _, _ = advice_of({"data": tables})

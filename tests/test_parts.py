@@ -43,7 +43,7 @@ def is_likely(hits, trials, probability):
 
 
 def test_ids_are_table_rows_shifted_by_the_unknown_one():
-    part = IdPart(table_of(6), every(5), dropout=0.0)
+    part = IdPart(table_of(6), every(5), dropout=0.0, trains_unknown=False)
     idx = torch.tensor([4, 0, 4, 2])
     for rows in (Rows(idx), Rows(idx, generator=draws())):
         assert torch.equal(part(rows), part.table.weight[idx + 1])
@@ -51,7 +51,7 @@ def test_ids_are_table_rows_shifted_by_the_unknown_one():
 
 def test_an_unknown_id_that_training_never_shows_is_served_the_mean_of_the_known():
     known = torch.tensor([True, False, True, True, False])
-    part = IdPart(table_of(6), known, dropout=0.0)
+    part = IdPart(table_of(6), known, dropout=0.0, trains_unknown=False)
     found = part(Rows(torch.tensor([0, 1, 4, 5, 77, 3])))
     mean = part.table.weight[[1, 3, 4]].mean(0)
     expected = [part.table.weight[1], mean, mean, mean, mean, part.table.weight[4]]
@@ -61,7 +61,7 @@ def test_an_unknown_id_that_training_never_shows_is_served_the_mean_of_the_known
 
 
 def test_id_dropout_shows_the_unknown_row_at_its_rate_and_trains_it():
-    part = IdPart(table_of(8), every(7), dropout=0.3)
+    part = IdPart(table_of(8), every(7), dropout=0.3, trains_unknown=True)
     idx = torch.arange(7).repeat(500)
     vectors = part(Rows(idx, generator=draws(1)))
     dropped = (vectors == part.table.weight[0]).all(1)
@@ -77,14 +77,18 @@ def test_id_dropout_shows_the_unknown_row_at_its_rate_and_trains_it():
 
 
 def test_nothing_is_dropped_at_inference():
-    part = IdPart(table_of(8), every(7), dropout=0.9)
+    part = IdPart(table_of(8), every(7), dropout=0.9, trains_unknown=True)
     assert torch.equal(part(Rows(torch.arange(7))), part.table.weight[1:])
 
 
 def test_as_of_ids_count_from_the_second_after_they_were_first_seen():
     first_seen = torch.tensor([100, 200, 1 << 62])
     part = IdPart(
-        table_of(4), torch.tensor([True, True, False]), dropout=0.0, first_seen=first_seen
+        table_of(4),
+        torch.tensor([True, True, False]),
+        dropout=0.0,
+        trains_unknown=True,
+        first_seen=first_seen,
     )
 
     def rows_at(at):
@@ -375,7 +379,9 @@ def log_of(rows, *, timed):
 
 def history_of(rows, *, timed, length=50, half_life_d=None, dropout=0.0, **options):
     log = log_of(rows, timed=timed)
-    items = IdPart(table_of(NUM_ITEMS + 1, seed=3), every(NUM_ITEMS), dropout=0.0)
+    items = IdPart(
+        table_of(NUM_ITEMS + 1, seed=3), every(NUM_ITEMS), dropout=0.0, trains_unknown=False
+    )
     part = HistoryPart(
         [items],
         log.user_items(),
@@ -506,7 +512,9 @@ def test_augmented_histories_equal_a_loop_ragged_and_padded(
 
 def test_in_a_padded_history_dropout_hides_an_item_wherever_it_stands():
     log = log_of([(t, t % 2, 4) for t in range(40)], timed=True)
-    items = IdPart(table_of(NUM_ITEMS + 1, seed=3), every(NUM_ITEMS), dropout=0.5)
+    items = IdPart(
+        table_of(NUM_ITEMS + 1, seed=3), every(NUM_ITEMS), dropout=0.5, trains_unknown=True
+    )
     part = HistoryPart(
         [items],
         log.user_items(),
@@ -608,7 +616,7 @@ def test_item_parts_add_up_and_learn_from_the_history():
     rows = [(0, 0, 1), (1, 0, 4)]
     log = log_of(rows, timed=True)
     column = CategoricalColumn(torch.tensor([0, 1, 2, 1, 2, 0]).int(), 3)
-    ids = IdPart(table_of(7), every(NUM_ITEMS), dropout=0.0)
+    ids = IdPart(table_of(7), every(NUM_ITEMS), dropout=0.0, trains_unknown=False)
     kinds = CategoryPart(table_of(4, seed=1), column, dropout=0.0)
     part = HistoryPart(
         [ids, kinds],

@@ -18,6 +18,7 @@ FLOORS = {
         "settings",
         "config",
         "unread",
+        "read_where",
         "files",
         "memory",
         "order",

@@ -13,49 +13,43 @@ from recclr.data.interactions import read
 from recclr.data.prepare import prepare_for
 from recclr.fitting import fit_model
 from recclr.load import ranker_of
+from recclr.read_where import READ_WHERE
 from recclr.settings import DataSettings, FeatureSettings
-from recclr.unread import BY_KIND, READ_WHERE, unread_settings
+from recclr.unread import BY_KIND, unread_settings
 
 NUM_USERS, NUM_ITEMS, NUM_ROWS = 13, 23, 150
 DAY_S = 86_400
 # Read in every configuration, or refused where they would do nothing; of a section that need not
 # be there: wherever it is.
 _ALWAYS = """
-seed export
-data.events data.users data.items data.columns.user data.columns.item data.columns.timestamp
-data.columns.weight data.id_type data.bad_rows data.where data.event_weights data.deduplicate
-data.k_core_user data.k_core_item data.max_per_user data.decay_half_life_d data.resident
-split.by split.valid_events split.test_events split.train_share
-*.id.enabled *.id.propagation *.id.propagation.weight *.id.propagation.max_neighbours
-*.features *.features.kind *.features.dropout *.features.buckets *.features.min_count
-*.features.shared *.features.subsample *.features.jitter *.features.swap
+seed export data.events data.users data.items data.columns.user data.columns.item
+data.columns.timestamp data.columns.weight data.id_type data.bad_rows data.where
+data.event_weights data.deduplicate data.k_core_user data.k_core_item data.max_per_user
+data.decay_half_life_d data.resident split.by split.valid_events split.test_events
+split.train_share *.id.enabled *.id.propagation *.id.propagation.weight
+*.id.propagation.max_neighbours *.features *.features.kind *.features.dropout *.features.buckets
+*.features.min_count *.features.shared *.features.subsample *.features.jitter *.features.swap
 *.history *.history.length *.history.dropout *.history.use *.history.crop *.history.mask
-*.history.reorder *.mlp *.dropout
-item.history.half_life_d
-model.mode model.embedding_dim model.similarity model.popularity_bias model.init_std model.init
-model.init_from
-loss.kind loss.temperature loss.initial_temperature loss.min_temperature loss.max_temperature
-loss.second_temperature loss.mask_known_positives loss.log_q loss.decoupled loss.hardness loss.top_k
-loss.symmetric loss.positives loss.negative_weight loss.margin loss.mining loss.uniformity_weight
-negatives.popularity.count negatives.popularity.alpha
-negatives.mined negatives.mined.count negatives.mined.depth negatives.mined.skip
-negatives.mined.drop_popular negatives.mined.max_train_rows negatives.mined.margin
-negatives.mined.relative_margin negatives.mined.share negatives.mined.choice negatives.mined.pool
-negatives.mined.positive negatives.mined.warmup_epochs negatives.mined.refresh_epochs
-negatives.explicit negatives.explicit.events negatives.explicit.count negatives.explicit.weight
-negatives.queue negatives.queue.size negatives.available negatives.available_lead_d
-negatives.within negatives.counts
-self_supervision self_supervision.* self_supervision.*.weight self_supervision.*.temperature
-self_supervision.*.batch_size self_supervision.*.distribution self_supervision.*.dropout
-self_supervision.*.projection
-distillation distillation.run distillation.weight
-train.batch_size train.chunk_size train.accumulate train.epochs train.table_optimizer train.table_lr
-train.lr_scaling train.warmup train.decay train.checkpoint_every train.refit
-train.time_cells train.precision train.cuda_graph train.compile train.sharded_tables
-train.collective_timeout_s
+*.history.reorder *.mlp *.dropout item.history.half_life_d model.mode model.embedding_dim
+model.similarity model.popularity_bias model.init model.init_from loss.kind loss.temperature
+loss.initial_temperature loss.min_temperature loss.max_temperature loss.second_temperature
+loss.mask_known_positives loss.log_q loss.decoupled loss.hardness loss.top_k loss.symmetric
+loss.positives loss.negative_weight loss.margin loss.mining loss.uniformity_weight
+negatives.popularity.count negatives.popularity.alpha negatives.mined negatives.mined.count
+negatives.mined.depth negatives.mined.skip negatives.mined.drop_popular
+negatives.mined.max_train_rows negatives.mined.margin negatives.mined.relative_margin
+negatives.mined.share negatives.mined.choice negatives.mined.pool negatives.mined.positive
+negatives.mined.warmup_epochs negatives.mined.refresh_epochs negatives.explicit
+negatives.explicit.events negatives.explicit.count negatives.explicit.weight negatives.queue
+negatives.queue.size negatives.available negatives.available_lead_d negatives.within
+negatives.counts self_supervision self_supervision.* self_supervision.*.weight
+self_supervision.*.temperature self_supervision.*.batch_size self_supervision.*.distribution
+self_supervision.*.dropout self_supervision.*.projection distillation distillation.run
+distillation.weight train.batch_size train.chunk_size train.accumulate train.epochs
+train.lr_scaling train.warmup train.decay train.checkpoint_every train.refit train.time_cells
+train.precision train.cuda_graph train.compile train.sharded_tables train.collective_timeout_s
 evaluate.ks evaluate.select evaluate.select_slice evaluate.keep_seen evaluate.num_bootstrap
-baselines.names
-blend.spectral blend.runs blend.seeds blend.compress
+baselines.names blend.spectral blend.runs blend.seeds blend.compress
 """
 
 
@@ -233,6 +227,39 @@ CASES = [
         {"self_supervision": VIEWS, "item.augment.noise": 0.5},
     ),
     Case("user.augment.views_only", True, {}, {"user.augment.noise": 0.5}),
+    Case(
+        "user.augment.start", 0.5, {"user.history": {}, "item.dropout": 0.3}, {"user.dropout": 0.3}
+    ),
+    *(
+        Case(
+            f"item.augment.{name}",
+            value,
+            {"item.features": KIND, "item.augment.mode": "complementary", **more},
+            {
+                "item.features": KIND,
+                "item.augment.mode": "complementary",
+                **more,
+                "self_supervision": VIEWS,
+            },
+            trains=False,
+        )
+        for name, value, more in (
+            ("groups", [["id"]], {}),
+            ("share", 0.7, {}),
+            ("mode", "correlated", {"item.augment.views_only": True, "item.augment.dropout": 0.5}),
+        )
+    ),
+    Case(
+        "item.augment.dropout",
+        0.5,
+        {
+            "item.features": KIND,
+            "item.augment.mode": "complementary",
+            "item.augment.views_only": True,
+            "self_supervision": VIEWS,
+        },
+        {"item.features": KIND, "item.augment.mode": "complementary"},
+    ),
     Case("user.history.half_life_d", 2.0, {"user.history": {}}, {"user.history": {}}, timed=False),
     *(
         Case(f"model.pairs.{name}", value, {}, {"model.mode": "item_item"})
@@ -269,10 +296,42 @@ CASES = [
         trains=False,
     ),
     Case("train.base_batch_size", 999, {}, {"train.lr_scaling": "sqrt"}),
+    *(
+        Case(
+            key,
+            value,
+            {
+                "user.id.enabled": False,
+                "item.id.enabled": False,
+                "item.features": YEAR,
+                "user.history": {"use": "features"},
+            },
+            {},
+        )
+        for key, value in (
+            ("train.table_lr", 0.5),
+            ("train.table_optimizer", "rowwise_adam"),
+            ("model.init_std", 3.0),
+        )
+    ),
+    Case("loss.log_q_strength", 0.3, FULL, {"loss.kind": "bce"}),
+    Case(
+        "loss.log_q_strength",
+        0.3,
+        {"loss.kind": "triplet", "loss.mining": "hardest"},
+        {"loss.kind": "triplet", "negatives.in_batch": True},
+    ),
     Case("train.final_lr", 0.5, {"train.decay": "none"}, {}),
     Case("train.table_moments", "bfloat16", {"train.table_optimizer": "rowwise_adagrad"}, {}),
     Case("train.patience", 2, {"split.valid": 0.0}, {}, trains=False),
     Case("train.evaluate_every", 2.0, {"split.valid": 0.0}, {}, trains=False),
+    Case(
+        "train.evaluate_every",
+        2.0,
+        {"split.valid": 0.0, "negatives.queue": {"size": 0}},
+        {},
+        trains=False,
+    ),
     Case(
         "train.evaluate_every",
         2.0,
@@ -287,6 +346,12 @@ CASES = [
     Case("train.weight_decay", 9.0, {"item.features": KIND}, {"item.features": YEAR}),
     Case("train.weight_decay", 9.0, {"user.history": {}}, {"item.mlp": [5]}),
     Case("train.staleness_d", 30.0, {"item.features": YEAR}, {"user.history": {}}),
+    Case(
+        "train.staleness_d",
+        30.0,
+        {},
+        {"negatives.available": True, "negatives.available_lead_d": 5.0},
+    ),
     Case("train.staleness_d", 30.0, {"user.history": {}}, {"item.id.as_of": True}, timed=False),
     Case("blend.spectral_item_power", 0.5, {"blend.seeds": 1}, {"blend.spectral": 4}, trains=False),
     Case("blend.weights", [0.5], {"blend.seeds": 1}, {"blend.runs": ["there"]}, trains=False),
@@ -348,7 +413,8 @@ def same(one, other):
 
 
 def said(values, *, timed=True):
-    return unread_settings(config_of(values), timed=timed)
+    config = config_of(values)
+    return unread_settings(config, timed=timed, validates=config.split.valid > 0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.key)
@@ -369,6 +435,15 @@ def test_what_is_said_to_do_nothing_does_nothing_and_anything_else_does(case):
     without = trained(case.unread, timed=case.timed)
     assert same(without, trained({**case.unread, case.key: case.value}, timed=case.timed))
     assert not same(trained(case.read), trained({**case.read, case.key: case.value}))
+
+
+def test_a_full_softmax_reads_the_strength_for_explicit_negatives():
+    explicit = {
+        "negatives.explicit": {"events": ["hide"]},
+        "data.columns.event": "what",
+        "data.event_weights": {"buy": 1.0},
+    }
+    assert said({**FULL, **explicit, "loss.log_q_strength": 0.3}) == []
 
 
 def test_every_key_of_the_table_has_a_case():

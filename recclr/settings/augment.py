@@ -54,6 +54,11 @@ class AugmentSettings:
     def __post_init__(self) -> None:
         _check(self, share=(0.01, 0.99), dimension_mask=(0.0, _MOST), noise=(0.0, 100.0))
         _check(self, start=(0.0, 1.0), end=(0.0, 1.0))
+        if self.start == self.end == 0.0:
+            raise ValueError(
+                "start and end are both 0, so that no rate of the tower would ever act; leave the "
+                "rates out instead"
+            )
         for rate in self.rates():
             if not (math.isfinite(rate) and 0.0 <= rate <= _MOST):
                 raise ValueError(f"dropout must be between 0.0 and {_MOST}, found {rate!r}")
@@ -92,17 +97,17 @@ class AugmentSettings:
         rates = self.rates()
         return rates if len(rates) == len(units) else rates * len(units)
 
-    def hides(self, place: int, names: tuple[str, ...]) -> tuple[bool, bool]:
-        """Whether the part at a place of ``names`` is ever hidden with others: in the rows of a
-        step, and in the views of a self-supervised term.
-        """
-        units, share = self.units(names), max(self.start, self.end)
-        if self.mode == "independent":
-            rates = zip(units, self.rates_of(units), strict=True)
-            somewhere = any(place in unit and rate * share > 0 for unit, rate in rates)
-            return somewhere and not self.views_only, somewhere
-        (rate,) = self.rates()
-        return rate * share > 0 and not self.views_only, True
+    def hides(self, place: int, names: tuple[str, ...]) -> bool:
+        """Whether the rows of a step may lack the part at a place of ``names``."""
+        if self.views_only:
+            return False
+        if self.mode != "independent":
+            return any(self.rates())
+        units = self.units(names)
+        return any(
+            place in unit and rate > 0
+            for unit, rate in zip(units, self.rates_of(units), strict=True)
+        )
 
     def units(self, names: tuple[str, ...]) -> list[list[int]]:
         """Places in ``names`` (of the parts of a tower) of the parts that are hidden together.
