@@ -379,9 +379,8 @@ def log_of(rows, *, timed):
 
 def history_of(rows, *, timed, length=50, half_life_d=None, dropout=0.0, **options):
     log = log_of(rows, timed=timed)
-    items = IdPart(
-        table_of(NUM_ITEMS + 1, seed=3), every(NUM_ITEMS), dropout=0.0, trains_unknown=False
-    )
+    table = table_of(NUM_ITEMS + 1, seed=3)
+    items = IdPart(table, every(NUM_ITEMS), dropout=0.0, trains_unknown=False)
     part = HistoryPart(
         [items],
         log.user_items(),
@@ -512,9 +511,8 @@ def test_augmented_histories_equal_a_loop_ragged_and_padded(
 
 def test_in_a_padded_history_dropout_hides_an_item_wherever_it_stands():
     log = log_of([(t, t % 2, 4) for t in range(40)], timed=True)
-    items = IdPart(
-        table_of(NUM_ITEMS + 1, seed=3), every(NUM_ITEMS), dropout=0.5, trains_unknown=True
-    )
+    table = table_of(NUM_ITEMS + 1, seed=3)
+    items = IdPart(table, every(NUM_ITEMS), dropout=0.5, trains_unknown=True)
     part = HistoryPart(
         [items],
         log.user_items(),

@@ -365,7 +365,7 @@ def config_of(values):
     tree: dict[str, Any] = {
         "data": {"events": "unused.parquet"},
         "model": {"embedding_dim": 6},
-        "train": {"epochs": 3.0, "batch_size": 16, "table_lr": 0.05},
+        "train": {"epochs": 3.0, "batch_size": 16},
         "negatives": {},
     }
     for key, value in values.items():
@@ -427,7 +427,8 @@ def test_a_key_is_said_where_nothing_reads_it_and_there_only(case):
     assert " does nothing here: " in sentence
     assert not [s for s in said({**case.read, case.key: case.value}) if s.startswith(case.key)]
     # At its default nobody set it.
-    assert not [s for s in said(case.unread, timed=case.timed) if s.startswith(f"{case.key} ")]
+    if case.key not in case.unread:
+        assert not [s for s in said(case.unread, timed=case.timed) if s.startswith(f"{case.key} ")]
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.trains], ids=lambda case: case.key)
