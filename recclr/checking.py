@@ -94,7 +94,7 @@ def advice_on(config: Config, *, timed: bool, validates: bool) -> list[str]:
     """What of a configuration costs more than it seems to, or does nothing; one sentence each.
 
     Args:
-        timed, validates: see ``unread.Facts``.
+        timed, validates: see ``read_where.Facts``.
     """
     lost = lost_negatives(config.loss, config.negatives, config.train)
     unread = unread_settings(config, timed=timed, validates=validates)

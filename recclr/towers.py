@@ -236,12 +236,9 @@ class TwoTower(nn.Module):
         own = chunks[first:last] or (chunks[0][:0],)
         vectors = torch.cat([embed(Rows(chunk, at)).float().to(kept_on) for chunk in own])
         self.train(was_training)
-        lengths = [len(chunk) for chunk in chunks]
-        ends = itertools.accumulate(sharing.counts(len(chunks)))
-        counts = [
-            sum(lengths[end - number : end])
-            for end, number in zip(ends, sharing.counts(len(chunks)), strict=True)
-        ]
+        lengths, numbers = [len(chunk) for chunk in chunks], sharing.counts(len(chunks))
+        ends = itertools.accumulate(numbers)
+        counts = [sum(lengths[end - n : end]) for end, n in zip(ends, numbers, strict=True)]
         return sharing.gather(vectors, counts, "vectors of all entities")
 
 

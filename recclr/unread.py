@@ -27,7 +27,7 @@ def unread_settings(config: Config, *, timed: bool, validates: bool) -> list[str
     """One sentence for each key that has another value than its default and that nothing reads.
 
     Args:
-        timed, validates: see ``Facts``.
+        timed, validates: see ``read_where.Facts``.
     """
     facts = Facts(config, timed, validates)
     found = [
