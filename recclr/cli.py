@@ -26,6 +26,7 @@ from recclr.console import (
     print_results,
     print_table,
     say,
+    say_if_unfinished,
     working,
 )
 from recclr.errors import ConfigError, PeerError, RecclrError
@@ -373,14 +374,10 @@ def _ks(text: str | None) -> tuple[int, ...] | None:
 def _served_by(run: Path, *, quiet: bool = False) -> tuple[Config, PreparedLog, EmbeddingRanker]:
     """What a run serves; says so where training has not come to its end."""
     from recclr.load import load_ranker
-    from recclr.run_folder import METRICS
 
     found = load_ranker(run)
-    if not quiet and not (run / METRICS).exists():
-        say(
-            f"{run} is not finished: what follows is of its best model so far; recclr train with "
-            "--resume goes on"
-        )
+    if not quiet:
+        say_if_unfinished(run)
     return found
 
 

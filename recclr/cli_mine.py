@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from recclr.console import print_json, working
+from recclr.console import print_json, say_if_unfinished, working
 from recclr.errors import ConfigError
 from recclr.settings import MiningSettings
 
@@ -65,6 +65,7 @@ def mine(
         raise ConfigError(f"recclr mine: {error}") from error
     with working("mining") as progress:
         report = mine_run(run, out, settings, seed=seed, device=device, progress=progress)
+    say_if_unfinished(run)
     if as_json:
         print_json(report.to_json())
     else:

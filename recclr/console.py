@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -222,6 +223,17 @@ def working(text: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], 
 def say(text: str) -> None:
     """A line on stderr: for the person, not for the pipe."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(escape(text))
+
+
+def say_if_unfinished(run: Path) -> None:
+    """That the training of a run folder has not come to its end, where it has not."""
+    from recclr.run_folder import METRICS
+
+    if not (run / METRICS).exists():
+        say(
+            f"{run} is not finished: what follows is of its best model so far; recclr train with "
+            "--resume goes on"
+        )
 
 
 def print_json(value: Any) -> None:
