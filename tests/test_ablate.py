@@ -120,7 +120,7 @@ def test_what_is_on_is_switched_off_in_turn():
             "id": {"dropout": 0.2, "enabled": False},
             "mlp": [8],
         },
-        item={"features": {"year": {"kind": "numeric", "dropout": 0.1}}, "id": {"enabled": False}},
+        item={"features": {"year": {"kind": "numeric", "dropout": 0.1}}},
         model={"init": "spectral", "embedding_dim": 8},
         loss={"second_temperature": 2.0, "temperature": 0.2, "log_q_strength": 0.0},
         negatives={"in_batch": True, "popularity": {"count": 4}, "uniform": 0},

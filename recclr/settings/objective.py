@@ -255,8 +255,7 @@ class NegativesSettings:
         _check(self, uniform=(0, 1 << 24), available_lead_d=(0.0, 1e5))
         if self.available_lead_d and not self.available:
             raise ValueError("available_lead_d is read with available = true; leave it out")
-        queued = self.queue is not None and self.queue.size > 0
-        if self.counts == "streaming" and not (self.in_batch or queued):
+        if self.counts == "streaming" and not (self.in_batch or self.queue):
             raise ValueError(
                 "counts = 'streaming' is about positives that become negatives: set in_batch or "
                 "queue, or leave counts out"
