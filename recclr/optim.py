@@ -209,8 +209,10 @@ class TableOptimizer:
             "rowwise_adagrad": {"second": row},
             "sgd": {},
         }
+        # By identity: of tables with one column all shapes are equal, and a count in bfloat16 would
+        # stand still at 256.
         return {
-            name: weight.new_zeros(shape, dtype=self.moments if shape == full else None)
+            name: weight.new_zeros(shape, dtype=self.moments if shape is full else None)
             for name, shape in shapes[self.kind].items()
         }
 

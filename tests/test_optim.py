@@ -334,6 +334,20 @@ def test_moments_in_bfloat16_take_half_the_room_and_follow_float32():
     assert 0 < difference < 0.05 * moved
 
 
+@pytest.mark.parametrize("kind", ["adam", "rowwise_adam"])
+def test_counts_are_exact_for_tables_with_one_column_too(kind):
+    """In bfloat16 a count would stand still at 256, and the bias correction with it."""
+    table = Table(3, 1, std=1.0, generator=torch.Generator().manual_seed(0)).train()
+    optimizer = TableOptimizer({"t": table}, kind, "bfloat16")
+    state = optimizer.state["t"]
+    assert state["first"].dtype == torch.bfloat16
+    assert state["second"].dtype == (torch.bfloat16 if kind == "adam" else torch.float32)
+    for _ in range(300):
+        table(torch.tensor([1])).sum().backward()
+        optimizer.step(0.01)
+    assert state["count"].flatten().tolist() == [0.0, 300.0, 0.0]
+
+
 def test_rounding_at_random_is_right_on_average_and_the_same_again():
     value = torch.tensor([1.0 + 2**-9, -3.0e-20, 0.0, 1.0, -torch.inf]).repeat(4096, 1)
     again = [_rounded(value, torch.Generator().manual_seed(5)) for _ in range(2)]
