@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -98,12 +99,12 @@ def fastest(trials: list[BatchTrial]) -> BatchTrial:
 def _trial(
     config: Config, prepared: Prepared, size: int, device: str, seconds: float
 ) -> BatchTrial:
-    queue, train = config.negatives.queue, replace(config.train, batch_size=size)
+    changes: dict[str, Any] = {"train": replace(config.train, batch_size=size)}
+    queue = config.negatives.queue
     if queue is not None:
         # Steps as they are for most of a training: with a queue that is full.
-        negatives = replace(config.negatives, queue=replace(queue, warmup=0.0))
-        config = config.model_copy(update={"negatives": negatives})
-    stepper = fresh_stepper(config, prepared, device=device, train=train)
+        changes["negatives"] = replace(config.negatives, queue=replace(queue, warmup=0.0))
+    stepper = fresh_stepper(config.model_copy(update=changes), prepared, device=device)
 
     def step(number: int) -> StepStats:
         stats, _ = stepper(number)

@@ -20,7 +20,6 @@ from recclr.load import fresh_model, ranker_of, training_log
 from recclr.mining import Refresher
 from recclr.monitors import Monitor
 from recclr.run_folder import weights_folder
-from recclr.settings import TrainSettings
 from recclr.sharded_tables import table_maker
 from recclr.spectral import start_from_spectral, starts_spectral
 from recclr.starting import start_from_catalogue
@@ -69,13 +68,8 @@ def _teacher(config: Config, prepared: Prepared) -> Teacher | None:
     return Teacher.of(Vectors(*prepared.teacher), config.distillation, seed=config.seed)
 
 
-def fresh_stepper(
-    config: Config, prepared: Prepared, *, device: str, train: TrainSettings | None = None
-) -> Stepper:
+def fresh_stepper(config: Config, prepared: Prepared, *, device: str) -> Stepper:
     """A fresh model in the hands of its trainer, for steps that nobody keeps.
-
-    Args:
-        train: in place of that of ``config``.
 
     Raises:
         ConfigError: the settings do not fit the log, the model or the device.
@@ -85,7 +79,7 @@ def fresh_stepper(
         training_log(config, prepared).to(device),
         loss=config.loss,
         negatives=config.negatives,
-        train=train or config.train,
+        train=config.train,
         self_supervision=config.self_supervision,
         seed=config.seed,
         explicit=prepared.explicit,

@@ -235,8 +235,7 @@ class CatalogueStepper:
             model.num_items, train.batch_size, seed=config.seed, device=device
         )
         place = torch.device(device)
-        dim = config.model.embedding_dim
-        views = TwoViews("item", of, dim=dim, seed=config.seed, device=place)
+        views = TwoViews("item", of, dim=config.model.embedding_dim, seed=config.seed, device=place)
         encode = Encoding(train.chunk_size, use_bfloat16(train, place))
         self.num_steps = max(1, round(train.epochs * self.source.steps_per_epoch))
         self.objective = CatalogueObjective(views, encode, self.num_steps)

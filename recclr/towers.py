@@ -227,8 +227,7 @@ class TwoTower(nn.Module):
         self.eval()
         device = self.log_temperature.device
         # Tables that outgrow the device have vectors that do, and all ranks look up together.
-        sharded = bool(self.shards())
-        kept_on, sharing = ("cpu", ALONE) if sharded else (device, ranks)
+        kept_on, sharing = ("cpu", ALONE) if self.shards() else (device, ranks)
         at = None if cutoff is None else torch.tensor(cutoff, device=device)
         chunks = torch.split(torch.arange(count, device=device), _CHUNK)
         first, last = sharing.part(len(chunks))
