@@ -3,10 +3,10 @@
 ``torchrun`` starts them with one command; each gets a ``Ranks`` and hands it on as an argument.
 A process alone is ``ALONE``, rank 0 of 1, which exchanges nothing.
 
-Two channels. Tensors go through collectives with a short time-out. Words of a few bytes go through
-the store that the processes met in: who failed and why, and who has arrived at a meeting that may
-take long. A rank that fails leaves its word there before it closes its connections, so the others,
-whose collectives then break, end with its exit code and leave the message to it.
+Two channels. Tensors go through collectives with a short time-out, or through memory that ranks
+share. Words of a few bytes go through the store that the processes met in (``notices``). A rank
+that fails leaves its word there before it closes its connections, so the others, whose collectives
+then break, end with its exit code and leave the message to it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,22 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from recclr.errors import ConfigError, PeerError, RankError, RecclrError
-from recclr.host_memory import HostMemory, LateError, capacity_for, row_bytes, shared_by
+from recclr.host_memory import (
+    HostMemory,
+    LateError,
+    Message,
+    capacity_for,
+    room_for,
+    row_bytes,
+    shared_by,
+)
+from recclr.notices import Notices, late, ranks_named
 
 # For what one process does alone while the others wait: baselines, export.
 LONG_S = 24 * 3600.0
 JOIN_S = 120.0
-# How long an end waits for the others, who may be busy; torchrun ends those.
-_GRACE_S = 5.0
-_FAILURE, _LATE, _ENDED, _LEFT = "failure", "late", "ended", "left"
+# By how much of its time a hang may be shown too early.
+_SLACK = 0.1
 
 
 class Ranks:
@@ -64,9 +72,9 @@ class Ranks:
         self.local_size = local_size or size
         self.timeout_s = JOIN_S
         self._store = store
+        self.notices = None if store is None else Notices(store, rank, size)
         self._memory: HostMemory | None = None
-        self._meetings = 0
-        self._watched = False
+        self._watched_at: float | None = None
 
     @property
     def first(self) -> bool:
@@ -180,6 +188,25 @@ class Ranks:
             dist.all_gather(blocks, padded)
         return blocks
 
+    def gather_parts(self, parts: Sequence[Tensor], name: str) -> list[Message] | None:
+        """What each rank has to say, of a length that the others need not know; see ``Message``.
+
+        Args:
+            parts: any number of tensors on the CPU, without gaps.
+
+        Returns:
+            by rank, good until the next exchange; None where ranks share no memory, or too little.
+        """
+        needed = 0
+        while self._shared(needed, torch.device("cpu")):
+            assert self._memory is not None
+            with self._brief(name):
+                found = self._memory.gather_parts(parts, timeout_s=self.timeout_s, heed=self._heed)
+            if not isinstance(found, int):
+                return found
+            needed = found
+        return None
+
     def _shared(self, needed: int, device: torch.device) -> bool:
         """Whether a block goes through the memory that ranks share, which grows up to a limit."""
         memory = self._memory
@@ -227,8 +254,8 @@ class Ranks:
             odd = [rank for rank, other in enumerate(every) if other[name] != every[0][name]]
             if odd:
                 raise kind(
-                    f"{_ranks(odd)} and rank 0 do not agree on {name}; every process needs the "
-                    "same files, the same command and the same installation"
+                    f"{ranks_named(odd)} and rank 0 do not agree on {name}; every process needs "
+                    "the same files, the same command and the same installation"
                 )
 
     def meet(self, name: str, timeout_s: float | None = None) -> None:
@@ -239,37 +266,49 @@ class Ranks:
         """
         if self.size == 1:
             return
-        assert self._store is not None
-        limit_s = self.timeout_s if timeout_s is None else timeout_s
-        keys = [f"meeting/{self._meetings}/{rank}" for rank in range(self.size)]
-        self._meetings += 1
+        assert self.notices is not None
         with self.operation(name):
-            self._store.set(keys[self.rank], "here")
-            end, pause_s = time.monotonic() + limit_s, 0.005
-            while not self._store.check(keys):
-                self._heed()
-                if time.monotonic() > end:
-                    missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
-                    raise self._late(missing, name, limit_s)
-                time.sleep(pause_s)
-                pause_s = min(1.5 * pause_s, 0.5)
+            self.notices.meet(name, self.timeout_s if timeout_s is None else timeout_s)
+
+    def room(self, num_bytes: int) -> Tensor | None:
+        """Zeros, uint8 [num_bytes], in memory that all ranks see; None where they share none."""
+        return None if self._memory is None else room_for(self, num_bytes)
+
+    def wait(self, name: str) -> None:
+        """As ``meet``, for waits within a step: microseconds where ranks share memory."""
+        if self._memory is None:
+            self.meet(name)
+            return
+        with self._brief(name):
+            nothing = torch.empty(0, dtype=torch.uint8)
+            self._memory.gather(nothing, 0, timeout_s=self.timeout_s, heed=self._heed)
 
     def watch(self) -> None:
         """From here until the next collective a hang shows where it is: the stack on stderr."""
-        if self.size > 1 and sys.__stderr__ is not None:
+        if self.size == 1 or sys.__stderr__ is None:
+            return
+        # Each time starts a thread, which costs more than an exchange through memory.
+        now = time.monotonic()
+        if self._watched_at is None or now - self._watched_at > _SLACK * self.timeout_s:
             faulthandler.dump_traceback_later(self.timeout_s, file=sys.__stderr__)
-            self._watched = True
+            self._watched_at = now
 
     def unwatch(self) -> None:
-        """What follows may take longer than a collective."""
-        if self._watched:
+        """What follows may take longer than a collective, or ends by itself."""
+        if self._watched_at is not None:
             faulthandler.cancel_dump_traceback_later()
-            self._watched = False
+            self._watched_at = None
 
     @contextmanager
     def operation(self, name: str) -> Iterator[None]:
         """Exchanges of any kind; what c10d raises in the block becomes an error of ours."""
         self.unwatch()
+        with self._brief(name):
+            yield
+
+    @contextmanager
+    def _brief(self, name: str) -> Iterator[None]:
+        """As ``operation``, for what is over before anybody would ask; see ``_heed``."""
         try:
             yield
         except RecclrError:
@@ -278,14 +317,21 @@ class Ranks:
         except RuntimeError as error:
             raise self._lost(name, error) from error
 
+    def _heed(self) -> None:
+        """Now and then in a wait, which has its own time-out."""
+        assert self.notices is not None
+        self.unwatch()
+        self.notices.heed()
+
     def _lost(self, name: str, error: RuntimeError) -> RecclrError:
         """What a broken exchange says of the others."""
+        assert self.notices is not None
         try:
-            self._heed()
+            self.notices.heed()
             if isinstance(error, LateError):
-                return self._late(error.ranks, name, self.timeout_s)
+                return late(error.ranks, name, self.timeout_s)
             if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-                return self._late(self._not_waiting(name), name, self.timeout_s)
+                return late(self.notices.not_waiting(name), name, self.timeout_s)
         except PeerError as known:
             return known
         except RuntimeError:
@@ -294,44 +340,6 @@ class Ranks:
             f"another process was lost during '{name}' ({first_line(error)}); run again with "
             "--resume, or start torchrun with --max-restarts"
         )
-
-    def _heed(self) -> None:
-        """End as the rank that failed did, if one did."""
-        assert self._store is not None
-        if self._store.check([_FAILURE]):
-            raise _peer(self._store.get(_FAILURE).decode())
-
-    def _late(self, missing: Sequence[int], name: str, limit_s: float) -> RankError:
-        who = _ranks(missing) if missing else "another process"
-        return RankError(
-            f"waited {limit_s:g} s at '{name}' for {who}; see what it did, raise "
-            "train.collective_timeout_s if it was only slow, and run again with --resume"
-        )
-
-    def _not_waiting(self, name: str) -> list[int]:
-        """Ranks that did not time out as well: they never arrived."""
-        assert self._store is not None
-        keys = [f"{_LATE}/{rank}" for rank in range(self.size)]
-        self._store.set(keys[self.rank], name)
-        end = time.monotonic() + 1.0
-        while True:
-            missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
-            if len(missing) <= 1 or time.monotonic() > end:
-                return missing
-            time.sleep(0.05)
-
-    def fail(self, error: BaseException) -> PeerError | None:
-        """Leave word of a failure; that of another rank, if it was the first to fail."""
-        assert self._store is not None
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        if isinstance(error, RecclrError):
-            code = error.exit_code
-        word = json.dumps({"rank": self.rank, "exit_code": code})
-        with contextlib.suppress(RuntimeError):
-            found = self._store.compare_set(_FAILURE, "", word).decode()
-            if found != word:
-                return _peer(found)
-        return None
 
     def close(self, *, wait: bool) -> None:
         """Close both channels; with ``wait``, once all ranks do."""
@@ -343,18 +351,8 @@ class Ranks:
         with contextlib.suppress(RuntimeError):
             if dist.is_initialized():
                 dist.destroy_process_group()
-            end = time.monotonic() + _GRACE_S
-            self._count(_ENDED, self.size if wait else 0, end)
-            # Rank 0 may be the store's host, so it leaves last.
-            self._count(_LEFT, self.size if self.first else 0, end + 1.0)
-
-    def _count(self, key: str, enough: int, end: float) -> None:
-        """Be counted, and wait until ``enough`` ranks are or the time is over."""
-        assert self._store is not None
-        count = self._store.add(key, 1)
-        while count < enough and time.monotonic() < end:
-            time.sleep(0.01)
-            count = self._store.add(key, 0)
+        assert self.notices is not None
+        self.notices.leave(wait=wait)
 
 
 ALONE = Ranks()
@@ -372,15 +370,6 @@ class _GatherRows(torch.autograd.Function):
         # All-reduce moves twice the bytes of reduce-scatter, which gloo has for equal parts only.
         whole = ranks.sum_(grad_outputs[0].clone(), f"gradient of {ctx.name}")
         return whole.split(counts)[ranks.rank], None, None, None
-
-
-def _peer(word: str) -> PeerError:
-    found = json.loads(word)
-    return PeerError(f"rank {found['rank']} failed", exit_code=int(found["exit_code"]))
-
-
-def _ranks(numbers: Sequence[int]) -> str:
-    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def first_line(error: BaseException) -> str:

@@ -2,7 +2,8 @@
 
 One sum carries everything small: the gradients of dense layers, the loss, whether a signal came,
 and how many table rows each rank has; one gather then carries the rows and their gradients. Every
-rank applies the same bits, so weights stay equal without being sent.
+rank applies the same bits, so weights stay equal without being sent; where ranks share the tables
+themselves (``host_tables``), each moves its rows.
 
 Shape letters: D dimension of a table, R rows of one rank.
 """
@@ -16,10 +17,14 @@ import torch
 from torch import Tensor
 
 from recclr.distributed import Ranks
+from recclr.host_tables import HostTables, shared_tables
 from recclr.kernels.native_rows import Part
 from recclr.optim import RowGradients, Table, summed_rows
 from recclr.optimizers import Optimizers
 from recclr.step_stats import StepStats
+
+# Rows of a table and their gradients as one rank sends them; None: it has none.
+Sent = tuple[Tensor, Tensor] | None
 
 
 class StepExchange:
@@ -32,6 +37,29 @@ class StepExchange:
 
     def __init__(self, optimizers: Optimizers, ranks: Ranks) -> None:
         self.optimizers, self.ranks = optimizers, ranks
+        self.shared: HostTables | None = None
+        self._asked = False
+
+    def share(self) -> None:
+        """Before steps: let ranks share tables where they can, until ``close``.
+
+        What a checkpoint holds is to be loaded before: each rank would write there.
+        """
+        if not self._asked:
+            self.shared = shared_tables(self.optimizers.tables, self.ranks)
+            self._asked = True
+
+    def update(self, step: int, gradients: list[RowGradients]) -> None:
+        """Move every weight by what a call returned; all ranks are through with it after this."""
+        self.optimizers.step(step, gradients)
+        if self.shared is not None:
+            self.shared.moved()
+
+    def close(self) -> None:
+        """Tables are this rank's own again, for whoever writes to them other than by steps."""
+        if self.shared is not None:
+            self.shared.give_back()
+        self.shared, self._asked = None, False
 
     def __call__(
         self, stats: StepStats, *, stopped: bool
@@ -46,22 +74,17 @@ class StepExchange:
             the step of all ranks; gradients of tables for ``Optimizers.step``; whether any rank was
             asked to end.
         """
-        ranks, dense = self.ranks, list(self.optimizers.dense.values())
+        dense = list(self.optimizers.dense.values())
         device = stats.loss.device
-        tables = self.optimizers.tables.tables
-        lengths = torch.zeros((len(tables), ranks.size), device=device)
-        found = {name: sent for name, table in tables.items() if (sent := _sent_of(table))}
-        for place, name in enumerate(tables):
-            lengths[place, ranks.rank] = len(found[name][0]) if name in found else 0
+        found = [_sent_of(table) for table in self.optimizers.tables.tables.values()]
         few = [float(stats.loss.detach()), float(stats.num_masked), float(stopped)]
         few += [float(loss) for loss in stats.auxiliary.values()]
         few += [float(p.grad is not None) for p in dense]
-        head = torch.tensor(few, device=device)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in dense]
-        flat = torch.cat([head, lengths.reshape(-1), *(grad.reshape(-1) for grad in grads)])
-        ranks.sum_(flat, "gradients")
-        head, rest = flat[: len(few)], flat[len(few) + lengths.numel() :]
-        counts = flat[len(few) : len(few) + lengths.numel()].view_as(lengths).long().tolist()
+        head = torch.tensor(few, device=device)
+        flat = torch.cat([head, *(grad.reshape(-1) for grad in grads)])
+        flat, merged = self._through_memory(flat, found) or self._through_collectives(flat, found)
+        head, rest = flat[: len(few)], flat[len(few) :]
         auxiliary = dict(zip(stats.auxiliary, head[3:], strict=False))
         present = head[3 + len(auxiliary) :].tolist()
         for p, grad, some in zip(
@@ -70,23 +93,56 @@ class StepExchange:
             # No gradient anywhere is not a gradient of zero: AdamW would decay the weight.
             p.grad = grad.view_as(p) if some else None
         loss, num_masked = head[0], int(head[1])
-        merged = self._merged(found, counts)
-        ranks.watch()
+        self.ranks.watch()
         told = replace(stats, loss=loss, num_masked=num_masked, auxiliary=auxiliary)
         return told, merged, bool(head[2] > 0)
 
-    def _merged(
-        self, found: dict[str, tuple[Tensor, Tensor]], counts: list[list[int]]
-    ) -> list[RowGradients]:
-        """Gradients of all ranks; counts: rows by table and rank."""
+    def _through_memory(
+        self, flat: Tensor, found: Sequence[Sent]
+    ) -> tuple[Tensor, list[RowGradients]] | None:
+        """``flat`` summed over ranks, and gradients of all; None where ranks share no memory."""
+        if flat.device.type != "cpu":
+            return None
+        sent = [sent for sent in found if sent is not None]
+        counts = torch.tensor([0 if sent is None else len(sent[0]) for sent in found])
+        parts = [counts, flat, *(part.contiguous() for of in sent for part in of)]
+        messages = self.ranks.gather_parts(parts, "gradients")
+        if messages is None:
+            return None
         tables = self.optimizers.tables.tables
+        merged: dict[str, list[Part]] = {name: [] for name in tables}
+        total: Tensor | None = None
+        for message in messages:
+            lengths = message.take(torch.int64, len(tables)).tolist()
+            summand = message.take(torch.float32, len(flat))
+            # In the order of ranks, so that all have the same bits.
+            total = summand.clone() if total is None else total.add_(summand)
+            for (name, table), length in zip(tables.items(), lengths, strict=True):
+                if length:
+                    rows = message.take(torch.int64, length)
+                    merged[name].append(
+                        (rows, message.take(torch.float32, length, table.dim), None)
+                    )
+        assert total is not None
+        return total, [(name, parts) for name, parts in merged.items() if parts]
+
+    def _through_collectives(
+        self, flat: Tensor, found: Sequence[Sent]
+    ) -> tuple[Tensor, list[RowGradients]]:
+        """The same, in a sum that says how many rows each rank has, and a gather of these."""
+        ranks, tables = self.ranks, self.optimizers.tables.tables
+        lengths = torch.zeros((len(tables), ranks.size), device=flat.device)
+        for place, sent in enumerate(found):
+            lengths[place, ranks.rank] = 0 if sent is None else len(sent[0])
+        whole = ranks.sum_(torch.cat([lengths.reshape(-1), flat]), "gradients")
+        counts = whole[: lengths.numel()].view_as(lengths).long().tolist()
+        flat = whole[lengths.numel() :]
         if not tables:
-            return []
+            return flat, []
         dims = [table.dim for table in tables.values()]
-        device = next(iter(tables.values())).weight.device
         sizes = [_packed_sizes(of, dims) for of in zip(*counts, strict=True)]
-        blocks = self.ranks.gather_blocks(
-            _packed([found[name] for name in tables if name in found], device),
+        blocks = ranks.gather_blocks(
+            _packed([sent for sent in found if sent is not None], flat.device),
             [sum(of) for of in sizes],
             "gradients of tables",
         )
@@ -99,10 +155,10 @@ class StepExchange:
                 if len(rows):
                     told = rows.view(torch.int64), grads.view(torch.float32).view(-1, dim), None
                     merged[name].append(told)
-        return [(name, parts) for name, parts in merged.items() if parts]
+        return flat, [(name, parts) for name, parts in merged.items() if parts]
 
 
-def _sent_of(table: Table) -> tuple[Tensor, Tensor] | None:
+def _sent_of(table: Table) -> Sent:
     """Rows and gradients as they are sent; None where there are none."""
     parts = table.take_lookups()
     if not parts:

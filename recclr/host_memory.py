@@ -11,6 +11,7 @@ what was read is read until then.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import secrets
@@ -47,6 +48,20 @@ class LateError(RuntimeError):
         self.ranks = ranks
 
 
+class Message:
+    """Parts of what one rank said, taken in the order they were given."""
+
+    def __init__(self, block: Tensor) -> None:
+        self.block, self.at = block, 0
+
+    def take(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """The next part; memory that is good as long as the message."""
+        length = math.prod(shape) * dtype.itemsize
+        part = self.block[self.at : self.at + length].view(dtype).view(shape)
+        self.at = _aligned(self.at + length)
+        return part
+
+
 class HostMemory:
     """A block of each rank, seen by all of them.
 
@@ -81,13 +96,49 @@ class HostMemory:
         Raises:
             RuntimeError: another rank has ended. LateError: some did not come in time.
         """
-        self.number += 1
-        blocks, length = self.blocks[self.number % 2], most * row_bytes(x)
         own = x.contiguous().view(-1).view(torch.uint8)
-        blocks[self.rank, : len(own)].copy_(own)
+        self._next()[self.rank, : len(own)].copy_(own)
+        blocks, length = self._exchanged(timeout_s, heed), most * row_bytes(x)
+        return [block[:length].view(x.dtype).view(most, *x.shape[1:]) for block in blocks]
+
+    def gather_parts(
+        self, parts: Sequence[Tensor], *, timeout_s: float, heed: Callable[[], None]
+    ) -> list[Message] | int:
+        """What each rank has to say, of a length that the others need not know.
+
+        Args:
+            parts: without gaps, on the CPU; of any number, dtypes and shapes, none of them the same
+                on all ranks. Other arguments and errors: as ``gather``.
+
+        Returns:
+            the message of each rank, good until the next call; or how many bytes a block needs, the
+            same on all ranks, where that of one is too small.
+        """
+        block, end = self._next()[self.rank], _LINE
+        places = [
+            (end, end := _aligned(end + part.numel() * part.element_size())) for part in parts
+        ]
+        block[:_LINE].view(torch.int64)[0] = end
+        if end <= self.capacity:
+            for part, (start, _) in zip(parts, places, strict=True):
+                own = part.view(-1).view(torch.uint8)
+                block[start : start + len(own)].copy_(own)
+        blocks = self._exchanged(timeout_s, heed)
+        needed = int(blocks[:, :_LINE].view(torch.int64)[:, 0].max())
+        if needed > self.capacity:
+            return needed
+        return [Message(block[_LINE:]) for block in blocks]
+
+    def _next(self) -> Tensor:
+        """Blocks of the next exchange, uint8 [size, capacity]; one's own is to be written."""
+        self.number += 1
+        return self.blocks[self.number % 2]
+
+    def _exchanged(self, timeout_s: float, heed: Callable[[], None]) -> Tensor:
+        """The same blocks, once all ranks have written theirs."""
         self.kernels.recclr_tell(self.counters[self.rank].data_ptr(), self.number)
         self._await(timeout_s, heed)
-        return [block[:length].view(x.dtype).view(most, *x.shape[1:]) for block in blocks]
+        return self.blocks[self.number % 2]
 
     def _await(self, timeout_s: float, heed: Callable[[], None]) -> None:
         end = time.monotonic() + timeout_s
@@ -118,6 +169,10 @@ def length_of(size: int, capacity: int) -> int:
     return _LINE * (1 + size) + 2 * size * capacity
 
 
+def _aligned(length: int) -> int:
+    return -(-length // _LINE) * _LINE
+
+
 def row_bytes(x: Tensor) -> int:
     """Of one row of ``x``, [n, ...]."""
     return x.shape[1:].numel() * x.element_size()
@@ -132,7 +187,7 @@ def capacity_for(size: int, needed: int = 0) -> int | None:
 
 
 def shared_by(ranks: Ranks, capacity: int) -> HostMemory | None:
-    """Memory that all ranks see, where they can: one machine, Linux, compiled kernels.
+    """Memory for exchanges, where ranks can share it: one machine, Linux, compiled kernels.
 
     All ranks must call this, and all get None where one cannot.
     """
@@ -141,20 +196,35 @@ def shared_by(ranks: Ranks, capacity: int) -> HostMemory | None:
     machine = _BOOT.read_text() if able else None
     told = ranks.gather_json([os.getpid(), machine], "looking for memory to share")
     pids, machines = zip(*told, strict=True)
-    if machine is None or any(other != machine for other in machines):
+    if kernels is None or machine is None or any(other != machine for other in machines):
         return None
+    memory = mapped_by(ranks, length_of(len(pids), capacity))
+    return None if memory is None else HostMemory(kernels, memory, ranks.rank, pids, capacity)
+
+
+def mapped_by(ranks: Ranks, length: int) -> mmap.mmap | None:
+    """So many bytes that all ranks see, zero but for the first line; for ranks of one machine.
+
+    The system has them when this returns: who writes there is not ended for want of memory. All
+    ranks must call this, and all get None where one cannot have them.
+    """
     token = secrets.token_hex(_LINE // 4)
-    fd = _made(length_of(len(pids), capacity), token) if ranks.first else None
-    found = ranks.from_first([fd, token], "the memory to share")
+    fd = _made(length, token) if ranks.first else None
+    own = [os.getpid(), fd, token]
+    pid, number, token = ranks.from_first(own, "the memory to share")
     memory = None
-    if found[0] is not None:
-        memory = _mapped(fd, f"/proc/{pids[0]}/fd/{found[0]}", found[1])
+    if number is not None:
+        memory = _mapped(fd, f"/proc/{pid}/fd/{number}", token)
     seen = ranks.gather_json(memory is not None, "sharing memory")
     if fd is not None:
         os.close(fd)
-    if memory is None or kernels is None or not all(seen):
-        return None
-    return HostMemory(kernels, memory, ranks.rank, pids, capacity)
+    return memory if all(seen) else None
+
+
+def room_for(ranks: Ranks, num_bytes: int) -> Tensor | None:
+    """As ``mapped_by``, for tensors: uint8 [num_bytes], zero, which starts where a line does."""
+    memory = mapped_by(ranks, _LINE + num_bytes)
+    return None if memory is None else torch.frombuffer(memory, dtype=torch.uint8)[_LINE:]
 
 
 def _made(length: int, token: str) -> int | None:
@@ -164,7 +234,7 @@ def _made(length: int, token: str) -> int | None:
     except OSError:
         return None
     try:
-        os.ftruncate(fd, length)
+        os.posix_fallocate(fd, 0, length)
         os.pwrite(fd, token.encode(), 0)
     except OSError:
         os.close(fd)

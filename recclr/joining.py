@@ -52,7 +52,8 @@ def _ended_by(ranks: Ranks, error: BaseException) -> PeerError | None:
     if threading.current_thread() is threading.main_thread():
         # torchrun ends the others at the first exit, and they shall have their own exit codes.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    peer = ranks.fail(error)
+    assert ranks.notices is not None
+    peer = ranks.notices.fail(error)
     ranks.close(wait=True)
     return peer
 

@@ -169,6 +169,11 @@ class TableOptimizer:
             0.1 % would be lost, since two neighbours differ by 0.4 %.
         fixed_shapes: as many rows are written as were looked up, the last of them again where some
             were looked up twice; nothing then waits for a GPU.
+
+    Attributes:
+        share: the rows that this process moves, see ``native_rows.owned``; others move the rest.
+            Not with fixed shapes, nor with moments in bfloat16, whose draws go by all rows of a
+            step.
     """
 
     def __init__(
@@ -184,6 +189,7 @@ class TableOptimizer:
         self.fixed_shapes = fixed_shapes
         self.moments = {"float32": torch.float32, "bfloat16": torch.bfloat16}[moments]
         self.state = {name: self._fresh(table.weight) for name, table in self.tables.items()}
+        self.share = native_rows.ALL
         self.draws: dict[str, torch.Generator] = {}
         self.renew_draws()
 
@@ -244,7 +250,11 @@ class TableOptimizer:
             gradients = ((name, table.take_lookups()) for name, table in self.tables.items())
         for name, parts in gradients:
             if parts and not self._moved_in_one_pass(name, parts, lr):
-                self._write(name, *summed_rows(parts), lr)
+                rows, grad = summed_rows(parts)
+                if self.share != native_rows.ALL:
+                    own = native_rows.owned(rows, self.share)
+                    rows, grad = rows[own], grad[own]
+                self._write(name, rows, grad, lr)
 
     def _moved_in_one_pass(self, name: str, parts: list[Part], lr: float | Tensor) -> bool:
         """Sum and move by the compiled kernels, where they can."""
@@ -252,7 +262,8 @@ class TableOptimizer:
         kernels = None if isinstance(lr, Tensor) else native.usable(weight)
         if kernels is None:
             return False
-        return native_rows.move(kernels, self.kind, parts, weight, self.state[name], float(lr))
+        state, lr = self.state[name], float(lr)
+        return native_rows.move(kernels, self.kind, parts, weight, state, lr, self.share)
 
     def _write(self, name: str, rows: Tensor, grad: Tensor, lr: float | Tensor) -> None:
         # Written back by copy: rows are distinct (or written the same again), and adding to

@@ -218,12 +218,13 @@ class Stepper:
             self.optimizers.step(step)
             self._fill_queue(step, batches)
             return stats, stop is not None and stop()
+        self.exchange.share()
         stats = self.objective.backward(self.model, batches)
         asked = stop is not None and stop()
         stats, gradients, interrupted = self.exchange(stats, stopped=asked)
         if check is not None:
             check(stats.loss)
-        self.optimizers.step(step, gradients)
+        self.exchange.update(step, gradients)
         self._fill_queue(step, batches)
         return stats, interrupted
 
@@ -258,8 +259,10 @@ class Stepper:
             self.graph.look_again()
 
     def close(self) -> None:
-        """End the thread that reads ahead, and drop what an unfinished step left."""
+        """End the thread that reads ahead, drop what an unfinished step left, share no tables."""
         self.source.close()
+        if self.exchange is not None:
+            self.exchange.close()
         self.optimizers.forget()
 
 

@@ -185,6 +185,33 @@ def test_one_lookup_of_a_sum_is_several_lookups_summed(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_owners_of_a_share_each_move_all_rows_together_to_the_same_bits(kind):
+    """Three optimisers on the same memory beside one that moves every row."""
+    whole, split = table_of(num_rows=100), table_of(num_rows=100)
+    alone = TableOptimizer({"t": whole}, kind)
+    owners = [TableOptimizer({"t": split}, kind) for _ in range(3)]
+    for rank, owner in enumerate(owners):
+        owner.state, owner.share = owners[0].state, (rank, 3)
+    for step in range(4):
+        draws = torch.Generator().manual_seed(step)
+        rows = torch.randint(100, (61,), generator=draws)
+        first = rows, torch.randn(61, DIM, generator=draws), None
+        # Nobody owns some of these but rank 1; the last one's gradient comes from two look-ups.
+        more = torch.tensor([17, 18, 30, 30])
+        second = more, torch.randn(3, DIM, generator=draws), torch.tensor([0, 2, 1, 2])
+        moved = ({"t": [first, second]} if step else {"t": [second]}).items()
+        alone.step(LR, moved)
+        before = split.weight.detach().clone()
+        for owner in owners:
+            owner.step(LR, moved)
+        assert torch.equal(split.weight, whole.weight)
+        touched = torch.cat([rows, more] if step else [more]).unique()
+        assert torch.equal((split.weight != before).any(1).nonzero().squeeze(1), touched)
+        for name, value in alone.state["t"].items():
+            assert torch.equal(owners[0].state["t"][name], value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_same_steps_give_the_same_bits(kind):
     weights = []
     for _ in range(2):

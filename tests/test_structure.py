@@ -32,6 +32,7 @@ FLOORS = {
         "losses",
         "kernels",
         "host_memory",
+        "notices",
         "distributed",
         "joining",
     },
@@ -74,7 +75,8 @@ FLOORS = {
         "within",
         "known_positives",
     }
-    | {"windows", "batches", "apportioning", "objective", "optimizers", "ranking", "exchange"},
+    | {"windows", "batches", "apportioning", "objective", "optimizers", "ranking", "exchange"}
+    | {"host_tables"},
     3: {
         "topk",
         "coarse",

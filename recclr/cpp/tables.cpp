@@ -164,6 +164,7 @@ void recclr_move(int32_t kind, int64_t found, const int64_t *distinct, const int
     // Popular rows have many look-ups: pieces go to whoever is free.
 #pragma omp for schedule(dynamic, 128)
     for (int64_t r = 0; r < found; r++) {
+      if (r + AHEAD < found) fetch(gradients.of(starts[r + AHEAD]), dim);
       if (r + AHEAD < found && kind != SUM) {
         int64_t next = distinct[r + AHEAD];
         fetch(weight + next * dim, dim);

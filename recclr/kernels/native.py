@@ -37,7 +37,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "recclr_contrastive": ([*_PROBLEM, *[_POINTER] * 3, _FLOAT, *[_POINTER] * 5], None),
     "recclr_distilled_room": ([_INT] * 6, _INT),
     "recclr_distilled": ([*_PROBLEM, _INT, *[_POINTER] * 6], None),
-    "recclr_group": ([_INT, *[_POINTER] * 6, _INT], _INT),
+    "recclr_group": ([_INT, *[_POINTER] * 6, *[_INT] * 3], _INT),
     "recclr_move": (
         [ctypes.c_int32, _INT, *[_POINTER] * 6, _INT, *[_POINTER] * 4, _FLOAT, _INT],
         None,

@@ -19,6 +19,9 @@ from torch import Tensor
 from recclr.kernels.native import floats, longs, threads_for, usable
 
 Part = tuple[Tensor, Tensor, Tensor | None]
+# One of several owners of a table's rows, and how many there are.
+Share = tuple[int, int]
+ALL: Share = (0, 1)
 
 # Over its numbers, by which a sort is as much work as so many multiply-adds of each.
 _PASSES = 4
@@ -31,7 +34,8 @@ class EqualValues:
 
     Attributes:
         distinct: [R], rising. order: [n], places of equal values one after another, each value's in
-            the order they came. starts: [R + 1], where each value begins in ``order``.
+            the order they came; those of a share alone. starts: [R + 1], where each value begins in
+        ``order``.
         inverse: [n], which distinct value each one is, or None.
     """
 
@@ -41,11 +45,14 @@ class EqualValues:
     inverse: Tensor | None
 
 
-def equal_values(kernels: CDLL, values: Tensor, *, inverse: bool = False) -> EqualValues | None:
+def equal_values(
+    kernels: CDLL, values: Tensor, *, inverse: bool = False, share: Share = ALL
+) -> EqualValues | None:
     """Where equal values stand; None where one is below 0 or beyond 32 bits, or they are no int64.
 
     Args:
-        inverse: whether to tell which of the distinct values each one is.
+        inverse: whether to tell which of the distinct values each one is; not of a share.
+        share: the values that are looked at, see ``owned``.
     """
     if values.dtype != torch.int64 or values.ndim != 1:
         return None
@@ -56,10 +63,22 @@ def equal_values(kernels: CDLL, values: Tensor, *, inverse: bool = False) -> Equ
     if inverse:
         places = torch.empty_like(values)
     arrays = longs(values, scratch, order, distinct, starts, places)
-    found = kernels.recclr_group(n, *arrays, threads)
+    found = kernels.recclr_group(n, *arrays, *share, threads)
     if found < 0:
         return None
+    if share != ALL:
+        order = order[: int(starts[found])]
     return EqualValues(distinct[:found], starts[: found + 1], order, places)
+
+
+def owned(rows: Tensor, share: Share) -> Tensor:
+    """Which of int64 [n] rows are one owner's, bool [n]: neighbours in turns, sixteen at a time.
+
+    Their counts stand in one line of a cache, which two owners would take from each other.
+    """
+    rank, size = share
+    owner: Tensor = rows.bitwise_right_shift(4).remainder(size)
+    return owner == rank
 
 
 def unique(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,18 +122,20 @@ def move(
     weight: Tensor,
     state: Mapping[str, Tensor],
     lr: float,
+    share: Share = ALL,
 ) -> bool:
     """An optimiser's step of every row by the sum of its gradients, in place; False: not done.
 
     Args:
         kind: of KINDS. weight: float32 [num_rows, D]. state: ``TableOptimizer.state`` of the table.
+        share: the rows that are moved, see ``owned``.
     """
     tensors = [weight, *state.values(), *(grads for _, grads, _ in parts)]
     if any(x.dtype != torch.float32 or x.device.type != "cpu" for x in tensors):
         return False
     if not all(x.is_contiguous() for x in (weight, *state.values())):
         return False
-    groups = equal_values(kernels, _rows_of(parts))
+    groups = equal_values(kernels, _rows_of(parts), share=share)
     # What does not fit is left to PyTorch, which says so.
     if groups is None or any(grads.shape[1] != weight.shape[1] for _, grads, _ in parts):
         return False

@@ -42,6 +42,32 @@ def test_memory_gives_what_sockets_give(spread, tmp_path, size, sockets):
     torch.testing.assert_close(sums[0], torch.stack(parts).sum(0))
 
 
+@pytest.mark.parametrize("sockets", [False, True])
+@pytest.mark.parametrize("size", [2, 3])
+def test_messages_of_any_length_arrive_whole_where_ranks_share_memory(
+    spread, tmp_path, size, sockets
+):
+    memory = not sockets and native.library() is not None
+    ended = spread("messages", size, tmp_path, sockets=sockets, memory=memory)
+    assert ended.codes == [0] * size, ended.texts
+
+
+@pytest.mark.skipif(native.library() is None, reason=str(native.why_not()))
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [(2, "adam"), (3, "adam"), (2, "rowwise_adam"), (3, "rowwise_adagrad"), (2, "sgd")],
+)
+def test_tables_that_ranks_share_move_to_the_bits_of_copies(spread, tmp_path, size, kind):
+    ended = spread("host_tables", size, tmp_path, kind=kind, shares=True)
+    assert ended.codes == [0] * size, ended.texts
+
+
+@pytest.mark.parametrize("options", [{"sockets": True}, {"refused": 0}, {"refused": 3}])
+def test_tables_that_cannot_be_shared_are_copies(spread, tmp_path, options):
+    ended = spread("host_tables", 2, tmp_path, kind="adam", shares=False, **options)
+    assert ended.codes == [0] * 2, ended.texts
+
+
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_shares_cover_every_row_once(size):
     for count in (0, 1, 2, 7, 100):
@@ -124,7 +150,7 @@ def test_only_the_late_rank_is_named_though_another_came_late_too(spread, tmp_pa
     assert all("waited 2.5 s at 'a sum' for rank 2;" in text for text in said)
 
 
-@pytest.mark.parametrize("refused", ["memfd_create", "ftruncate", "mmap"])
+@pytest.mark.parametrize("refused", ["memfd_create", "posix_fallocate", "mmap"])
 def test_a_machine_without_shared_memory_goes_through_sockets(spread, tmp_path, refused):
     ended = spread("cannot_share", 2, tmp_path, refused=refused)
     assert ended.codes == [0, 0], ended.texts

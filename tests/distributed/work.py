@@ -29,6 +29,7 @@ from recclr.data.sharding import rows_for_training
 from recclr.distillation import Teacher
 from recclr.distributed import ALONE
 from recclr.evaluate import EvaluationSet, evaluate
+from recclr.host_tables import shared_tables
 from recclr.mining import Refresher
 from recclr.optim import Table, TableOptimizer, summed_rows
 from recclr.settings import (
@@ -597,6 +598,96 @@ def through(ranks, folder, *, memory):
     assert ranks.sum_(torch.empty(0), "nothing").shape == (0,)
 
 
+def messages(ranks, folder, *, memory):
+    """Parts of lengths that differ by rank, small, grown, and more than there is memory for."""
+    for size in (3, (4 << 20) // 8, 1 << 20, (129 << 20) // ranks.size // 8):
+        own = size + 7 * ranks.rank if ranks.rank != 1 else 0
+        numbers = torch.arange(own) + ranks.rank
+        few = torch.full((2, ranks.rank), ranks.rank + 0.5)
+        found = ranks.gather_parts([torch.tensor([own]), few, numbers], "parts")
+        if not memory or size == (129 << 20) // ranks.size // 8:
+            assert found is None
+            continue
+        assert len(found) == ranks.size
+        for rank, message in enumerate(found):
+            length = int(message.take(torch.int64, 1))
+            assert length == (0 if rank == 1 else size + 7 * rank)
+            assert torch.equal(
+                message.take(torch.float32, 2, rank), torch.full((2, rank), rank + 0.5)
+            )
+            assert torch.equal(message.take(torch.int64, length), torch.arange(length) + rank)
+        ranks.wait("the reading")
+    assert ranks.room(100) is None or memory
+
+
+def host_tables(ranks, folder, *, kind, shares, refused=None):
+    """Steps of two tables that ranks share beside the same by copies of one's own, to the bit.
+
+    ``shares``: whether they are able to. ``refused``: how many tensors find memory before the
+    system has no more, on rank 0 alone.
+    """
+    from recclr import host_memory
+
+    if refused is not None and ranks.first:
+        made, left = host_memory._made, [True] * refused
+        host_memory._made = lambda *arguments: made(*arguments) if left and left.pop() else None
+    sizes = {"wide": (203, 5), "narrow": (71, 1)}
+    pairs = []
+    for _ in range(2):
+        tables = {
+            name: Table(*size, std=1.0, generator=torch.Generator().manual_seed(3))
+            for name, size in sizes.items()
+        }
+        pairs.append((tables, TableOptimizer(tables, kind)))
+    (own_tables, own), (tables, optimizer) = pairs
+
+    def step(number):
+        gradients = []
+        for name, (num_rows, dim) in sizes.items():
+            draws = torch.Generator().manual_seed(number)
+            count = 90 if number else 2
+            rows = torch.randint(num_rows, (count,), generator=draws)
+            gradients.append((name, [(rows, torch.randn(count, dim, generator=draws), None)]))
+        own.step(0.1, gradients)
+        optimizer.step(0.1, gradients)
+
+    def held(tables, optimizer):
+        return [*optimizer.state_dict().values(), *(table.weight for table in tables.values())]
+
+    def same():
+        return all(map(torch.equal, held(tables, optimizer), held(own_tables, own)))
+
+    step(0)
+    for _ in range(2):
+        shared = shared_tables(optimizer, ranks)
+        assert (shared is not None) == shares
+        for number in range(1, 4):
+            step(number)
+            if shared is not None:
+                shared.moved()
+            assert same()
+            ranks.wait("the comparison")
+        if shared is not None:
+            # One memory: what a rank writes all see.
+            tables["wide"].weight[ranks.rank, 0] = 100.0 + ranks.rank
+            ranks.wait("writing")
+            seen = tables["wide"].weight[: ranks.size, 0].tolist()
+            assert seen == [100.0 + rank for rank in range(ranks.size)]
+            own_tables["wide"].weight[: ranks.size, 0] = torch.tensor(seen)
+            ranks.wait("reading")
+            shared.give_back()
+            assert optimizer.share == (0, 1)
+            # Each has its own again.
+            for value in held(tables, optimizer):
+                value[0, 0] = ranks.rank
+            ranks.wait("writing")
+            assert all(value[0, 0] == ranks.rank for value in held(tables, optimizer))
+            for value, other in zip(held(tables, optimizer), held(own_tables, own), strict=True):
+                value[0, 0] = other[0, 0]
+        step(4)
+        assert same()
+
+
 def disagrees(ranks, folder, *, odd):
     """Digests that one rank has otherwise."""
     ranks.agree({"colour": "red", "shape": "round"})
@@ -679,13 +770,13 @@ def main(function, folder, timeout_s, arguments):
     """One rank, ending as the command line would."""
     import sys
 
-    from recclr import distributed
+    from recclr import notices
     from recclr.errors import PeerError, RecclrError
     from recclr.joining import joined
 
     torch.set_num_threads(1)
     # A rank that hangs or is dead will not say that it ends.
-    distributed._GRACE_S = 1.0
+    notices._GRACE_S = 1.0
     try:
         with joined() as ranks:
             ranks.start("cpu", timeout_s)

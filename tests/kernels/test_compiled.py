@@ -281,6 +281,26 @@ def test_equal_values_are_found_the_same_by_any_number_of_threads(threads, most)
     assert torch.equal(found.order, values.argsort(stable=True))
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("most", [1, 40, 100_003])
+def test_equal_values_of_a_share_are_those_that_its_owner_has(threads, most):
+    values = torch.randint(most, (50_021,), generator=torch.Generator().manual_seed(most))
+    torch.set_num_threads(threads)
+    seen = []
+    for rank in range(3):
+        # The twin: neighbours by sixteens, in turns.
+        own = torch.tensor([value // 16 % 3 == rank for value in values.tolist()])
+        assert torch.equal(native_rows.owned(values, (rank, 3)), own)
+        found = native_rows.equal_values(native.library(), values, share=(rank, 3))
+        distinct, counts = values[own].unique(return_counts=True)
+        assert torch.equal(found.distinct, distinct)
+        assert torch.equal(found.starts.diff(), counts)
+        places = own.nonzero().squeeze(1)
+        assert torch.equal(found.order, places[values[own].argsort(stable=True)])
+        seen.append(found.order)
+    assert torch.equal(torch.cat(seen).sort().values, torch.arange(len(values)))
+
+
 @pytest.mark.parametrize("value", [-1, 1 << 32, 1 << 62])
 def test_values_beyond_32_bits_are_sorted_by_torch(value):
     given_values = torch.tensor([5, value, 5, 0, value])
