@@ -82,13 +82,17 @@ def needed(candidates: Candidates, named: Named) -> tuple[Tensor, Candidates, Na
     kept = wanted[:-1].nonzero().squeeze(1)
     fewer = replace(
         candidates,
-        item_idx=item_idx[kept],
+        item_idx=item_idx.index_select(0, kept),
         positive_row=kept[:0],
-        candidate_row=moved[chosen],
+        candidate_row=moved.index_select(0, chosen),
         own_row=None,
     )
     positive_row, own_row, more_row = named
-    return kept, fewer, (moved[positive_row], _moved(own_row, moved), _moved(more_row, moved))
+    return (
+        kept,
+        fewer,
+        (moved.index_select(0, positive_row), _moved(own_row, moved), _moved(more_row, moved)),
+    )
 
 
 def _moved(rows: Tensor | None, moved: Tensor) -> Tensor | None:

@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -274,14 +274,19 @@ class Ranks:
         """Zeros, uint8 [num_bytes], in memory that all ranks see; None where they share none."""
         return None if self._memory is None else room_for(self, num_bytes)
 
-    def wait(self, name: str) -> None:
-        """As ``meet``, for waits within a step: microseconds where ranks share memory."""
+    def wait(self, name: str, meanwhile: Callable[[], None] | None = None) -> None:
+        """As ``meet``, for waits within a step: microseconds where ranks share memory.
+
+        Args:
+            meanwhile: done once the others know that this rank is here.
+        """
+        meanwhile = meanwhile or _nothing
         if self._memory is None:
+            meanwhile()
             self.meet(name)
             return
         with self._brief(name):
-            nothing = torch.empty(0, dtype=torch.uint8)
-            self._memory.gather(nothing, 0, timeout_s=self.timeout_s, heed=self._heed)
+            self._memory.wait(meanwhile, timeout_s=self.timeout_s, heed=self._heed)
 
     def watch(self) -> None:
         """From here until the next collective a hang shows where it is: the stack on stderr."""
@@ -370,6 +375,10 @@ class _GatherRows(torch.autograd.Function):
         # All-reduce moves twice the bytes of reduce-scatter, which gloo has for equal parts only.
         whole = ranks.sum_(grad_outputs[0].clone(), f"gradient of {ctx.name}")
         return whole.split(counts)[ranks.rank], None, None, None
+
+
+def _nothing() -> None:
+    """To do while others are waited for."""
 
 
 def first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ Shape letters: D dimension of a table, R rows of one rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -49,11 +49,17 @@ class StepExchange:
             self.shared = shared_tables(self.optimizers.tables, self.ranks)
             self._asked = True
 
-    def update(self, step: int, gradients: list[RowGradients]) -> None:
-        """Move every weight by what a call returned; all ranks are through with it after this."""
+    def update(
+        self, step: int, gradients: list[RowGradients], meanwhile: Callable[[], None]
+    ) -> None:
+        """Move every weight by what a call returned; all ranks are through with it after this.
+
+        Args:
+            meanwhile: done before others are waited for; reads no weights.
+        """
         self.optimizers.step(step, gradients)
         if self.shared is not None:
-            self.shared.moved()
+            self.shared.moved(meanwhile)
 
     def close(self) -> None:
         """Tables are this rank's own again, for whoever writes to them other than by steps."""

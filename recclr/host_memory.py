@@ -129,6 +129,15 @@ class HostMemory:
             return needed
         return [Message(block[_LINE:]) for block in blocks]
 
+    def wait(
+        self, meanwhile: Callable[[], None], *, timeout_s: float, heed: Callable[[], None]
+    ) -> None:
+        """Go on when all ranks are here; ``meanwhile`` is done first. Errors: as ``gather``."""
+        self._next()
+        self._tell()
+        meanwhile()
+        self._await(timeout_s, heed)
+
     def _next(self) -> Tensor:
         """Blocks of the next exchange, uint8 [size, capacity]; one's own is to be written."""
         self.number += 1
@@ -136,9 +145,12 @@ class HostMemory:
 
     def _exchanged(self, timeout_s: float, heed: Callable[[], None]) -> Tensor:
         """The same blocks, once all ranks have written theirs."""
-        self.kernels.recclr_tell(self.counters[self.rank].data_ptr(), self.number)
+        self._tell()
         self._await(timeout_s, heed)
         return self.blocks[self.number % 2]
+
+    def _tell(self) -> None:
+        self.kernels.recclr_tell(self.counters[self.rank].data_ptr(), self.number)
 
     def _await(self, timeout_s: float, heed: Callable[[], None]) -> None:
         end = time.monotonic() + timeout_s

@@ -33,9 +33,9 @@ class HostTables:
         self.optimizer, self.ranks = optimizer, ranks
         optimizer.share = (ranks.rank, ranks.size)
 
-    def moved(self) -> None:
-        """Wait until all ranks have moved their rows."""
-        self.ranks.wait("the update of tables")
+    def moved(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Wait until all ranks have moved their rows; ``meanwhile`` must not look at these."""
+        self.ranks.wait("the update of tables", meanwhile)
 
     def give_back(self) -> None:
         """Copies in memory of this rank's own, where it may write as it likes, to every row."""

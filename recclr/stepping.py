@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -191,6 +192,8 @@ class Stepper:
         )
         self.graph = graph_of(model, self.objective, self.optimizers, emit=emit)
         self.exchange = StepExchange(self.optimizers, ranks) if ranks.size > 1 else None
+        # Made while other ranks were waited for: the number of a step, and its batches.
+        self._ahead: tuple[int, dict[int, Batch]] | None = None
 
     def __call__(
         self,
@@ -212,7 +215,7 @@ class Stepper:
             stats = self.graph(self.source.batch(step), step)
             return stats, stop is not None and stop()
         check = check if self.objective.device.type == "cpu" else None
-        batches = self.source.step(step)
+        batches = self._batches(step)
         if self.exchange is None:
             stats = self.objective.backward(self.model, batches, check)
             self.optimizers.step(step)
@@ -224,9 +227,16 @@ class Stepper:
         stats, gradients, interrupted = self.exchange(stats, stopped=asked)
         if check is not None:
             check(stats.loss)
-        self.exchange.update(step, gradients)
+        self.exchange.update(step, gradients, partial(self._look_ahead, step + 1))
         self._fill_queue(step, batches)
         return stats, interrupted
+
+    def _look_ahead(self, step: int) -> None:
+        self._ahead = step, self.source.step(step)
+
+    def _batches(self, step: int) -> dict[int, Batch]:
+        ahead, self._ahead = self._ahead, None
+        return ahead[1] if ahead is not None and ahead[0] == step else self.source.step(step)
 
     def _fill_queue(self, step: int, batches: Mapping[int, Batch]) -> None:
         """Push what an update learned from, and say now and then how old the vectors are."""
@@ -261,6 +271,7 @@ class Stepper:
     def close(self) -> None:
         """End the thread that reads ahead, drop what an unfinished step left, share no tables."""
         self.source.close()
+        self._ahead = None
         if self.exchange is not None:
             self.exchange.close()
         self.optimizers.forget()
