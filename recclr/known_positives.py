@@ -40,6 +40,9 @@ class KnownPositives:
         if not only_own:
             # Each pair once, however often it was bought: shorter walks, and an honest count.
             self.user_items, self.item_users = log.known_pairs()
+            self.user_lengths, self.item_lengths = (
+                lists.lengths() for lists in (self.user_items, self.item_users)
+            )
             self.user_slots = torch.full((log.num_users,), -1, dtype=torch.int64, device=device)
 
     def mask(
@@ -73,9 +76,10 @@ class KnownPositives:
             columns = self._slots_of(candidate_idx, positives)
             hit = (columns >= 0).nonzero().squeeze(1)
             return PairMask(hit, columns[hit])
-        if self._length(self.user_items, user_idx) <= self._length(self.item_users, candidate_idx):
+        length = int(self.item_lengths.index_select(0, candidate_idx).sum())
+        if int(self.user_lengths.index_select(0, user_idx).sum()) <= length:
             return self._from_rows(user_idx, candidate_idx)
-        return self._from_candidates(user_idx, candidate_idx)
+        return self._from_candidates(user_idx, candidate_idx, length)
 
     def bits(
         self, user_idx: Tensor, positives: Tensor, candidate_idx: Tensor, places: Tensor | None
@@ -137,11 +141,12 @@ class KnownPositives:
         rows = torch.searchsorted(histories.offsets, hit, right=True) - 1
         return PairMask(rows, columns[hit])
 
-    def _from_candidates(self, user_idx: Tensor, candidate_idx: Tensor) -> PairMask:
+    def _from_candidates(self, user_idx: Tensor, candidate_idx: Tensor, room: int = 0) -> PairMask:
+        """The pairs, found in one walk where there are no more than ``room``."""
         kernels = native.usable(user_idx, candidate_idx)
         if kernels is not None:
             lists = self.item_users, self.user_slots
-            return known_of_candidates(kernels, user_idx, candidate_idx, *lists)
+            return known_of_candidates(kernels, user_idx, candidate_idx, *lists, room=room)
         # A user may own several rows of the batch: rows sorted by user, one range each.
         order = torch.argsort(user_idx, stable=True)
         users, counts = torch.unique_consecutive(user_idx[order], return_counts=True)
@@ -176,7 +181,3 @@ class KnownPositives:
             yield self.item_slots
         finally:
             self.item_slots[candidate_idx] = -1
-
-    @staticmethod
-    def _length(csr: Csr, rows: Tensor) -> int:
-        return int((csr.offsets[rows + 1] - csr.offsets[rows]).sum())

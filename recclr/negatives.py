@@ -83,7 +83,8 @@ class Candidates:
     @property
     def candidate_idx(self) -> Tensor:
         """int64 [C]: item index of each candidate."""
-        return self.item_idx if self.candidate_row is None else self.item_idx[self.candidate_row]
+        rows = self.candidate_row
+        return self.item_idx if rows is None else self.item_idx.index_select(0, rows)
 
     def weighted(self, items: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors and log_weights of all candidates, [C + F, D] and [C + F].
@@ -182,7 +183,7 @@ class CandidateSampler:
         some_missing = num_counted < len(merged) or self.availability is not None
         if some_missing and not self.fixed_shapes:
             candidate_row = draws.nonzero().squeeze(1)
-            draws, expected = draws[candidate_row], expected[candidate_row]
+            draws, expected = (x.index_select(0, candidate_row) for x in (draws, expected))
         # Nobody drew a spare place, and log 0 is the weight it needs.
         log_weights = draws.log() - self.strength * expected.log()
         if queued is not None:

@@ -122,14 +122,15 @@ def _feistel(values: Tensor, high: int, low: int, round_keys: list[int]) -> Tens
     right = values - left * low
     for number, key in enumerate(round_keys):
         if number % 2 == 0:
-            left = (left + _hash(right, key)) % high
+            left = _hash(right, key).add_(left).remainder_(high)
         else:
-            right = (right + _hash(left, key)) % low
-    return left * low + right
+            right = _hash(left, key).add_(right).remainder_(low)
+    return left.mul_(low).add_(right)
 
 
 def _hash(values: Tensor, key: int) -> Tensor:
     """Scramble int64 below 2^30 to int64 below 2^31; every product stays below 2^62."""
-    mixed = ((values + key) & 0x7FFFFFFF) * 0x45D9F3B
-    mixed = ((mixed >> 16) ^ mixed) & 0x7FFFFFFF
-    return ((mixed * 0x119DE1F3) >> 20) & 0x7FFFFFFF
+    # In place: over a window of positions each new tensor would be a walk through memory.
+    mixed = (values + key).bitwise_and_(0x7FFFFFFF).mul_(0x45D9F3B)
+    mixed.bitwise_xor_(mixed >> 16).bitwise_and_(0x7FFFFFFF)
+    return mixed.mul_(0x119DE1F3).bitwise_right_shift_(20).bitwise_and_(0x7FFFFFFF)

@@ -59,7 +59,9 @@ def test_both_walks_find_every_known_pair_and_no_other(
     for users, items in ((user_idx, candidates), (user_idx[::2], candidates[1::2])):
         expected = brute(log, users, items)
         assert pairs(known._from_rows(users, items)) == expected
-        assert pairs(known._from_candidates(users, items)) == expected
+        # Room for none of the pairs, for all but one, and for them alone.
+        for room in {0, max(len(expected) - 1, 0), len(expected)}:
+            assert pairs(known._from_candidates(users, items, room)) == expected
         assert pairs(known.mask(users, positives[: len(users)], items)) == expected
 
 

@@ -51,7 +51,10 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "recclr_tell": ([_POINTER, _INT], None),
     "recclr_await": ([_POINTER, *[_INT] * 5], _INT),
     "recclr_known_of_rows": ([_INT, *[_POINTER] * 7, _INT], _INT),
-    "recclr_known_of_candidates": ([_INT, _POINTER, _INT, *[_POINTER] * 8], _INT),
+    "recclr_known_of_candidates": (
+        [_INT, _POINTER, _INT, *[_POINTER] * 6, _INT, *[_POINTER] * 3],
+        _INT,
+    ),
 }
 _GRAIN = 1 << 15
 _off = False

@@ -5,7 +5,6 @@ Shape letters: B rows, C candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from ctypes import CDLL
 
 import torch
@@ -28,38 +27,50 @@ def known_of_rows(kernels: CDLL, user_idx: Tensor, user_items: Csr, item_slots: 
     users, items = user_idx.contiguous(), user_items.values.int().contiguous()
     threads = threads_for(_WORK * len(users))
 
+    starts = users.new_empty(len(users) + 1)
+
     def walk(*out: Tensor | None) -> int:
         lists = *longs(users, user_items.offsets), address(items, torch.int32)
-        out_and_slots = longs(item_slots, *out)
+        out_and_slots = longs(item_slots, starts, *out)
         return int(kernels.recclr_known_of_rows(len(users), *lists, *out_and_slots, threads))
 
-    return _pairs(user_idx, walk)
+    # Once to count and once to write.
+    total = walk(None, None)
+    pairs = users.new_empty((2, total))
+    walk(*pairs)
+    return PairMask(*pairs)
 
 
 def known_of_candidates(
-    kernels: CDLL, user_idx: Tensor, candidate_idx: Tensor, item_users: Csr, user_slots: Tensor
+    kernels: CDLL,
+    user_idx: Tensor,
+    candidate_idx: Tensor,
+    item_users: Csr,
+    user_slots: Tensor,
+    *,
+    room: int,
 ) -> PairMask:
     """The same from the users of each candidate.
 
     Args:
         candidate_idx: int64 [C]. user_slots: int64 [num_users], -1 everywhere, as it is left.
+        room: how many pairs there may be without a second walk.
     """
     users, items = user_idx.contiguous(), candidate_idx.contiguous()
     audience, next_row = item_users.values.int().contiguous(), torch.empty_like(users)
-
-    def walk(*out: Tensor | None) -> int:
-        sizes = len(users), *longs(users), len(items)
-        lists = *longs(items, item_users.offsets), address(audience, torch.int32)
-        scratch = longs(user_slots, next_row, *out)
-        return int(kernels.recclr_known_of_candidates(*sizes, *lists, *scratch))
-
-    return _pairs(user_idx, walk)
-
-
-def _pairs(user_idx: Tensor, walk: Callable[..., int]) -> PairMask:
-    """Walked once to count and once to write."""
-    starts = user_idx.new_empty(len(user_idx) + 1)
-    total = walk(starts, None, None)
-    rows, columns = user_idx.new_empty(total), user_idx.new_empty(total)
-    walk(starts, rows, columns)
-    return PairMask(rows, columns)
+    starts = users.new_empty(len(users) + 1)
+    while True:
+        keys, *pairs = users.new_empty((3, room))
+        found = kernels.recclr_known_of_candidates(
+            len(users),
+            *longs(users),
+            len(items),
+            *longs(items, item_users.offsets),
+            address(audience, torch.int32),
+            *longs(user_slots, next_row, starts),
+            room,
+            *longs(keys, *pairs),
+        )
+        if found <= room:
+            return PairMask(*(each[:found] for each in pairs))
+        room = found
