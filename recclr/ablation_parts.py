@@ -10,7 +10,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from recclr.config import Config, apply_override, with_changes
+from recclr.config import Config, allows, apply_override, with_changes
 from recclr.errors import ConfigError
 from recclr.settings.objective import WHERE_LEARNED
 from recclr.trials import refuse_blend
@@ -166,7 +166,7 @@ def derived_parts(config: Config) -> list[Part]:
         found.append(Part("fixed temperature", {}, without))
     if config.loss.kind == "full_softmax":
         found = [p for p in found if not _under((*p.values, *p.without)[0], _OF_SAMPLES)]
-    return [part for part in found if _possible(part, config)]
+    return [part for part in found if allows(config, part.values, without=part.without)]
 
 
 def _switched_on(settings: Any, path: str) -> Iterator[str]:
@@ -195,11 +195,3 @@ def _under(key: str, roots: Sequence[str]) -> bool:
     """Whether a key is one of ``roots`` or lies in one; those without a section name any last."""
     last = key.rpartition(".")[2]
     return any(key == root or key.startswith(f"{root}.") or last == root for root in roots)
-
-
-def _possible(part: Part, config: Config) -> bool:
-    try:
-        part.apply(config)
-    except ConfigError:
-        return False
-    return True

@@ -32,6 +32,7 @@ from recclr.settings import (
 )
 from recclr.settings.baselines import BaselineSettings
 from recclr.settings.blending import BlendSettings
+from recclr.toml_text import dump_section
 
 _EXPECTED = "expected "
 
@@ -166,6 +167,15 @@ def with_changes(
     return parse_config(tree, source=f"with {', '.join(said)}" if said else "configuration")
 
 
+def allows(config: Config, values: Mapping[str, Any], *, without: Sequence[str] = ()) -> bool:
+    """Whether there is a configuration ``with_changes``: a tower, say, may have no such part."""
+    try:
+        with_changes(config, values, without=without)
+    except ConfigError:
+        return False
+    return True
+
+
 def _section(tree: dict[str, Any], path: Sequence[str], key: str) -> dict[str, Any]:
     section = tree
     for name in path:
@@ -185,44 +195,12 @@ def dump_toml(config: Config) -> str:
     # The one key that is set where it is absent; "" is how TOML takes it away.
     columns = plain["data"]["columns"]
     columns["timestamp"] = columns["timestamp"] or ""
-    _dump_section(plain, (), lines)
+    dump_section(plain, (), lines)
     return "\n".join(lines).strip() + "\n"
 
 
 def _plain(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-
-
-def _dump_section(section: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
-    """Plain values first, then subsections, as TOML demands."""
-    values = {k: v for k, v in section.items() if not isinstance(v, Mapping) and v is not None}
-    if path and (values or not section):
-        lines += ["", "[" + ".".join(_toml_key(key) for key in path) + "]"]
-    lines += [f"{_toml_key(key)} = {toml_value(value)}" for key, value in values.items()]
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            _dump_section(value, (*path, key), lines)
-
-
-def _toml_key(key: str) -> str:
-    bare = key and all(c.isascii() and (c.isalnum() or c in "-_") for c in key)
-    return key if bare else toml_value(key)
-
-
-def toml_value(value: Any) -> str:
-    """A plain value, list or mapping (inline) as TOML."""
-    if isinstance(value, Mapping):
-        return (
-            "{ " + ", ".join(f"{_toml_key(k)} = {toml_value(v)}" for k, v in value.items()) + " }"
-        )
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(toml_value(part) for part in value) + "]"
-    if isinstance(value, str):
-        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped as well.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return repr(value)
 
 
 def _explain_all(error: ValidationError, values: Mapping[str, Any]) -> list[str]:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recclr.config import Config, toml_value, with_changes
+from recclr.config import Config, allows
 from recclr.data.infer import infer_features
 from recclr.data.interactions import Log
 from recclr.data.log import EncodedLog
-from recclr.errors import ConfigError
 from recclr.evaluate import EvaluationSet
+from recclr.toml_text import toml_value
 
 # Too little: below any of these nothing that a model learns can be told from chance.
 _LEAST_ROWS, _LEAST_ENTITIES, _LEAST_JUDGED = 1_000, 50, 100
@@ -130,11 +130,8 @@ def _fitting(lines: Iterable[Line], config: Config) -> tuple[Line, ...]:
     """
     kept: list[Line] = []
     for line in lines:
-        try:
-            with_changes(config, {each.key: each.value for each in (*kept, line)})
-        except ConfigError:
-            continue
-        kept.append(line)
+        if allows(config, {each.key: each.value for each in (*kept, line)}):
+            kept.append(line)
     return tuple(kept)
 
 

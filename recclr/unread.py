@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any
 
-from recclr.config import Config, toml_value
+from recclr.config import Config
 from recclr.read_where import READ_WHERE, SIDES, Facts, tower_of
 from recclr.settings import TowerSettings
+from recclr.toml_text import toml_value
 
 BY_KIND: Mapping[str, tuple[str, ...]] = {
     "column": ("categorical", "multi_hot", "numeric", "vector", "text"),

@@ -17,6 +17,7 @@ FLOORS = {
         "strict",
         "settings",
         "config",
+        "toml_text",
         "unread",
         "read_where",
         "files",

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from recclr.config import Config, with_changes
+from recclr.config import Config, allows, with_changes
 from recclr.errors import ConfigError
 from recclr.settings import ChoiceSettings, RangeSettings, TuneSettings
 from recclr.trials import encoding_of, refuse_blend
@@ -91,12 +91,7 @@ def default_space(config: Config) -> Space:
 
 def _fits(key: str, parameter: Parameter, config: Config) -> bool:
     """Whether the configuration allows all of its values: some losses have no temperature."""
-    try:
-        for value in _probes(parameter):
-            with_changes(config, {key: value})
-    except ConfigError:
-        return False
-    return True
+    return all(allows(config, {key: value}) for value in _probes(parameter))
 
 
 def _of_loss(config: Config) -> Iterator[tuple[str, Parameter]]:
