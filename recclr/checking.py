@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from recclr.data.prepare import PreparedLog, prepare_for
 from recclr.data.split import Split
 from recclr.errors import ConfigError
 from recclr.evaluate import EvaluationSet
+from recclr.files import write_bytes_atomic
 from recclr.fitting import fresh_stepper
 from recclr.judge import judged_by
 from recclr.kernels import native
@@ -141,11 +143,13 @@ def check_data(
     overrides: Sequence[str] = (),
     batch_sizes: bool = False,
     device: str = "auto",
+    write_config: Path | None = None,
 ) -> dict[str, Any]:
     """Read, split and encode as a run would, and train nothing.
 
     Args:
         batch_sizes: also try steps of rising batch size on ``device``, on a model thrown away.
+        write_config: new file for the whole configuration, with what is proposed for little data.
 
     Returns:
         JSON values: log, steps, quarantined, notes, split, encoded counts, whether data
@@ -154,10 +158,12 @@ def check_data(
 
     Raises:
         ConfigError: neither or both of ``events`` and ``config``; what a run would refuse; no such
-            device; no batch fits.
+            device; no batch fits; ``write_config`` exists, or has no folder.
         DataError: the data are refused.
     """
     settings = _config(events, users, items, config, overrides)
+    if write_config is not None:
+        _require_new(write_config)
     require_targets(settings)
     starts = settings.model.init_from
     weights = None if starts is None else weights_folder(starts)
@@ -174,10 +180,20 @@ def check_data(
     found["encoded"] = data.prepared.counts
     train = data.prepared.tensors.train
     found["notes"] += _slow_kernels(place)
-    found["amount"] = advise(data.log, train, data.examples, settings).to_json()
+    advice = advise(data.log, train, data.examples, settings)
+    found["amount"] = advice.to_json()
     if batch_sizes:
         found |= _batch_sizes(settings, data, place)
+    if write_config is not None:
+        write_bytes_atomic(write_config, advice.configuration(settings).encode())
     return found
+
+
+def _require_new(path: Path) -> None:
+    if os.path.lexists(path):
+        raise ConfigError(f"{path} exists already; name a new file for the configuration")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent} to write to")
 
 
 def _batch_sizes(config: Config, data: Data, device: str) -> dict[str, Any]:

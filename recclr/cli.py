@@ -116,6 +116,10 @@ def check(
     batch_sizes: Annotated[
         bool, typer.Option(help="Try steps of rising batch size: speed and memory of each.")
     ] = False,
+    write_config: Annotated[
+        Path | None,
+        typer.Option(help="New file for the whole configuration, with what is proposed."),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -131,6 +135,7 @@ def check(
             overrides=overrides,
             batch_sizes=batch_sizes,
             device=device,
+            write_config=write_config,
         )
     if as_json:
         print_json(found)
@@ -153,6 +158,8 @@ def check(
     for note in found["notes"]:
         say(f"note: {note}")
     print_amount(found["amount"])
+    if write_config is not None:
+        say(f"configuration: {write_config}")
 
 
 @app.command()

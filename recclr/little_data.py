@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recclr.config import Config, allows
+from recclr.config import Config, allows, dump_toml, with_changes
 from recclr.data.infer import infer_features
 from recclr.data.interactions import Log
 from recclr.data.log import EncodedLog
@@ -93,6 +93,13 @@ class Advice:
             text = f"{name} = {toml_value(line.value)}"
             sections.setdefault(section, []).append(f"# {line.reason}\n{text}")
         return "\n\n".join(f"[{name}]\n" + "\n".join(found) for name, found in sections.items())
+
+    def configuration(self, config: Config) -> str:
+        """The whole of ``config`` with the profile, as TOML; reasons in the lines before it."""
+        said = ["Every key with its value, by recclr check."]
+        said += [f"{line.key}: {line.reason}" for line in self.profile]
+        changed = with_changes(config, {line.key: line.value for line in self.profile})
+        return "".join(f"# {line}\n" for line in said) + "\n" + dump_toml(changed)
 
     def to_json(self) -> dict[str, Any]:
         """For ``recclr check --json``."""

@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from recclr.cli import app
+from recclr.config import load_config, with_changes
 from recclr.console import RunProgress, print_frame, print_results, working
 from recclr.errors import InterruptedTraining
 from recclr.kernels import native
@@ -216,6 +217,36 @@ def test_check_takes_tables_or_a_configuration(recclr, small_data, small_config)
         ("check", "--config", small_config, "--users", tables[1]),
     ):
         assert recclr(*wrong).code == 2
+
+
+def test_check_writes_a_configuration_that_runs_with_what_it_proposes(recclr, small_data, tmp_path):
+    tables = [small_data / f"{name}.parquet" for name in ("events", "users", "items")]
+    given = ("check", tables[0], "--users", tables[1], "--items", tables[2], "--set", "seed=5")
+    path = tmp_path / "mine.toml"
+    said = recclr(*given, "--write-config", path)
+    assert said.code == 0
+    assert f"configuration: {path}" in said.err
+    proposed = json.loads(recclr(*given, "--json").out)["amount"]["profile"]
+    assert proposed
+    lines = path.read_text("utf-8").splitlines()
+    for line in proposed:
+        assert f"# {line['key']}: {line['reason']}" in lines
+    written = load_config(path)
+    assert written.seed == 5
+    for line in proposed:
+        changed = with_changes(written, {line["key"]: line["value"]})
+        assert changed == written, line
+    # What it says holds of itself: nothing more is proposed.
+    again = json.loads(recclr("check", "--config", path, "--json").out)["amount"]
+    assert again["profile"] == []
+    before = path.read_bytes()
+    refused = recclr(*given, "--write-config", path)
+    assert refused.code == 2
+    assert "exists already" in refused.err
+    assert path.read_bytes() == before
+    nowhere = recclr(*given, "--write-config", tmp_path / "no" / "mine.toml")
+    assert nowhere.code == 2
+    assert "there is no folder" in nowhere.err
 
 
 def test_check_says_where_training_is_slower_than_it_could_be(recclr, small_config):
