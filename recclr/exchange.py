@@ -1,22 +1,24 @@
 """What the ranks of a step tell each other once their gradients are there.
 
 One sum carries everything small: the gradients of dense layers, the loss, whether a signal came,
-and how many table rows each rank has; one gather then carries the rows and their gradients. Every
-rank applies the same bits, so weights stay equal without being sent; where ranks share the tables
-themselves (``host_tables``), each moves its rows.
+and how many table rows each rank has; one gather then carries the rows and their gradients. Through
+memory that ranks share one message of each carries all of it. Every rank applies the same bits, so
+weights stay equal without being sent; where ranks share the tables themselves (``host_tables``),
+each moves its rows.
 
 Shape letters: D dimension of a table, R rows of one rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from recclr.distributed import Ranks
+from recclr.host_memory import Message
 from recclr.host_tables import HostTables, shared_tables
 from recclr.kernels.native_rows import Part
 from recclr.optim import RowGradients, Table, summed_rows
@@ -31,8 +33,8 @@ class StepExchange:
     """Makes the gradients of one rank those of the whole batch.
 
     Costs, each step: a sum of all dense parameters, a gather of (8 + 4·D) bytes for each look-up of
-    a rank (for each distinct row, where many come twice), and a wait of the host, which must know
-    those numbers.
+    a rank (for each distinct row, where many come twice; for each bag, where tables are shared),
+    and a wait of the host, which must know those numbers.
     """
 
     def __init__(self, optimizers: Optimizers, ranks: Ranks) -> None:
@@ -82,7 +84,8 @@ class StepExchange:
         """
         dense = list(self.optimizers.dense.values())
         device = stats.loss.device
-        found = [_sent_of(table) for table in self.optimizers.tables.tables.values()]
+        tables = self.optimizers.tables.tables
+        found = {name: table.take_lookups() for name, table in tables.items()}
         few = [float(stats.loss.detach()), float(stats.num_masked), float(stopped)]
         few += [float(loss) for loss in stats.auxiliary.values()]
         few += [float(p.grad is not None) for p in dense]
@@ -104,42 +107,47 @@ class StepExchange:
         return told, merged, bool(head[2] > 0)
 
     def _through_memory(
-        self, flat: Tensor, found: Sequence[Sent]
+        self, flat: Tensor, found: Mapping[str, list[Part]]
     ) -> tuple[Tensor, list[RowGradients]] | None:
         """``flat`` summed over ranks, and gradients of all; None where ranks share no memory."""
         if flat.device.type != "cpu":
             return None
-        sent = [sent for sent in found if sent is not None]
-        counts = torch.tensor([0 if sent is None else len(sent[0]) for sent in found])
-        parts = [counts, flat, *(part.contiguous() for of in sent for part in of)]
-        messages = self.ranks.gather_parts(parts, "gradients")
+        # Whoever moves a row sums it: once in all, and of a bag of rows one vector is sent. Where
+        # each rank moves every row, they share that work, and send sums.
+        if self.shared is None:
+            found = {name: _one_part(parts) for name, parts in found.items()}
+        every = [part for parts in found.values() for part in parts]
+        numbers = torch.tensor([len(parts) for parts in found.values()], dtype=torch.int64)
+        sizes = [(len(r), len(g), p is not None) for r, g, p in every]
+        sent = [each.contiguous() for part in every for each in part if each is not None]
+        header = torch.tensor(sizes, dtype=torch.int64).reshape(-1)
+        messages = self.ranks.gather_parts([numbers, header, flat, *sent], "gradients")
         if messages is None:
             return None
-        tables = self.optimizers.tables.tables
-        merged: dict[str, list[Part]] = {name: [] for name in tables}
+        merged: dict[str, list[Part]] = {name: [] for name in found}
         total: Tensor | None = None
         for message in messages:
-            lengths = message.take(torch.int64, len(tables)).tolist()
+            numbers = message.take(torch.int64, len(found))
+            header = message.take(torch.int64, 3 * int(numbers.sum())).view(-1, 3)
             summand = message.take(torch.float32, len(flat))
             # In the order of ranks, so that all have the same bits.
             total = summand.clone() if total is None else total.add_(summand)
-            for (name, table), length in zip(tables.items(), lengths, strict=True):
-                if length:
-                    rows = message.take(torch.int64, length)
-                    merged[name].append(
-                        (rows, message.take(torch.float32, length, table.dim), None)
-                    )
+            sizes = header.tolist()
+            for (name, parts), number in zip(merged.items(), numbers.tolist(), strict=True):
+                dim = self.optimizers.tables.tables[name].dim
+                parts += [_taken(message, dim, *sizes.pop(0)) for _ in range(number)]
         assert total is not None
         return total, [(name, parts) for name, parts in merged.items() if parts]
 
     def _through_collectives(
-        self, flat: Tensor, found: Sequence[Sent]
+        self, flat: Tensor, found: Mapping[str, list[Part]]
     ) -> tuple[Tensor, list[RowGradients]]:
         """The same, in a sum that says how many rows each rank has, and a gather of these."""
         ranks, tables = self.ranks, self.optimizers.tables.tables
         lengths = torch.zeros((len(tables), ranks.size), device=flat.device)
-        for place, sent in enumerate(found):
-            lengths[place, ranks.rank] = 0 if sent is None else len(sent[0])
+        sent = [_sent_of(found[name], table) for name, table in tables.items()]
+        for place, own in enumerate(sent):
+            lengths[place, ranks.rank] = 0 if own is None else len(own[0])
         whole = ranks.sum_(torch.cat([lengths.reshape(-1), flat]), "gradients")
         counts = whole[: lengths.numel()].view_as(lengths).long().tolist()
         flat = whole[lengths.numel() :]
@@ -148,7 +156,7 @@ class StepExchange:
         dims = [table.dim for table in tables.values()]
         sizes = [_packed_sizes(of, dims) for of in zip(*counts, strict=True)]
         blocks = ranks.gather_blocks(
-            _packed([sent for sent in found if sent is not None], flat.device),
+            _packed([own for own in sent if own is not None], flat.device),
             [sum(of) for of in sizes],
             "gradients of tables",
         )
@@ -164,9 +172,19 @@ class StepExchange:
         return flat, [(name, parts) for name, parts in merged.items() if parts]
 
 
-def _sent_of(table: Table) -> Sent:
-    """Rows and gradients as they are sent; None where there are none."""
-    parts = table.take_lookups()
+def _taken(message: Message, dim: int, num_rows: int, num_grads: int, placed: int) -> Part:
+    """A part as it was sent: so many rows, so many gradients, and whether there are places."""
+    rows = message.take(torch.int64, num_rows)
+    grads = message.take(torch.float32, num_grads, dim)
+    return rows, grads, message.take(torch.int64, num_rows) if placed else None
+
+
+def _one_part(parts: list[Part]) -> list[Part]:
+    return [(*summed_rows(parts), None)] if parts else []
+
+
+def _sent_of(parts: list[Part], table: Table) -> Sent:
+    """Rows and gradients as collectives send them; None where there are none."""
     if not parts:
         return None
     rows, grads, places = parts[0]
