@@ -246,6 +246,11 @@ def _reads_log_q(facts: Facts) -> bool:
     return loss.mining != "hardest"
 
 
+def _has_queue(facts: Facts) -> bool:
+    queue = facts.config.negatives.queue
+    return queue is not None and queue.size > 0
+
+
 def _of_objective() -> Iterator[tuple[str, Where]]:
     yield from _where(
         "loss.top_k is not set",
@@ -266,9 +271,14 @@ def _of_objective() -> Iterator[tuple[str, Where]]:
     )
     yield from _where(
         "negatives.queue.size is 0",
-        lambda f: f.config.negatives.queue is None or f.config.negatives.queue.size > 0,
+        _has_queue,
         "negatives.queue.momentum",
         "negatives.queue.warmup",
+    )
+    yield from _where(
+        "negatives.queue.size is 0, and no positive becomes a negative",
+        lambda f: f.config.negatives.in_batch or _has_queue(f),
+        "negatives.counts",
     )
     yield from _where(
         "distillation.weight is 0",
@@ -328,10 +338,7 @@ def _of_loop() -> Iterator[tuple[str, Where]]:
     yield from _where("there is no validation to stop by", lambda f: f.validates, "train.patience")
     yield from _where(
         "there is no validation to look at, and no queue whose age is told",
-        lambda f: (
-            f.validates
-            or (f.config.negatives.queue is not None and f.config.negatives.queue.size > 0)
-        ),
+        lambda f: f.validates or _has_queue(f),
         "train.evaluate_every",
     )
     yield from _where(

@@ -42,7 +42,7 @@ negatives.mined.share negatives.mined.choice negatives.mined.pool negatives.mine
 negatives.mined.warmup_epochs negatives.mined.refresh_epochs negatives.explicit
 negatives.explicit.events negatives.explicit.count negatives.explicit.weight negatives.queue
 negatives.queue.size negatives.available negatives.available_lead_d negatives.within
-negatives.counts self_supervision self_supervision.* self_supervision.*.weight
+self_supervision self_supervision.* self_supervision.*.weight
 self_supervision.*.temperature self_supervision.*.batch_size self_supervision.*.distribution
 self_supervision.*.dropout self_supervision.*.projection distillation distillation.run
 distillation.weight train.batch_size train.chunk_size train.accumulate train.epochs
@@ -287,6 +287,12 @@ CASES = [
             {"negatives.queue": {"size": 30}, "negatives.in_batch": True},
         )
         for name, value in (("momentum", 0.2), ("warmup", 0.7))
+    ),
+    Case(
+        "negatives.counts",
+        "streaming",
+        {"negatives.queue": {"size": 0}},
+        {"negatives.in_batch": True},
     ),
     Case(
         "distillation.temperature",
