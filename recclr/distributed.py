@@ -74,6 +74,7 @@ class Ranks:
         self._store = store
         self.notices = None if store is None else Notices(store, rank, size)
         self._memory: HostMemory | None = None
+        self._growth_refused = False
         self._watched_at: float | None = None
 
     @property
@@ -214,11 +215,16 @@ class Ranks:
             return False
         if needed > memory.capacity:
             capacity = capacity_for(self.size, needed)
-            if capacity is None:
+            if capacity is None or self._growth_refused:
                 return False
-            self._memory = shared_by(self, capacity)
+            grown = shared_by(self, capacity)
+            if grown is None:
+                # What the system refused once is not asked for in every step.
+                self._growth_refused = True
+                return False
+            self._memory = grown
             memory.close()
-        return self._memory is not None
+        return True
 
     def gather_rows(self, x: Tensor, counts: Sequence[int], name: str) -> Tensor:
         """As ``gather``; the gradient of a row is the sum of what all ranks made of it."""
@@ -278,18 +284,25 @@ class Ranks:
         """As ``meet``, for waits within a step: microseconds where ranks share memory.
 
         Args:
-            meanwhile: done once the others know that this rank is here.
+            meanwhile: done before this rank waits, and where they share memory once the others
+                know that it is here; it must not look at what an exchange gave before.
         """
-        meanwhile = meanwhile or _nothing
-        if self._memory is None:
+        if self._memory is not None:
+            self._memory.arrive()
+        # Outside of what turns errors of an exchange into those of others.
+        if meanwhile is not None:
             meanwhile()
+        if self._memory is None:
             self.meet(name)
             return
         with self._brief(name):
-            self._memory.wait(meanwhile, timeout_s=self.timeout_s, heed=self._heed)
+            self._memory.wait(timeout_s=self.timeout_s, heed=self._heed)
 
     def watch(self) -> None:
-        """From here until the next collective a hang shows where it is: the stack on stderr."""
+        """From here on a hang shows where it is: the stack on stderr.
+
+        Until ``unwatch``, a collective, or a wait in memory of more than a moment.
+        """
         if self.size == 1 or sys.__stderr__ is None:
             return
         # Each time starts a thread, which costs more than an exchange through memory.
@@ -375,10 +388,6 @@ class _GatherRows(torch.autograd.Function):
         # All-reduce moves twice the bytes of reduce-scatter, which gloo has for equal parts only.
         whole = ranks.sum_(grad_outputs[0].clone(), f"gradient of {ctx.name}")
         return whole.split(counts)[ranks.rank], None, None, None
-
-
-def _nothing() -> None:
-    """To do while others are waited for."""
 
 
 def first_line(error: BaseException) -> str:

@@ -33,8 +33,8 @@ class StepExchange:
     """Makes the gradients of one rank those of the whole batch.
 
     Costs, each step: a sum of all dense parameters, a gather of (8 + 4·D) bytes for each look-up of
-    a rank (for each distinct row, where many come twice; for each bag, where tables are shared),
-    and a wait of the host, which must know those numbers.
+    a rank (for each distinct row, where many come twice; where tables are shared, 16 for each
+    look-up of a bag and 4·D for the bag), and a wait of the host, which must know those numbers.
     """
 
     def __init__(self, optimizers: Optimizers, ranks: Ranks) -> None:
@@ -43,7 +43,7 @@ class StepExchange:
         self._asked = False
 
     def share(self) -> None:
-        """Before steps: let ranks share tables where they can, until ``close``.
+        """Before steps: let ranks share tables where they can, until ``give_back``.
 
         What a checkpoint holds is to be loaded before: each rank would write there.
         """
@@ -54,16 +54,18 @@ class StepExchange:
     def update(
         self, step: int, gradients: list[RowGradients], meanwhile: Callable[[], None]
     ) -> None:
-        """Move every weight by what a call returned; all ranks are through with it after this.
+        """Move every weight by what a call returned; wait until all have moved tables they share.
 
         Args:
-            meanwhile: done before others are waited for; reads no weights.
+            meanwhile: done where others are waited for, before that; reads no weights.
         """
         self.optimizers.step(step, gradients)
         if self.shared is not None:
             self.shared.moved(meanwhile)
+            # A long wait leaves nobody to watch over what follows.
+            self.ranks.watch()
 
-    def close(self) -> None:
+    def give_back(self) -> None:
         """Tables are this rank's own again, for whoever writes to them other than by steps."""
         if self.shared is not None:
             self.shared.give_back()
@@ -100,7 +102,7 @@ class StepExchange:
             dense, torch.split(rest, [p.numel() for p in dense]), present, strict=True
         ):
             # No gradient anywhere is not a gradient of zero: AdamW would decay the weight.
-            p.grad = grad.view_as(p) if some else None
+            p.grad = grad.view_as(p).to(p.dtype) if some else None
         loss, num_masked = head[0], int(head[1])
         self.ranks.watch()
         told = replace(stats, loss=loss, num_masked=num_masked, auxiliary=auxiliary)
@@ -117,22 +119,23 @@ class StepExchange:
         if self.shared is None:
             found = {name: _one_part(parts) for name, parts in found.items()}
         every = [part for parts in found.values() for part in parts]
-        numbers = torch.tensor([len(parts) for parts in found.values()], dtype=torch.int64)
-        sizes = [(len(r), len(g), p is not None) for r, g, p in every]
-        sent = [each.contiguous() for part in every for each in part if each is not None]
-        header = torch.tensor(sizes, dtype=torch.int64).reshape(-1)
-        messages = self.ranks.gather_parts([numbers, header, flat, *sent], "gradients")
+        own = [
+            torch.tensor([len(parts) for parts in found.values()], dtype=torch.int64),
+            torch.tensor([(len(r), len(g), p is not None) for r, g, p in every]).long().reshape(-1),
+            flat,
+            *(each.contiguous() for part in every for each in part if each is not None),
+        ]
+        messages = self.ranks.gather_parts(own, "gradients")
         if messages is None:
             return None
         merged: dict[str, list[Part]] = {name: [] for name in found}
         total: Tensor | None = None
         for message in messages:
             numbers = message.take(torch.int64, len(found))
-            header = message.take(torch.int64, 3 * int(numbers.sum())).view(-1, 3)
-            summand = message.take(torch.float32, len(flat))
+            sizes = message.take(torch.int64, int(numbers.sum()), 3).tolist()
+            summand = message.take(flat.dtype, len(flat))
             # In the order of ranks, so that all have the same bits.
             total = summand.clone() if total is None else total.add_(summand)
-            sizes = header.tolist()
             for (name, parts), number in zip(merged.items(), numbers.tolist(), strict=True):
                 dim = self.optimizers.tables.tables[name].dim
                 parts += [_taken(message, dim, *sizes.pop(0)) for _ in range(number)]

@@ -107,8 +107,8 @@ class HostMemory:
         """What each rank has to say, of a length that the others need not know.
 
         Args:
-            parts: without gaps, on the CPU; of any number, dtypes and shapes, none of them the same
-                on all ranks. Other arguments and errors: as ``gather``.
+            parts: without gaps, on the CPU; of any number, dtypes and shapes, which need not be the
+                same on all ranks. Other arguments and errors: as ``gather``.
 
         Returns:
             the message of each rank, good until the next call; or how many bytes a block needs, the
@@ -129,13 +129,16 @@ class HostMemory:
             return needed
         return [Message(block[_LINE:]) for block in blocks]
 
-    def wait(
-        self, meanwhile: Callable[[], None], *, timeout_s: float, heed: Callable[[], None]
-    ) -> None:
-        """Go on when all ranks are here; ``meanwhile`` is done first. Errors: as ``gather``."""
+    def arrive(self) -> None:
+        """Let the others know that this rank is here; ``wait`` is to follow.
+
+        They may then write over what the exchange before gave.
+        """
         self._next()
         self._tell()
-        meanwhile()
+
+    def wait(self, *, timeout_s: float, heed: Callable[[], None]) -> None:
+        """Go on when all ranks have arrived. Errors: as ``gather``."""
         self._await(timeout_s, heed)
 
     def _next(self) -> Tensor:

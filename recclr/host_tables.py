@@ -2,9 +2,10 @@
 
 With a copy on each rank all of them move every row that the step touched; ranks of one machine then
 do the same work side by side, on the same memory bus. Here the ranks see one copy, in memory that
-they share: each moves its rows, and all wait until the others have. A row's gradients are summed in
-the same order by whoever moves it, so the bits are those of a copy on each rank. The memory for
-weights and optimiser state is that of one process.
+they share: each moves its rows, and all wait until the others have. Whoever moves
+a row sums all its gradients, in the order of ranks, so weights are those of a copy on each rank up
+to the order of sums. While steps run, the memory for weights and optimiser state is that of one
+process.
 
 Nothing but an update writes to what is shared, so whoever reads between two updates needs no lock.
 """
@@ -38,8 +39,12 @@ class HostTables:
         self.ranks.wait("the update of tables", meanwhile)
 
     def give_back(self) -> None:
-        """Copies in memory of this rank's own, where it may write as it likes, to every row."""
-        _replace(self.optimizer, Tensor.clone)
+        """Weights in memory of this rank's own, where it may write as it likes.
+
+        Optimiser state stays where it is: nobody writes there but steps, which share anew.
+        """
+        for table in self.optimizer.tables.values():
+            table.weight.data = table.weight.detach().clone()
         self.optimizer.share = ALL
 
 

@@ -260,6 +260,9 @@ class CatalogueStepper:
         self.optimizers.forget()
         self.model.train()
 
+    def give_back(self) -> None:
+        """As ``stepping.Stepper``; one process shares nothing."""
+
     def close(self) -> None:
         """As ``stepping.Stepper``."""
         self.optimizers.forget()

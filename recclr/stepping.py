@@ -67,6 +67,8 @@ class Steps(Protocol):
 
     def look_again(self) -> None: ...
 
+    def give_back(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -232,7 +234,9 @@ class Stepper:
         return stats, interrupted
 
     def _look_ahead(self, step: int) -> None:
-        self._ahead = step, self.source.step(step)
+        # Of a mapped log a thread reads ahead, which must not begin an epoch that never comes.
+        if step < self.num_steps and self.source.log.mapped_for is None:
+            self._ahead = step, self.source.step(step)
 
     def _batches(self, step: int) -> dict[int, Batch]:
         ahead, self._ahead = self._ahead, None
@@ -268,12 +272,18 @@ class Stepper:
         if self.graph is not None:
             self.graph.look_again()
 
+    def give_back(self) -> None:
+        """Share no tables with other ranks from here on, for whoever writes to the weights.
+
+        Not after an error, which copies could only hide.
+        """
+        if self.exchange is not None:
+            self.exchange.give_back()
+
     def close(self) -> None:
-        """End the thread that reads ahead, drop what an unfinished step left, share no tables."""
+        """End the thread that reads ahead, and drop what an unfinished step left."""
         self.source.close()
         self._ahead = None
-        if self.exchange is not None:
-            self.exchange.close()
         self.optimizers.forget()
 
 

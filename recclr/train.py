@@ -219,6 +219,7 @@ def run_steps(
                     tell_figures(monitor(model), progress.evaluations, emit)
                 stepper.look_again()
             if improved or last or interrupted or progress.step % checkpoint_every == 0:
+                ranks.unwatch()
                 require_finite(stats.loss, model, progress.step)
                 keeper.keep(progress, best=improved)
             if interrupted and not last:
@@ -230,6 +231,7 @@ def run_steps(
         stepper.close()
         ranks.unwatch()
         make_plain()
+    stepper.give_back()
     if progress.best_value is not None:
         keeper.restore_best(progress.best_step)
     model.eval()

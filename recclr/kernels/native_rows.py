@@ -51,7 +51,7 @@ def equal_values(
     """Where equal values stand; None where one is below 0 or beyond 32 bits, or they are no int64.
 
     Args:
-        inverse: whether to tell which of the distinct values each one is; not of a share.
+        inverse: whether to tell which of the distinct values each one is, of all values alone.
         share: the values that are looked at, see ``owned``.
     """
     if values.dtype != torch.int64 or values.ndim != 1:

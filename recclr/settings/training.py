@@ -28,7 +28,8 @@ class TrainSettings:
     epochs: float = 30.0
     table_optimizer: Literal["adam", "rowwise_adam", "rowwise_adagrad", "sgd"] = "adam"
     table_moments: Literal["float32", "bfloat16"] = "float32"
-    """What Adam's moments of the tables are stored in; bfloat16 halves their memory."""
+    """What Adam's moments of the tables are stored in; bfloat16 halves their memory in one process.
+    Processes of one machine share tables with float32 moments, and with others have a copy each."""
     table_lr: float = 0.02
     dense_lr: float = 0.003
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"

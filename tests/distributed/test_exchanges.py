@@ -62,6 +62,26 @@ def test_tables_that_ranks_share_move_to_the_bits_of_copies(spread, tmp_path, si
     assert ended.codes == [0] * size, ended.texts
 
 
+@pytest.mark.skipif(native.library() is None, reason=str(native.why_not()))
+def test_memory_that_cannot_grow_serves_what_fits(spread, tmp_path):
+    ended = spread("growth_refused", 2, tmp_path)
+    assert ended.codes == [0, 0], ended.texts
+
+
+@pytest.mark.parametrize("sockets", [False, True])
+def test_an_error_while_others_are_waited_for_is_ones_own(spread, tmp_path, sockets):
+    ended = spread("meanwhile_fails", 2, tmp_path, sockets=sockets)
+    assert ended.codes == [1, 1], ended.texts
+    assert "RuntimeError: can't allocate memory: timeout" in ended.texts[1]
+    assert ended.texts[0] == ""
+
+
+@pytest.mark.parametrize("sockets", [False, True])
+def test_dense_gradients_keep_their_precision(spread, tmp_path, sockets):
+    ended = spread("wide_dense", 2, tmp_path, sockets=sockets)
+    assert ended.codes == [0, 0], ended.texts
+
+
 @pytest.mark.parametrize("options", [{"sockets": True}, {"refused": 0}, {"refused": 3}])
 def test_tables_that_cannot_be_shared_are_copies(spread, tmp_path, options):
     ended = spread("host_tables", 2, tmp_path, kind="adam", shares=False, **options)

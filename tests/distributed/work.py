@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
@@ -29,6 +30,7 @@ from recclr.data.sharding import rows_for_training
 from recclr.distillation import Teacher
 from recclr.distributed import ALONE
 from recclr.evaluate import EvaluationSet, evaluate
+from recclr.exchange import StepExchange
 from recclr.host_tables import shared_tables
 from recclr.mining import Refresher
 from recclr.optim import Table, TableOptimizer, summed_rows
@@ -54,6 +56,7 @@ from recclr.sharded_tables import ShardedTable, table_maker
 from recclr.siamese import build_siamese
 from recclr.spectral import start_from_spectral
 from recclr.statistics import DAY_S
+from recclr.step_stats import StepStats
 from recclr.stepping import Stepper
 from recclr.topk import EmbeddingRanker
 from recclr.train import fit
@@ -678,14 +681,61 @@ def host_tables(ranks, folder, *, kind, shares, refused=None):
             shared.give_back()
             assert optimizer.share == (0, 1)
             # Each has its own again.
-            for value in held(tables, optimizer):
-                value[0, 0] = ranks.rank
-            ranks.wait("writing")
-            assert all(value[0, 0] == ranks.rank for value in held(tables, optimizer))
-            for value, other in zip(held(tables, optimizer), held(own_tables, own), strict=True):
-                value[0, 0] = other[0, 0]
-        step(4)
-        assert same()
+            for name, table in tables.items():
+                table.weight[0, 0] = ranks.rank
+                ranks.wait("writing")
+                assert table.weight[0, 0] == ranks.rank
+                table.weight[0, 0] = own_tables[name].weight[0, 0]
+    assert same()
+
+
+def growth_refused(ranks, folder):
+    """The system has no more memory for exchanges: what fits goes through what there is."""
+    from recclr import host_memory
+
+    memory = ranks._memory
+    asked = []
+    host_memory._made = lambda *arguments: asked.append(arguments)
+    for _ in range(3):
+        own = torch.full((6 << 20,), 1 + ranks.rank, dtype=torch.uint8)
+        blocks = ranks.gather_blocks(own, [len(own)] * ranks.size, "much")
+        assert [int(block.amin()) for block in blocks] == list(range(1, ranks.size + 1))
+        assert ranks.gather_parts([own], "parts") is None
+        assert len(ranks.gather_parts([own[:9]], "few parts")) == ranks.size
+        ranks.wait("a wait")
+    assert ranks._memory is memory
+    # Of those that share memory only the first one asks for it; once is enough.
+    assert len(asked) == (1 if ranks.first else 0)
+
+
+def meanwhile_fails(ranks, folder):
+    """What rank 1 does before it waits is an error of its own, not one of an exchange."""
+
+    def meanwhile():
+        if ranks.rank == 1:
+            raise RuntimeError("can't allocate memory: timeout")
+
+    ranks.wait("a wait", meanwhile)
+    ranks.sum_(torch.ones(1), "a sum")
+
+
+def wide_dense(ranks, folder):
+    """Dense parameters in float64 beside others, one of which has a gradient on one rank alone."""
+    wide = torch.nn.Parameter(torch.zeros(2, 3, dtype=torch.float64))
+    narrow, unused = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    wide.grad = torch.full((2, 3), 1e-12 + ranks.rank, dtype=torch.float64)
+    if ranks.rank == 1:
+        narrow.grad = torch.arange(3.0)
+    parts = {"wide": wide, "narrow": narrow, "unused": unused}
+    optimizers = SimpleNamespace(dense=parts, tables=SimpleNamespace(tables={}))
+    stats = StepStats(torch.tensor(0.5), 7, 21, 0, 3, torch.tensor(2))
+    told, gradients, stopped = StepExchange(optimizers, ranks)(stats, stopped=ranks.rank == 1)
+    assert (float(told.loss), gradients, stopped) == (0.5 * ranks.size, [], True)
+    total = sum(1e-12 + rank for rank in range(ranks.size))
+    assert wide.grad.dtype == torch.float64
+    assert (wide.grad == total).all()
+    assert narrow.grad.tolist() == [0.0, 1.0, 2.0]
+    assert unused.grad is None
 
 
 def disagrees(ranks, folder, *, odd):
