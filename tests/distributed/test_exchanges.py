@@ -153,6 +153,14 @@ def test_a_rank_that_hangs_is_named_after_the_time_out(spread, tmp_path, where, 
 
 
 @pytest.mark.parametrize("sockets", [False, True])
+def test_a_hang_after_a_long_wait_shows_where_it_is(spread, tmp_path, sockets):
+    ended = spread("hangs_after_a_wait", 2, tmp_path, timeout_s=1.0, ends_s=5.0, sockets=sockets)
+    assert ended.codes == [None, 75], ended.texts
+    assert "for rank 0" in ended.texts[1]
+    assert "in hangs_after_a_wait" in ended.texts[0]
+
+
+@pytest.mark.parametrize("sockets", [False, True])
 def test_a_rank_that_was_killed_ends_the_others(spread, tmp_path, sockets):
     ended = spread("dies", 2, tmp_path, who=0, sockets=sockets)
     assert ended.codes[0] == -9

@@ -719,6 +719,19 @@ def meanwhile_fails(ranks, folder):
     ranks.sum_(torch.ones(1), "a sum")
 
 
+def hangs_after_a_wait(ranks, folder):
+    """Rank 0 waits long for the others' update, and hangs after it."""
+    tables = SimpleNamespace(tables={})
+    optimizers = SimpleNamespace(dense={}, tables=tables, step=lambda *arguments: None)
+    exchange = StepExchange(optimizers, ranks)
+    exchange.shared = SimpleNamespace(moved=lambda meanwhile: ranks.wait("an update", meanwhile))
+    ranks.watch()
+    time.sleep(0.3 * ranks.rank)
+    exchange.update(0, [], lambda: None)
+    time.sleep(60.0 if ranks.first else 0.0)
+    ranks.sum_(torch.ones(1), "a sum")
+
+
 def wide_dense(ranks, folder):
     """Dense parameters in float64 beside others, one of which has a gradient on one rank alone."""
     wide = torch.nn.Parameter(torch.zeros(2, 3, dtype=torch.float64))
