@@ -25,9 +25,6 @@ from recclr.optim import RowGradients, Table, summed_rows
 from recclr.optimizers import Optimizers
 from recclr.step_stats import StepStats
 
-# Rows of a table and their gradients as one rank sends them; None: it has none.
-Sent = tuple[Tensor, Tensor] | None
-
 
 class StepExchange:
     """Makes the gradients of one rank those of the whole batch.
@@ -117,7 +114,7 @@ class StepExchange:
         # Whoever moves a row sums it: once in all, and of a bag of rows one vector is sent. Where
         # each rank moves every row, they share that work, and send sums.
         if self.shared is None:
-            found = {name: _one_part(parts) for name, parts in found.items()}
+            found = self._in_one(found)
         every = [part for parts in found.values() for part in parts]
         own = [
             torch.tensor([len(parts) for parts in found.values()], dtype=torch.int64),
@@ -142,15 +139,18 @@ class StepExchange:
         assert total is not None
         return total, [(name, parts) for name, parts in merged.items() if parts]
 
+    def _in_one(self, found: Mapping[str, list[Part]]) -> dict[str, list[Part]]:
+        tables = self.optimizers.tables.tables
+        return {name: _one_part(parts, tables[name]) for name, parts in found.items()}
+
     def _through_collectives(
         self, flat: Tensor, found: Mapping[str, list[Part]]
     ) -> tuple[Tensor, list[RowGradients]]:
         """The same, in a sum that says how many rows each rank has, and a gather of these."""
-        ranks, tables = self.ranks, self.optimizers.tables.tables
+        ranks, tables, found = self.ranks, self.optimizers.tables.tables, self._in_one(found)
         lengths = torch.zeros((len(tables), ranks.size), device=flat.device)
-        sent = [_sent_of(found[name], table) for name, table in tables.items()]
-        for place, own in enumerate(sent):
-            lengths[place, ranks.rank] = 0 if own is None else len(own[0])
+        for place, own in enumerate(found.values()):
+            lengths[place, ranks.rank] = sum(len(rows) for rows, _, _ in own)
         whole = ranks.sum_(torch.cat([lengths.reshape(-1), flat]), "gradients")
         counts = whole[: lengths.numel()].view_as(lengths).long().tolist()
         flat = whole[lengths.numel() :]
@@ -159,7 +159,7 @@ class StepExchange:
         dims = [table.dim for table in tables.values()]
         sizes = [_packed_sizes(of, dims) for of in zip(*counts, strict=True)]
         blocks = ranks.gather_blocks(
-            _packed([own for own in sent if own is not None], flat.device),
+            _packed([part for own in found.values() for part in own], flat.device),
             [sum(of) for of in sizes],
             "gradients of tables",
         )
@@ -182,25 +182,21 @@ def _taken(message: Message, dim: int, num_rows: int, num_grads: int, placed: in
     return rows, grads, message.take(torch.int64, num_rows) if placed else None
 
 
-def _one_part(parts: list[Part]) -> list[Part]:
-    return [(*summed_rows(parts), None)] if parts else []
-
-
-def _sent_of(parts: list[Part], table: Table) -> Sent:
-    """Rows and gradients as collectives send them; None where there are none."""
+def _one_part(parts: list[Part], table: Table) -> list[Part]:
+    """The same as one part without places, or none."""
     if not parts:
-        return None
-    rows, grads, places = parts[0]
+        return []
+    rows, _, places = parts[0]
     if len(parts) == 1 and places is None and 2 * len(rows) <= table.num_rows:
         # Few come twice, and all are summed again where they arrive.
-        return rows, grads
-    return summed_rows(parts)
+        return parts
+    return [(*summed_rows(parts), None)]
 
 
-def _packed(own: list[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
+def _packed(own: list[Part], device: torch.device) -> Tensor:
     """Rows of tables, then their gradients, in one vector int32 [n]; see ``_packed_sizes``."""
-    words = [rows.contiguous().view(torch.int32) for rows, _ in own]
-    words += [grads.contiguous().view(torch.int32).reshape(-1) for _, grads in own]
+    words = [rows.contiguous().view(torch.int32) for rows, _, _ in own]
+    words += [grads.contiguous().view(torch.int32).reshape(-1) for _, grads, _ in own]
     length = sum(map(len, words))
     return torch.cat([*words, torch.zeros(length % 2, dtype=torch.int32, device=device)])
 
