@@ -88,11 +88,8 @@ def needed(candidates: Candidates, named: Named) -> tuple[Tensor, Candidates, Na
         own_row=None,
     )
     positive_row, own_row, more_row = named
-    return (
-        kept,
-        fewer,
-        (moved.index_select(0, positive_row), _moved(own_row, moved), _moved(more_row, moved)),
-    )
+    positive_row = moved.index_select(0, positive_row)
+    return kept, fewer, (positive_row, _moved(own_row, moved), _moved(more_row, moved))
 
 
 def _moved(rows: Tensor | None, moved: Tensor) -> Tensor | None:

@@ -91,7 +91,8 @@ class StepExchange:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in dense]
         head = torch.tensor(few, device=device)
         flat = torch.cat([head, *(grad.reshape(-1) for grad in grads)])
-        flat, merged = self._through_memory(flat, found) or self._through_collectives(flat, found)
+        flat, every = self._through_memory(flat, found) or self._through_collectives(flat, found)
+        merged = [(name, parts) for name, parts in every.items() if parts]
         head, rest = flat[: len(few)], flat[len(few) :]
         auxiliary = dict(zip(stats.auxiliary, head[3:], strict=False))
         present = head[3 + len(auxiliary) :].tolist()
@@ -107,7 +108,7 @@ class StepExchange:
 
     def _through_memory(
         self, flat: Tensor, found: Mapping[str, list[Part]]
-    ) -> tuple[Tensor, list[RowGradients]] | None:
+    ) -> tuple[Tensor, dict[str, list[Part]]] | None:
         """``flat`` summed over ranks, and gradients of all; None where ranks share no memory."""
         if flat.device.type != "cpu":
             return None
@@ -137,7 +138,7 @@ class StepExchange:
                 dim = self.optimizers.tables.tables[name].dim
                 parts += [_taken(message, dim, *sizes.pop(0)) for _ in range(number)]
         assert total is not None
-        return total, [(name, parts) for name, parts in merged.items() if parts]
+        return total, merged
 
     def _in_one(self, found: Mapping[str, list[Part]]) -> dict[str, list[Part]]:
         tables = self.optimizers.tables.tables
@@ -145,7 +146,7 @@ class StepExchange:
 
     def _through_collectives(
         self, flat: Tensor, found: Mapping[str, list[Part]]
-    ) -> tuple[Tensor, list[RowGradients]]:
+    ) -> tuple[Tensor, dict[str, list[Part]]]:
         """The same, in a sum that says how many rows each rank has, and a gather of these."""
         ranks, tables, found = self.ranks, self.optimizers.tables.tables, self._in_one(found)
         lengths = torch.zeros((len(tables), ranks.size), device=flat.device)
@@ -155,7 +156,7 @@ class StepExchange:
         counts = whole[: lengths.numel()].view_as(lengths).long().tolist()
         flat = whole[lengths.numel() :]
         if not tables:
-            return flat, []
+            return flat, {}
         dims = [table.dim for table in tables.values()]
         sizes = [_packed_sizes(of, dims) for of in zip(*counts, strict=True)]
         blocks = ranks.gather_blocks(
@@ -172,7 +173,7 @@ class StepExchange:
                 if len(rows):
                     told = rows.view(torch.int64), grads.view(torch.float32).view(-1, dim), None
                     merged[name].append(told)
-        return flat, [(name, parts) for name, parts in merged.items() if parts]
+        return flat, merged
 
 
 def _taken(message: Message, dim: int, num_rows: int, num_grads: int, placed: int) -> Part:

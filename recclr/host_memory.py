@@ -137,10 +137,6 @@ class HostMemory:
         self._next()
         self._tell()
 
-    def wait(self, *, timeout_s: float, heed: Callable[[], None]) -> None:
-        """Go on when all ranks have arrived. Errors: as ``gather``."""
-        self._await(timeout_s, heed)
-
     def _next(self) -> Tensor:
         """Blocks of the next exchange, uint8 [size, capacity]; one's own is to be written."""
         self.number += 1
@@ -149,13 +145,14 @@ class HostMemory:
     def _exchanged(self, timeout_s: float, heed: Callable[[], None]) -> Tensor:
         """The same blocks, once all ranks have written theirs."""
         self._tell()
-        self._await(timeout_s, heed)
+        self.wait(timeout_s=timeout_s, heed=heed)
         return self.blocks[self.number % 2]
 
     def _tell(self) -> None:
         self.kernels.recclr_tell(self.counters[self.rank].data_ptr(), self.number)
 
-    def _await(self, timeout_s: float, heed: Callable[[], None]) -> None:
+    def wait(self, *, timeout_s: float, heed: Callable[[], None]) -> None:
+        """Go on when all ranks have arrived. Errors: as ``gather``."""
         end = time.monotonic() + timeout_s
         first, stride = self.counters.data_ptr(), self.counters.stride(0)
         while True:

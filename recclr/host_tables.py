@@ -2,10 +2,9 @@
 
 With a copy on each rank all of them move every row that the step touched; ranks of one machine then
 do the same work side by side, on the same memory bus. Here the ranks see one copy, in memory that
-they share: each moves its rows, and all wait until the others have. Whoever moves
-a row sums all its gradients, in the order of ranks, so weights are those of a copy on each rank up
-to the order of sums. While steps run, the memory for weights and optimiser state is that of one
-process.
+they share: each moves its rows, and all wait until the others have. Whoever moves a row sums all
+its gradients, in the order of ranks, so weights are those of a copy on each rank up to the order of
+sums. While steps run, the memory for weights and optimiser state is that of one process.
 
 Nothing but an update writes to what is shared, so whoever reads between two updates needs no lock.
 """

@@ -25,9 +25,7 @@ def known_of_rows(kernels: CDLL, user_idx: Tensor, user_items: Csr, item_slots: 
         user_idx: int64 [B]. item_slots: int64 [num_items], place among the candidates or -1.
     """
     users, items = user_idx.contiguous(), user_items.values.int().contiguous()
-    threads = threads_for(_WORK * len(users))
-
-    starts = users.new_empty(len(users) + 1)
+    starts, threads = users.new_empty(len(users) + 1), threads_for(_WORK * len(users))
 
     def walk(*out: Tensor | None) -> int:
         lists = *longs(users, user_items.offsets), address(items, torch.int32)

@@ -35,7 +35,7 @@ class EqualValues:
     Attributes:
         distinct: [R], rising. order: [n], places of equal values one after another, each value's in
             the order they came; those of a share alone. starts: [R + 1], where each value begins in
-        ``order``.
+            ``order``.
         inverse: [n], which distinct value each one is, or None.
     """
 
