@@ -7,7 +7,7 @@ The order is that of the settings. Conditions come before the check for bad rows
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import polars as pl
 
@@ -81,6 +81,24 @@ def clean_events(
         DataError: a column is missing, ids are floats, bad rows are refused or too many, or a
             step left nothing; the message names it.
     """
+    return filter_events(
+        check_events(events, settings, users=users, items=items, now=now), settings
+    )
+
+
+def check_events(
+    events: Table | pl.DataFrame,
+    settings: DataSettings,
+    *,
+    users: pl.DataFrame | None = None,
+    items: pl.DataFrame | None = None,
+    now: int | None = None,
+) -> CleanEvents:
+    """The steps up to the bad rows; see ``clean_events``.
+
+    Returns:
+        Canonical columns, and what orders and weighs rows in columns that begin with ``_``.
+    """
     table = events if isinstance(events, Table) else _as_table(events)
     notes: list[str] = []
     columns = _present_columns(table, settings, notes)
@@ -94,7 +112,7 @@ def clean_events(
         steps.record(f"where {key}", before, raw.frame.height, setting=setting)
     frame, reasons = raw.canonical(notes, now)
     frame, quarantine = _take_bad_rows(raw, frame, reasons, settings, steps)
-    return CleanEvents(_apply_filters(frame, settings, steps), steps.counts, quarantine, notes)
+    return CleanEvents(frame.drop("_missing_time", strict=False), steps.counts, quarantine, notes)
 
 
 def _as_table(frame: pl.DataFrame) -> Table:
@@ -169,8 +187,9 @@ class _RawRows:
             times = read_times(raw, unit=self.time_unit, where=self.where("timestamp"), now=now)
             notes.append(times.note)
             missing = raw.is_null() | (raw.is_nan() if raw.dtype.is_float() else raw.is_null())
-            series |= {"timestamp": times.seconds, "_fraction": times.fraction}
-            series["_missing_time"] = missing.fill_null(True)
+            series |= {"timestamp": times.seconds, "_missing_time": missing.fill_null(True)}
+            if times.fraction is not None:
+                series["_fraction"] = times.fraction
             time = pl.col("timestamp")
             reasons += [
                 (self.columns.timestamp, reason, expression)
@@ -215,8 +234,11 @@ def _take_bad_rows(
     steps: Steps,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Good rows, and the quarantine; each bad row counts under its first reason."""
+    # One byte a row, where text would be sixteen.
+    kinds = pl.Enum([text for _, text, _ in reasons])
     reason = pl.coalesce(
-        pl.when(expression).then(pl.lit(text)).otherwise(None) for _, text, expression in reasons
+        pl.when(expression).then(pl.lit(text, dtype=kinds)).otherwise(None)
+        for _, text, expression in reasons
     )
     why = frame.select(reason.alias("reason"))["reason"]
     bad = why.is_not_null()
@@ -225,7 +247,7 @@ def _take_bad_rows(
         _refuse_bad_rows(raw, why, reasons, settings)
     steps.record("bad_rows", num_rows, num_rows - num_bad, setting="data.columns")
     files, rows = raw.table.locate(raw.rows.filter(bad))
-    added = {"file": files, "row": rows, "reason": why.filter(bad)}
+    added = {"file": files, "row": rows, "reason": why.filter(bad).cast(pl.String)}
     original = raw.frame.filter(bad)
     renamed = {name: f"{name}_original" for name in added if name in original.columns}
     quarantine = original.rename(renamed).with_columns(
@@ -279,7 +301,16 @@ def _refuse_bad_rows(
 # --- after the check ------------------------------------------------------------------------------
 
 
-def _apply_filters(frame: pl.DataFrame, settings: DataSettings, steps: Steps) -> pl.DataFrame:
+def filter_events(clean: CleanEvents, settings: DataSettings) -> CleanEvents:
+    """The steps after the bad rows; see ``clean_events``.
+
+    Args:
+        clean: as ``check_events`` returns it. Whoever holds it meanwhile keeps its rows in memory
+            beside those that are sorted.
+    """
+    frame, steps, found = clean.frame, Steps(clean.steps), replace(clean, frame=pl.DataFrame())
+    del clean
+
     def step(name: str, setting: str, run: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
         nonlocal frame
         after = run(frame)
@@ -315,4 +346,5 @@ def _apply_filters(frame: pl.DataFrame, settings: DataSettings, steps: Steps) ->
             "a weight times its data.event_weights, or a sum of weights, is beyond float32; scale "
             "the weights down"
         )
-    return frame.select(name for name in frame.columns if not name.startswith("_"))
+    kept = frame.select(name for name in frame.columns if not name.startswith("_"))
+    return replace(found, frame=kept, steps=steps.counts)

@@ -7,17 +7,18 @@ end. Rows are in the order of the log: by time where there is one, else as in th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from recclr.data.files import closest
+from recclr.data.pairs import PAIR, Runs, runs_of_pairs
 from recclr.errors import ConfigError, DataError
 
-PAIR = ("user_id", "item_id")
 SECONDS_PER_DAY = 86_400
 _SMALLEST_WEIGHT = float(np.finfo(np.float32).tiny)
 
@@ -32,10 +33,10 @@ class StepCount:
 
 
 class Steps:
-    """Counts the rows of each step and refuses the one that leaves none."""
+    """Counts the rows of each step, after earlier ones, and refuses one that leaves none."""
 
-    def __init__(self) -> None:
-        self.counts: list[StepCount] = []
+    def __init__(self, earlier: Sequence[StepCount] = ()) -> None:
+        self.counts: list[StepCount] = [*earlier]
 
     def record(self, name: str, rows_in: int, rows_out: int, *, setting: str) -> None:
         """Note one step.
@@ -110,20 +111,30 @@ def deduplicate(
     """
     if policy == "none":
         return frame
-    if policy == "sum" and "weight" not in frame.columns:
-        frame = frame.with_columns(pl.lit(1.0, dtype=pl.Float32).alias("weight"))
-    keep: Literal["first", "last"] = "first" if policy == "first" else "last"
-    kept = frame.unique(subset=list(PAIR), keep=keep, maintain_order=True)
+    runs = runs_of_pairs(frame)
+    if runs.begins.all() and (policy != "sum" or "weight" in frame.columns):
+        return frame
+    rows = runs.first if policy == "first" else runs.last
+    kept = np.zeros(len(frame), dtype=np.bool_)
+    kept[rows] = True
     timeless = "timestamp" not in frame.columns and "weight" in frame.columns
-    if policy != "sum" and not timeless:
-        return kept
-    weight = pl.col("weight").cast(pl.Float64)
-    joined = frame.group_by(PAIR).agg(weight.sum() if policy == "sum" else weight.max())
-    return kept.drop("weight").join(
-        joined.with_columns(pl.col("weight").cast(pl.Float32)),
-        on=list(PAIR),
-        how="left",
-        maintain_order="left",
+    if policy == "sum" or timeless:
+        joined = _joined_weights(frame, runs, np.add if policy == "sum" else np.maximum)
+        weight = np.zeros(len(frame), dtype=np.float32)
+        weight[rows] = joined
+        frame = frame.with_columns(pl.Series("weight", weight))
+    del runs, rows  # as large as a column each
+    return frame.filter(pl.Series(kept))
+
+
+def _joined_weights(frame: pl.DataFrame, runs: Runs, join: np.ufunc) -> NDArray[np.float64]:
+    """One weight per pair, joined in float64; rows weigh 1 each where nothing else is said."""
+    if "weight" not in frame.columns:
+        weights = np.ones(len(frame))
+    else:
+        weights = frame["weight"].to_numpy()[runs.order].astype(np.float64)
+    return (
+        np.asarray(join.reduceat(weights, np.flatnonzero(runs.begins))) if len(weights) else weights
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from recclr.data.check import clean_events, event_columns
+from recclr.data.check import check_events, event_columns, filter_events
 from recclr.data.files import closest
 from recclr.data.filters import StepCount, decay_weights
 from recclr.data.ids import align_ids, lookalikes, placeholders, stray_text
@@ -343,8 +343,17 @@ def _assemble(
 ) -> Log:
     columns = settings.columns
     text = (columns.user, columns.item) if settings.id_type == "string" else ()
-    table = load_table(events, name="events", keep=event_columns(settings), text=text)
-    clean = clean_events(table, settings, users=users, items=items)
+    keep = event_columns(settings)
+    # Nobody holds what a step has read once it is done: a large log is there twice at most.
+    clean = filter_events(
+        check_events(
+            load_table(events, name="events", keep=keep, text=text),
+            settings,
+            users=users,
+            items=items,
+        ),
+        settings,
+    )
     log = Log(
         events=clean.frame,
         users=users,

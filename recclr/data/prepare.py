@@ -64,9 +64,12 @@ def prepare(
         users = _build_vocabulary(logs, tables["user"], "user_id")
         items = _build_vocabulary(logs, tables["item"], "item_id")
     else:
-        users = vocabulary[0].counted(train.events["user_id"])
-        items = vocabulary[1].counted(train.events["item_id"])
+        users, items = vocabulary
     encoded = _encode_train(train, users, items)
+    users, items = (
+        users.counting(encoded.user_idx.numpy()),
+        items.counting(encoded.item_idx.numpy()),
+    )
     encoders = fit_encoders(
         tables["user"],
         tables["item"],
@@ -149,7 +152,7 @@ def _build_vocabulary(logs: Sequence[Log], table: pl.DataFrame | None, key: str)
     if table is not None:
         columns[f"the table ({key})"] = table[key]
     ids = pl.concat([column.alias(key) for column in align_ids(columns).values()])
-    return Vocabulary(ids.unique(maintain_order=True)).counted(logs[0].events[key])
+    return Vocabulary(ids.unique(maintain_order=True))
 
 
 def _encode_train(train: Log, users: Vocabulary, items: Vocabulary) -> EncodedLog:

@@ -33,12 +33,13 @@ class Times:
 
     Attributes:
         seconds: Int64 [n], UTC; null where the value is missing or unreadable.
-        fraction: Int64 [n] nanoseconds within the second, 0 up to 10^9; only orders the rows.
+        fraction: Int64 [n] nanoseconds within the second, 0 up to 10^9; only orders the rows. None
+            where all are whole seconds.
         note: how the column was read, for people.
     """
 
     seconds: pl.Series
-    fraction: pl.Series
+    fraction: pl.Series | None
     note: str
 
 
@@ -57,10 +58,10 @@ def read_times(series: pl.Series, *, unit: str, where: str, now: int | None = No
     dtype = series.dtype
     if dtype == pl.Null:
         empty = series.cast(pl.Int64)
-        return Times(empty, empty, f"{where}: no value")
+        return Times(empty, None, f"{where}: no value")
     if dtype == pl.Date:
         seconds = series.cast(pl.Int64) * 86_400
-        return Times(seconds, seconds * 0, f"{where}: dates, taken at midnight UTC")
+        return Times(seconds, None, f"{where}: dates, taken at midnight UTC")
     if isinstance(dtype, pl.Datetime):
         zone = "UTC" if dtype.time_zone is None else f"{dtype.time_zone}, converted to UTC"
         seconds, fraction = _cut(series.to_physical(), PER_SECOND[dtype.time_unit])
@@ -114,13 +115,18 @@ def detect_unit(series: pl.Series, *, where: str, now: int | None = None) -> str
     return present[0]
 
 
-def _cut(values: pl.Series, factor: int) -> tuple[pl.Series, pl.Series]:
-    """Whole seconds (rounded down) and the nanoseconds that are left."""
-    if values.dtype.is_float():
-        return _cut_float(values, factor)
+def _cut(values: pl.Series, factor: int) -> tuple[pl.Series, pl.Series | None]:
+    """Whole seconds (rounded down), and the nanoseconds that are left where any are."""
+    seconds, fraction = (_cut_float if values.dtype.is_float() else _cut_integer)(values, factor)
+    return seconds, fraction if fraction is not None and (fraction != 0).any() else None
+
+
+def _cut_integer(values: pl.Series, factor: int) -> tuple[pl.Series, pl.Series | None]:
     # Beyond Int64 no unit holds a possible time; null would read as missing, so clip instead.
     wide = values.clip(upper_bound=2**63 - 1) if values.dtype == pl.UInt64 else values
     wide = wide.cast(pl.Int64)
+    if factor == 1:
+        return wide, None
     seconds = wide // factor
     return seconds, (wide - seconds * factor) * (10**9 // factor)
 

@@ -28,7 +28,10 @@ def test_integer_units_are_detected(seconds, fraction, unit):
     extra = 0 if unit == "s" else fraction * (factor // 1000)
     read = times([s * factor + extra for s in seconds] + [None])
     assert read.seconds.to_list() == [*seconds, None]
-    assert read.fraction.to_list() == [fraction * 10**6 * (unit != "s")] * len(seconds) + [None]
+    if extra:
+        assert read.fraction.to_list() == [fraction * 10**6] * len(seconds) + [None]
+    else:
+        assert read.fraction is None  # whole seconds need no second column
     assert f"numbers in {unit}, detected" in read.note
 
 
