@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ from recclr.notices import Notices, late, ranks_named
 # For what one process does alone while the others wait: baselines, export.
 LONG_S = 24 * 3600.0
 JOIN_S = 120.0
+# Bytes of each rank that one exchange of a long gather takes.
+_STRETCH = 1 << 26
 # By how much of its time a hang may be shown too early.
 _SLACK = 0.1
 
@@ -164,7 +167,16 @@ class Ranks:
         """
         if self.size == 1 or not max(counts):
             return x
-        return torch.cat(self.gather_blocks(x, counts, name))
+        whole = x.new_empty((sum(counts), *x.shape[1:]))
+        begins = [stop - count for stop, count in zip(accumulate(counts), counts, strict=True)]
+        # In stretches, since what is exchanged is there twice or more while it is.
+        height = max(1, _STRETCH // max(1, row_bytes(x)))
+        for low in range(0, max(counts), height):
+            here = [min(max(count - low, 0), height) for count in counts]
+            blocks = self.gather_blocks(x[low : low + height], here, name)
+            for begin, count, block in zip(begins, here, blocks, strict=True):
+                whole[begin + low : begin + low + count] = block
+        return whole
 
     def gather_blocks(self, x: Tensor, counts: Sequence[int], name: str) -> list[Tensor]:
         """As ``gather``, the block of each rank by itself; good until the next exchange."""

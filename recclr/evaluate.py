@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recclr.bootstrap import bootstrap_interval
 from recclr.data.log import Csr, EncodedLog, Prepared
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, DivergedError
+from recclr.intervals import intervals, resampled
 from recclr.metrics import ranking_metrics
 from recclr.ranking import Ranker
 from recclr.settings.judging import SLICES, EvaluateSettings
@@ -272,7 +272,10 @@ def evaluate(
         per_user=metrics,
         counts=counts,
     )
-    return with_intervals([result], num_bootstrap, seed=seed)[0] if num_bootstrap else result
+    if not num_bootstrap:
+        return result
+    (means,) = resampled([result.per_user], num_bootstrap, seed=seed)
+    return replace(result, intervals=intervals(means))
 
 
 def selecting_metrics(
@@ -285,29 +288,6 @@ def selecting_metrics(
     """
     part = settings.select_slice
     return evaluate(ranker, examples, ks=settings.ks, slices=(part,)).metrics[part]
-
-
-def with_intervals(
-    evaluations: Sequence[Evaluation], num_bootstrap: int, *, seed: int = 0
-) -> list[Evaluation]:
-    """The evaluations with an interval for every metric of every slice.
-
-    All rankers share the resamples of a slice, so that many cost hardly more than one.
-
-    Args:
-        evaluations: of different rankers on one ``EvaluationSet``. num_bootstrap: at least 2.
-    """
-    intervals: list[dict[str, dict[str, tuple[float, float]]]] = [{} for _ in evaluations]
-    for part in evaluations[0].per_user if evaluations else ():
-        columns = [torch.stack(list(e.per_user[part].values()), 1) for e in evaluations]
-        low, high = bootstrap_interval(torch.cat(columns, 1), num_bootstrap, seed=seed)
-        pairs = iter(zip(low.tolist(), high.tolist(), strict=True))
-        for found, evaluation in zip(intervals, evaluations, strict=True):
-            found[part] = {metric: next(pairs) for metric in evaluation.per_user[part]}
-    return [
-        replace(evaluation, intervals=found)
-        for evaluation, found in zip(evaluations, intervals, strict=True)
-    ]
 
 
 class _Ranked:

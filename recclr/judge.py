@@ -15,7 +15,8 @@ from recclr.data.log import Prepared
 from recclr.data.prepare import PreparedLog, encode_held_out
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError
-from recclr.evaluate import Evaluation, EvaluationSet, evaluate, with_intervals
+from recclr.evaluate import Evaluation, EvaluationSet, evaluate
+from recclr.intervals import Resampled, intervals, resampled
 from recclr.metrics import DEFINITIONS
 from recclr.ranking import Ranker
 
@@ -53,46 +54,60 @@ def collect_results(tables: Mapping[str, Sequence[Evaluation]], config: Config) 
     settings = config.evaluate
     for split, evaluations in tables.items():
         if evaluations:
+            means = None
             if settings.num_bootstrap >= 2:
-                evaluations = with_intervals(evaluations, settings.num_bootstrap, seed=config.seed)
+                each = [e.per_user for e in evaluations]
+                means = resampled(each, settings.num_bootstrap, seed=config.seed)
+                evaluations = [
+                    replace(e, intervals=intervals(own))
+                    for e, own in zip(evaluations, means, strict=True)
+                ]
             results[split] = {e.name: e.metrics for e in evaluations}
             results["intervals"][split] = {e.name: e.intervals for e in evaluations}
             results["counts"][split] = evaluations[0].counts
-            results["differences"][split] = differences(evaluations, config)
+            results["differences"][split] = differences(evaluations, config, means)
     return results
 
 
-def differences(evaluations: Sequence[Evaluation], config: Config) -> dict[str, Any]:
+def differences(
+    evaluations: Sequence[Evaluation], config: Config, means: Sequence[Resampled] | None
+) -> dict[str, Any]:
     """The model minus each baseline, paired by user, for recall, NDCG and the metric of selection.
 
     Cold items among the cold are compared with chance as well: recall of a random ranking.
 
     Args:
         evaluations: the model, then the baselines, on one ``EvaluationSet``.
+        means: ``intervals.resampled`` of their users; None for no differences.
     """
     model, *others = evaluations
-    if config.evaluate.num_bootstrap < 2:
+    if means is None:
         return {}
     k = config.evaluate.select.partition("@")[2]
     metrics = list(dict.fromkeys([config.evaluate.select, f"recall@{k}", f"ndcg@{k}"]))
     found: dict[str, Any] = {}
     for part, ours in model.per_user.items():
-        columns = {
-            (other.name, metric): ours[metric] - other.per_user[part][metric]
-            for other in others
-            for metric in metrics
-        }
+        keys, columns, drawn = [], [], []
+        for other, theirs in zip(others, means[1:], strict=True):
+            for metric in metrics:
+                keys.append((other.name, metric))
+                columns.append(ours[metric] - other.per_user[part][metric])
+                drawn.append(means[0][part][metric] - theirs[part][metric])
         if part == "cold_items_among_cold":
-            chance = model.counts[part][f"chance_recall@{k}"]
-            columns["chance", f"recall@{k}"] = ours[f"recall@{k}"] - chance
+            metric = f"recall@{k}"
+            chance = model.counts[part][f"chance_{metric}"]
+            keys.append(("chance", metric))
+            columns.append(ours[metric] - chance)
+            drawn.append(means[0][part][metric] - chance)
         if not columns:
             continue
         judged = paired_differences(
-            torch.stack(list(columns.values()), 1),
+            torch.stack(columns, 1),
             num_resamples=config.evaluate.num_bootstrap,
             seed=config.seed,
+            means_SM=torch.stack(drawn, 1),
         )
-        for (name, metric), difference in zip(columns, judged, strict=True):
+        for (name, metric), difference in zip(keys, judged, strict=True):
             found.setdefault(name, {}).setdefault(part, {})[metric] = difference
     return found
 

@@ -50,8 +50,26 @@ def keyed_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     Returns:
         float32 in [0, 1), multiples of 2^-24: the SplitMix64 stream of each seed.
     """
-    state = scrambled(seeds + (positions + 1) * (0x9E3779B97F4A7C15 - (1 << 64)))
-    return _right(state, 40).float() * 2.0**-24
+    return _right(keyed_bits(seeds, positions), 40).float() * 2.0**-24
+
+
+def keyed_below(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
+    """As ``keyed_uniform``, whole numbers in [0, size), int64.
+
+    Args:
+        size: at least 1 and below 2^32; no number is likelier than another by more than 2^-20.
+    """
+    bits = _right(keyed_bits(seeds, positions), 11)
+    return (bits.double() * 2.0**-53 * size).long()
+
+
+def keyed_bits(seeds: Tensor, positions: Tensor) -> Tensor:
+    """64 bits for each (seed, position), int64: the SplitMix64 stream of each seed.
+
+    Args:
+        seeds, positions: as ``keyed_uniform`` takes them.
+    """
+    return scrambled(seeds + (positions + 1) * (0x9E3779B97F4A7C15 - (1 << 64)))
 
 
 def _right(values: Tensor, count: int) -> Tensor:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import recclr.bootstrap as bootstrap_module
 from recclr.bootstrap import bootstrap_interval, paired_differences
 from recclr.errors import ShapeError
-from recclr.order import generator
+from recclr.kernels import native
+from recclr.order import generator, mix
 
 
 def normal_values(num_users, num_metrics, *keys):
@@ -18,11 +19,41 @@ def normal_values(num_users, num_metrics, *keys):
     return torch.randn(num_users, num_metrics, generator=draws, dtype=torch.float64)
 
 
-def test_equals_means_of_the_drawn_users():
-    values = normal_values(23, 3, 5)
+def drawn_users(num_users, num_resamples, seed):
+    """Who is drawn, written out: SplitMix64 in Python's own integers."""
+    mask = (1 << 64) - 1
+
+    def scrambled(state):
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
+        return state ^ state >> 31
+
+    return [
+        [
+            int((scrambled((key + place * 0x9E3779B97F4A7C15) & mask) >> 11) / 2**53 * num_users)
+            for place in range(1, num_users + 1)
+        ]
+        for key in (mix(seed, 0, num_users, number) for number in range(num_resamples))
+    ]
+
+
+@pytest.fixture(params=["compiled", "twin"])
+def kernels(request):
+    if request.param == "twin":
+        with native.turned_off():
+            yield
+        return
+    if native.library() is None:
+        pytest.skip(f"no compiled kernels: {native.why_not()}")
+    yield
+
+
+@pytest.mark.parametrize("num_users", [1, 7, 23])
+def test_equals_means_of_the_drawn_users(kernels, num_users):
+    values = normal_values(num_users, 3, 5)
     low, high = bootstrap_interval(values, 40, seed=9)
     # The same draws, spent one resample at a time on the values themselves.
-    picks = torch.randint(23, (40, 23), generator=generator("cpu", 9, 23))
+    picks = torch.tensor(drawn_users(num_users, 40, 9))
     means = torch.stack([values[row].mean(0) for row in picks])
     for metric in range(3):
         ranked = means[:, metric].sort().values
@@ -31,6 +62,35 @@ def test_equals_means_of_the_drawn_users():
             below, above = ranked[math.floor(place)], ranked[math.ceil(place)]
             expected = below + (above - below) * (place - math.floor(place))
             assert float(bound[metric]) == pytest.approx(float(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize("num_users", [1, 63, 64, 65, 4_099, 70_001])
+def test_the_kernel_draws_as_its_twin(num_users):
+    if native.library() is None:
+        pytest.skip(f"no compiled kernels: {native.why_not()}")
+    seeds = torch.tensor([3, -(1 << 62), (1 << 63) - 1, 0, 12345])
+    mine, theirs = (torch.full((5, num_users), 7.0, dtype=torch.float64) for _ in range(2))
+    bootstrap_module._draw_counts(seeds, mine)
+    with native.turned_off():
+        bootstrap_module._draw_counts(seeds, theirs)
+    assert torch.equal(mine, theirs)
+    assert (mine.sum(1) == num_users).all()
+
+
+def test_draws_are_uniform_and_signs_fair():
+    counts = torch.empty(400, 1000, dtype=torch.float64)
+    bootstrap_module._draw_counts(torch.arange(400), counts)
+    # 400,000 draws over 1,000 users: chi-squared of 999 degrees, whose deviation is 44.7.
+    drawn = counts.sum(0)
+    assert abs(float(((drawn - 400) ** 2 / 400).sum()) - 999) < 4 * 44.7
+    # Of one resample: binomial, so variance 1 - 1/U of each count.
+    assert float(counts.var()) == pytest.approx(0.999, abs=4 * math.sqrt(2 / 400_000) * 1.3)
+    signs = torch.empty(37, 10_001, dtype=torch.float64)
+    bootstrap_module._draw_signs(torch.arange(37), signs)
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+    assert abs(float(signs.mean())) < 4 / math.sqrt(signs.numel())
+    assert float((signs[:-1] * signs[1:]).mean().abs()) < 4 / math.sqrt(signs.numel())
+    assert float((signs[:, :-1] * signs[:, 1:]).mean().abs()) < 4 / math.sqrt(signs.numel())
 
 
 def test_width_is_that_of_normal_theory():

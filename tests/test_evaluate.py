@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import recclr.evaluate as evaluate_module
 from recclr.data.log import Csr, EncodedLog, FeatureTable, Prepared
 from recclr.errors import ConfigError, DivergedError
-from recclr.evaluate import Evaluation, EvaluationSet, evaluate, with_intervals
+from recclr.evaluate import Evaluation, EvaluationSet, evaluate
+from recclr.intervals import intervals, resampled
 from recclr.settings.judging import SLICES
 from recclr.topk import top_k_of_scores
 
@@ -374,15 +375,19 @@ def test_intervals_do_not_depend_on_the_company():
     examples = EvaluationSet.from_prepared(prepared)
     alone = evaluate(ranker, examples, ks=(5,), num_bootstrap=30, seed=3)
     constant = evaluate(Planted(torch.ones(1, 50)), examples, ks=(5,))
-    first, second = with_intervals([constant, replace(alone, intervals={})], 30, seed=3)
+    both = [constant, replace(alone, intervals={})]
+    means = resampled([e.per_user for e in both], 30, seed=3)
+    first, second = (
+        replace(e, intervals=intervals(own)) for e, own in zip(both, means, strict=True)
+    )
     assert set(alone.intervals) == set(alone.metrics)
-    for name, intervals in alone.intervals.items():
-        for metric, bounds in intervals.items():
+    for name, shown in alone.intervals.items():
+        for metric, bounds in shown.items():
             assert second.intervals[name][metric] == pytest.approx(bounds, abs=1e-12)
             low, high = first.intervals[name][metric]
             assert low <= constant.metrics[name][metric] <= high
     assert alone.metrics == second.metrics
-    assert with_intervals([], 30) == []
+    assert resampled([], 30) == []
 
 
 def test_shown_as_a_table_and_as_json():

@@ -12,6 +12,7 @@ from recclr.data.interactions import Log, read_log
 from recclr.data.prepare import prepare
 from recclr.errors import ConfigError
 from recclr.evaluate import Evaluation, evaluate
+from recclr.intervals import resampled
 from recclr.judge import collect_results, differences, evaluate_run, judged_by
 from recclr.metrics import DEFINITIONS
 from recclr.settings import (
@@ -68,9 +69,16 @@ def planted():
     )
 
 
+def compared(evaluations, config):
+    means = resampled(
+        [e.per_user for e in evaluations], config.evaluate.num_bootstrap, seed=config.seed
+    )
+    return differences(evaluations, config, means)
+
+
 def test_differences_are_the_models_minus_each_baseline_paired_by_user():
     model, worse, alike = planted()
-    found = differences([model, worse, alike], config_of(num_bootstrap=500))
+    found = compared([model, worse, alike], config_of(num_bootstrap=500))
     assert list(found) == ["worse", "alike"]
     assert list(found["worse"]["all"]) == ["ndcg@5", "recall@5"]
     better = found["worse"]["all"]["recall@5"]
@@ -93,7 +101,7 @@ def test_the_metric_of_selection_is_compared_whatever_it_is():
     for e in (model, worse):
         e.per_user["all"]["mrr@3"] = e.per_user["all"]["recall@5"] / 8
         e.per_user["all"]["ndcg@3"] = e.per_user["all"]["recall@5"] / 16
-    found = differences([model, worse], config_of(select="mrr@3", num_bootstrap=9))
+    found = compared([model, worse], config_of(select="mrr@3", num_bootstrap=9))
     assert list(found["worse"]["all"]) == ["mrr@3", "recall@3", "ndcg@3"]
     assert found["worse"]["all"]["mrr@3"]["difference"] == pytest.approx(0.3 / 8)
 
@@ -101,7 +109,7 @@ def test_the_metric_of_selection_is_compared_whatever_it_is():
 def test_cold_items_are_compared_with_chance():
     parts = ("all", "cold_items_among_cold")
     model = evaluation("model", [0.5, 0.7, 0.9], parts, chance=0.25)
-    found = differences([model], config_of(num_bootstrap=50))
+    found = compared([model], config_of(num_bootstrap=50))
     assert list(found) == ["chance"]
     assert list(found["chance"]) == ["cold_items_among_cold"]
     chance = found["chance"]["cold_items_among_cold"]

@@ -30,6 +30,7 @@ FLOORS = {
         "data",
         "metrics",
         "bootstrap",
+        "intervals",
         "losses",
         "kernels",
         "host_memory",

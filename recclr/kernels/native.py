@@ -48,6 +48,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "recclr_top_k_room": ([_INT] * 4, _INT),
     "recclr_top_k_pack": ([_INT, _INT, _POINTER, _INT, _POINTER], None),
     "recclr_top_k": ([_INT] * 4 + [_POINTER] * 3 + [_INT] + [_POINTER] * 3, _INT),
+    "recclr_resample": ([_INT, _INT, _POINTER, _POINTER, _INT], None),
     "recclr_tell": ([_POINTER, _INT], None),
     "recclr_await": ([_POINTER, *[_INT] * 5], _INT),
     "recclr_known_of_rows": ([_INT, *[_POINTER] * 7, _INT], _INT),
