@@ -10,7 +10,7 @@ the model that graph filters on the same matrix come to (GF-CF, Shen et al. 2021
 
 from __future__ import annotations
 
-import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from recclr.config import Config
 from recclr.data.log import EncodedLog
 from recclr.distributed import ALONE, LONG_S, Ranks
 from recclr.errors import ConfigError
+from recclr.kernels.bags import weighted_bags
 from recclr.parts import IdPart
 from recclr.sharded_tables import write_rows
 from recclr.towers import Tower, TwoTower
@@ -35,28 +36,82 @@ def spectral_factors(
     """Both towers' vectors, float32 [U, D] and [V, D], on the CPU.
 
     Entities without interactions are zero, as are coordinates beyond the rank of the matrix. Costs
-    10 products of the log with 2·D vectors and memory of 12 bytes per interaction.
+    10 products of the log with D + 10 vectors and memory of 16 bytes per interaction, 40 at first.
 
     Args:
         log: pairs count once. dim: D, at least 1.
         item_power: p; ½ ranks by popularity as the log does, 0 by taste alone.
     """
-    log = log.to("cpu")
-    pairs = torch.unique(log.user_idx.long() * log.num_items + log.item_idx)
-    users, items = pairs // log.num_items, pairs % log.num_items
-    user_degree = torch.bincount(users, minlength=log.num_users).clamp_(min=1).float()
-    item_degree = torch.bincount(items, minlength=log.num_items).clamp_(min=1).float()
-    root = item_degree.rsqrt()
-    weights = user_degree.rsqrt()[users] * root[items]
-    matrix = _csr(users, items, weights, log)
+    pairs = _Pairs.of(log.to("cpu"))
     rank = min(dim, log.num_users, log.num_items)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        spare = min(rank + _SPARE, log.num_users, log.num_items)
-        _, _, basis = torch.svd_lowrank(matrix, q=spare, niter=_PASSES)
+    spare = min(rank + _SPARE, log.num_users, log.num_items)
+    basis = _right_singular_vectors(pairs, spare, seed)
     basis = torch.nn.functional.pad(basis[:, :rank], (0, dim - rank))
-    history = _csr(users, items, torch.ones_like(weights), log)
-    return history @ (basis * root[:, None]), basis * item_degree[:, None] ** item_power
+    users = pairs.of_users(basis / pairs.item_degree.sqrt())
+    return users, basis * pairs.item_degree**item_power
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """R by rows and by columns, to be multiplied with narrow matrices.
+
+    Attributes:
+        items: int64 [n], those of each user, side by side. user_starts: int64 [U].
+        users: int64 [n], those of each item. item_starts: int64 [V].
+        user_degree, item_degree: float32 [U, 1] and [V, 1]; 1 of those without pairs.
+    """
+
+    items: Tensor
+    user_starts: Tensor
+    users: Tensor
+    item_starts: Tensor
+    user_degree: Tensor
+    item_degree: Tensor
+
+    @classmethod
+    def of(cls, log: EncodedLog) -> _Pairs:
+        pairs = torch.unique(log.user_idx.long() * log.num_items + log.item_idx)
+        users, items = pairs // log.num_items, pairs % log.num_items
+        del pairs
+        # Once sorted by item as well: the other way round, each product would add up all over.
+        turned = (items * log.num_users + users).sort().values % log.num_users
+        sides = []
+        for side, size in ((users, log.num_users), (items, log.num_items)):
+            counts = torch.bincount(side, minlength=size)
+            sides += [counts.cumsum(0) - counts, counts.clamp(min=1).float()[:, None]]
+        return cls(items, sides[0], turned, sides[2], sides[1], sides[3])
+
+    def of_users(self, vectors: Tensor) -> Tensor:
+        """R @ vectors: [V, D] to [U, D]."""
+        return weighted_bags(vectors, self.items, self.user_starts)
+
+    def of_items(self, vectors: Tensor) -> Tensor:
+        """R^T @ vectors: [U, D] to [V, D]."""
+        return weighted_bags(vectors, self.users, self.item_starts)
+
+
+def _right_singular_vectors(pairs: _Pairs, count: int, seed: int) -> Tensor:
+    """The first of D_u^-½ R D_v^-½, float32 [V, count], in the draws of ``torch.svd_lowrank``."""
+    user_root, item_root = pairs.user_degree.rsqrt(), pairs.item_degree.rsqrt()
+
+    def of_users(x: Tensor) -> Tensor:
+        return user_root * pairs.of_users(item_root * x)
+
+    def of_items(x: Tensor) -> Tensor:
+        return item_root * pairs.of_items(user_root * x)
+
+    # The subspace is that of the shorter side's vectors, which it holds more of.
+    wide = len(user_root) < len(item_root)
+    there, back = (of_items, of_users) if wide else (of_users, of_items)
+    draws = torch.Generator().manual_seed(seed)
+    start = torch.randn(min(len(user_root), len(item_root)), count, generator=draws)
+    basis = torch.linalg.qr(there(start)).Q
+    for _ in range(_PASSES):
+        basis = torch.linalg.qr(back(basis)).Q
+        basis = torch.linalg.qr(there(basis)).Q
+    found = torch.linalg.svd(back(basis), full_matrices=False)
+    right: Tensor = basis @ found.Vh.mT if wide else found.U
+    return right
 
 
 def starts_spectral(config: Config, num_rows: int) -> bool:
@@ -121,15 +176,3 @@ def _factors_of_first(log: EncodedLog, dim: int, seed: int, ranks: Ranks) -> lis
 def _id_part(tower: torch.nn.Module) -> IdPart | None:
     parts = tower.parts if isinstance(tower, Tower) else ()
     return next((part for part in parts if isinstance(part, IdPart)), None)
-
-
-def _csr(users: Tensor, items: Tensor, weights: Tensor, log: EncodedLog) -> Tensor:
-    """Sparse [U, V] of pairs that rise by (user, item)."""
-    offsets = torch.zeros(log.num_users + 1, dtype=torch.int64)
-    torch.cumsum(torch.bincount(users, minlength=log.num_users), 0, out=offsets[1:])
-    with warnings.catch_warnings():
-        # "in beta state", once per process, which a user can do nothing about.
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support")
-        return torch.sparse_csr_tensor(
-            offsets, items, weights, (log.num_users, log.num_items), check_invariants=False
-        )

@@ -99,6 +99,24 @@ def test_repeated_pairs_count_once_and_a_seed_decides():
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
+@pytest.mark.parametrize(("num_users", "num_items"), [(90, 61), (53, 88)])
+def test_truncated_factors_are_those_of_torch_on_the_dense_matrix(num_users, num_items):
+    draws = torch.Generator().manual_seed(8)
+    users = torch.randint(num_users, (1500,), generator=draws)
+    items = (torch.rand(1500, generator=draws) ** 2 * num_items).long()
+    log = EncodedLog(users.int(), items.int(), num_users, num_items)
+    rows = torch.zeros(num_users, num_items)
+    rows[users, items] = 1
+    user_degree, item_degree = (rows.sum(side).clamp(min=1) for side in (1, 0))
+    torch.manual_seed(4)
+    normalised = rows * user_degree.rsqrt()[:, None] * item_degree.rsqrt()
+    # Its subspace has as many directions to spare; with fewer, the last ones would differ.
+    right = torch.svd_lowrank(normalised, q=7 + 10, niter=4)[2][:, :7]
+    found_users, found_items = spectral_factors(log, dim=7, seed=4)
+    expected = rows @ (right / item_degree.sqrt()[:, None]) @ right.T * item_degree.sqrt()
+    assert torch.allclose(found_users @ found_items.T, expected, atol=1e-4)
+
+
 def test_more_dimensions_than_the_matrix_has_are_zero():
     users, items = spectral_factors(two_groups(0).train, dim=20)
     assert users.shape == (10, 20)
