@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -26,16 +26,10 @@ from recclr.console import (
     print_results,
     print_table,
     say,
-    say_if_unfinished,
     working,
 )
 from recclr.errors import ConfigError, PeerError, RecclrError
 from recclr.options import Device, Json, K, OutFile, Run, Set
-
-if TYPE_CHECKING:
-    from recclr.config import Config
-    from recclr.data.prepared import PreparedLog
-    from recclr.topk import EmbeddingRanker
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,10 +47,6 @@ _ALONE = (
     "pretrain-items",
     "tune",
     "ablate",
-    "mine",
-    "recommend",
-    "similar",
-    "export",
     "report",
     "demo",
 )
@@ -214,29 +204,24 @@ def evaluate(
     Under torchrun, its processes share the work.
     """
     from recclr.evaluate import left_out
-    from recclr.joining import joined
     from recclr.judge import evaluate_run
-    from recclr.keeping import digest_of
     from recclr.run_folder import fingerprints, require_same_inputs
+    from recclr.served import served_by
 
     cutoffs = _ks(ks)
-    with joined() as ranks, working("judging", quiet=not ranks.first) as progress:
-        config, prepared, ranker = _served_by(run, quiet=not ranks.first)
-        ranks.start("cpu", config.train.collective_timeout_s)
-        if ranks.size > 1:
-            held = {"users": ranker.user_vectors, "items": ranker.item_vectors}
-            ranks.agree({"the model": digest_of(held)})
+    with served_by(run, "judging") as served:
+        ranks = served.ranks
         if events is None:
             # Other rows would be split elsewhere, and train rows judged as test.
-            require_same_inputs(run, fingerprints(config))
+            require_same_inputs(run, fingerprints(served.config))
         found = evaluate_run(
-            config,
-            prepared,
-            ranker,
+            served.config,
+            served.prepared,
+            served.ranker,
             split=split,
             events=events,
             ks=cutoffs,
-            progress=progress,
+            progress=served.progress,
             ranks=ranks,
         )
     if not ranks.first:
@@ -269,23 +254,30 @@ def recommend(
     out: OutFile = None,
     as_json: Json = False,
 ) -> None:
-    """The best items of users, but those that they have in the rows the model was trained on."""
+    """The best items of users, but those that they have in the rows the model was trained on.
+
+    Under torchrun, its processes share the work.
+    """
     from recclr.ids_input import read_ids, require_ending, write_rows
     from recclr.recommend import recommend as rank
+    from recclr.served import served_by
 
     require_ending(out)
-    with working("ranking"):
-        config, prepared, ranker = _served_by(run)
-        wanted = read_ids(users, users_from, prepared.users, config.data.columns.user)
-        subset = read_ids(None, items_from, prepared.items, config.data.columns.item)
+    with served_by(run, "ranking") as served:
+        prepared, columns = served.prepared, served.config.data.columns
+        wanted = read_ids(users, users_from, prepared.users, columns.user)
+        subset = read_ids(None, items_from, prepared.items, columns.item)
         found = rank(
             prepared,
-            ranker,
+            served.ranker,
             wanted,
             k=k,
             items=subset,
             keep_seen=keep_seen,
+            ranks=served.ranks,
         )
+    if not served.ranks.first:
+        return
     _say_if_short(k, len(prepared.items) if subset is None else subset.n_unique())
     if wanted is not None:
         unknown = int((prepared.users.encode(wanted) < 0).sum())
@@ -305,15 +297,21 @@ def similar(
     out: OutFile = None,
     as_json: Json = False,
 ) -> None:
-    """The items that are most like given items."""
+    """The items that are most like given items.
+
+    Under torchrun, its processes share the work.
+    """
     from recclr.ids_input import read_ids, require_ending, write_rows
     from recclr.recommend import similar as rank
+    from recclr.served import served_by
 
     require_ending(out)
-    with working("ranking"):
-        config, prepared, ranker = _served_by(run)
-        wanted = read_ids(items, items_from, prepared.items, config.data.columns.item)
-        found = rank(prepared, ranker, wanted, k=k)
+    with served_by(run, "ranking") as served:
+        prepared, column = served.prepared, served.config.data.columns.item
+        wanted = read_ids(items, items_from, prepared.items, column)
+        found = rank(prepared, served.ranker, wanted, k=k, ranks=served.ranks)
+    if not served.ranks.first:
+        return
     _say_if_short(k, len(prepared.items) - 1)
     write_rows(found, out, show=print_json if as_json else print_frame, as_json=as_json)
 
@@ -325,16 +323,25 @@ def export(
     name: Annotated[str, typer.Option(help="Name of the embeddings in the store.")] = "catalogue",
     as_json: Json = False,
 ) -> None:
-    """Write both towers' embeddings to a store, and verify what it holds."""
+    """Write both towers' embeddings to a store, and verify what it holds.
+
+    Under torchrun, its processes share the work.
+    """
     from dataclasses import asdict
 
+    from recclr.distributed import LONG_S
     from recclr.export import parse_target
+    from recclr.served import served_by
     from recclr.shipping import ship
 
     parse_target(to)
-    with working("exporting"):
-        config, prepared, ranker = _served_by(run)
-        report = ship(prepared, ranker, to, run=None, config=config, name=name)
+    with served_by(run, "exporting") as served:
+        if served.ranks.first:
+            prepared, config = served.prepared, served.config
+            report = ship(prepared, served.ranker, to, run=None, config=config, name=name)
+        served.ranks.meet("the export", LONG_S)
+    if not served.ranks.first:
+        return
     if as_json:
         print_json(asdict(report))
     else:
@@ -376,16 +383,6 @@ def _ks(text: str | None) -> tuple[int, ...] | None:
     if not ks or min(ks) < 1:
         raise ConfigError(f"--ks {text!r}: expected cut-offs such as 10,20")
     return ks
-
-
-def _served_by(run: Path, *, quiet: bool = False) -> tuple[Config, PreparedLog, EmbeddingRanker]:
-    """What a run serves; says so where training has not come to its end."""
-    from recclr.load import load_ranker
-
-    found = load_ranker(run)
-    if not quiet:
-        say_if_unfinished(run)
-    return found
 
 
 def _say_if_short(k: int, num_choices: int) -> None:

@@ -46,7 +46,11 @@ def mine(
         bool, typer.Option("--json", help="Print JSON for a machine to read.")
     ] = False,
 ) -> None:
-    """Write hard negatives of every train pair, found by the model behind guards, and a report."""
+    """Write hard negatives of every train pair, found by the model behind guards, and a report.
+
+    Under torchrun, its processes share the work.
+    """
+    from recclr.joining import joined
     from recclr.triplets import mine_run
 
     try:
@@ -63,8 +67,12 @@ def mine(
         )
     except ValueError as error:
         raise ConfigError(f"recclr mine: {error}") from error
-    with working("mining") as progress:
-        report = mine_run(run, out, settings, seed=seed, device=device, progress=progress)
+    with joined() as ranks, working("mining", quiet=not ranks.first) as progress:
+        report = mine_run(
+            run, out, settings, seed=seed, device=device, progress=progress, ranks=ranks
+        )
+    if not ranks.first:
+        return
     say_if_unfinished(run)
     if as_json:
         print_json(report.to_json())

@@ -43,8 +43,8 @@ from recclr.notices import Notices, late, ranks_named
 # For what one process does alone while the others wait: baselines, export.
 LONG_S = 24 * 3600.0
 JOIN_S = 120.0
-# Bytes of each rank that one exchange of a long gather takes.
-_STRETCH = 1 << 26
+# Bytes of each rank that one exchange of a long gather takes: what shared memory holds at first.
+_STRETCH = 1 << 22
 # By how much of its time a hang may be shown too early.
 _SLACK = 0.1
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from recclr.building import build_model
 from recclr.checkpoint import find_checkpoint
@@ -17,13 +18,13 @@ from recclr.data.prepared import PreparedLog
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import CheckpointError, ConfigError
 from recclr.files import sha256_of
-from recclr.keeping import load_weights
+from recclr.keeping import digest_of, load_weights
 from recclr.optim import Table
 from recclr.run_folder import BLEND, BLEND_VECTORS, read_config, read_json
 from recclr.sharded_tables import NewTable
 from recclr.siamese import build_siamese
 from recclr.topk import EmbeddingRanker
-from recclr.towers import TwoTower
+from recclr.towers import TwoTower, saved_weights
 
 
 def load_run(run: Path) -> tuple[Config, PreparedLog, TwoTower]:
@@ -56,30 +57,53 @@ def load_model(
     return model.eval()
 
 
-def load_ranker(run: Path) -> tuple[Config, PreparedLog, EmbeddingRanker]:
+def load_ranker(run: Path, ranks: Ranks = ALONE) -> tuple[Config, PreparedLog, EmbeddingRanker]:
     """Configuration, data, and what the run serves; its model, with what stands beside it.
 
+    Args:
+        ranks: who share the embedding, and are started here; all of them get the whole result.
+
     Raises:
-        ConfigError: no run folder. CheckpointError: no model yet, or a damaged one.
+        ConfigError: no run folder, or not the same model for all. CheckpointError: no model yet, or
+        a damaged one.
     """
     config = read_config(run)
+    ranks.start("cpu", config.train.collective_timeout_s)
     prepared = PreparedLog.load(run)
-    return config, prepared, stage_ranker(config, prepared, run)
+    return config, prepared, stage_ranker(config, prepared, run, ranks)
 
 
-def stage_ranker(config: Config, prepared: PreparedLog, folder: Path) -> EmbeddingRanker:
+def stage_ranker(
+    config: Config, prepared: PreparedLog, folder: Path, ranks: Ranks = ALONE
+) -> EmbeddingRanker:
     """What a stage of a run serves, selection or the run itself.
 
+    Args:
+        ranks: who share the embedding.
+
     Raises:
-        CheckpointError: as ``load_ranker``.
+        ConfigError, CheckpointError: as ``load_ranker``.
     """
     if config.blend.several:
         blended = load_blend(folder)
         if blended is None:
             raise CheckpointError(f"{folder} has no {BLEND}; has the run trained to its end?")
+        vectors = {"users": blended.user_vectors, "items": blended.item_vectors}
+        require_same_model(vectors, ranks)
         return blended
     model = load_model(config, prepared.tensors, folder / "checkpoints")
-    return ranker_of(model, prepared.tensors.cutoff)
+    require_same_model(saved_weights(model), ranks)
+    return ranker_of(model, prepared.tensors.cutoff, ranks)
+
+
+def require_same_model(model: dict[str, Tensor], ranks: Ranks) -> None:
+    """Before each rank embeds a part: parts of two models would make one that nobody trained.
+
+    Raises:
+        ConfigError: ranks have different ones.
+    """
+    if ranks.size > 1:
+        ranks.agree({"the model": digest_of(model)})
 
 
 def load_blend(folder: Path, name: str = "model") -> EmbeddingRanker | None:

@@ -12,7 +12,8 @@ of NV-Retriever (Moreira et al. 2024), the report that of sentence-transformers'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +129,7 @@ class Miner:
         keys: tuple[int, ...],
         tally: Tally,
         progress: Callable[[int, int], None] | None = None,
+        ranks: Ranks = ALONE,
     ) -> Iterator[Triplets]:
         """Negatives of every distinct pair of train, each by the score of its own positive.
 
@@ -135,31 +137,61 @@ class Miner:
 
         Args:
             users, items, temperature, keys: as ``table`` takes them.
-            tally: what the blocks so far came to. progress: called with (users done, users).
+            tally: what the blocks of this rank so far came to.
+            progress: called with (users done, users).
+            ranks: who take turns with tiles of users; all of them get all blocks.
 
         Raises:
             DivergedError: a score is NaN.
         """
-        known, width = self.known.to(users.device), self.settings.count
-        size = max(_PAIRS // self.settings.depth, 1)
-        for start in range(0, self.num_users, self.height):
-            stop = min(start + self.height, self.num_users)
-            user_idx = torch.arange(start, stop, device=users.device)
-            mine = known.take(user_idx)
-            row_numbers = mine.row_numbers()
-            ranked = self._ranked(users[user_idx], items, mine)
-            draws = generator(users.device, *keys, start, _CHOICE)
-            every = torch.arange(len(mine.values), device=users.device)
-            for pairs in torch.split(every, size):
-                rows, positive_idx = row_numbers[pairs], mine.values[pairs].long()
-                of_pairs = TopK(ranked.item_idx[rows], ranked.scores[rows])
-                scores = _pair_scores(users[user_idx], items, rows, positive_idx)
-                taken = self._take(
-                    of_pairs, scores, width, draws, temperature, tally, user_idx[rows], None
-                )
-                yield Triplets(user_idx[rows], positive_idx, scores, *taken)
+        known = self.known.to(users.device)
+        starts = list(range(0, self.num_users, self.height))
+        for turn in range(0, len(starts), ranks.size):
+            some = starts[turn : turn + ranks.size]
+            tiles = [known.take(self._users_of(start, users.device)) for start in some]
+            blocks: Iterator[Triplets] = iter(())
+            if ranks.rank < len(tiles):
+                start, mine = some[ranks.rank], tiles[ranks.rank]
+                draws = generator(users.device, *keys, start, _CHOICE)
+                blocks = self._blocks(start, users, items, mine, draws, temperature, tally)
+            if ranks.size == 1:
+                yield from blocks
+            else:
+                own = _joined([_no_triplets(self.settings.count, users.device), *blocks])
+                counts = [len(tile.values) for tile in tiles] + [0] * (ranks.size - len(tiles))
+                fields = (getattr(own, each.name) for each in dataclasses.fields(own))
+                yield Triplets(*(ranks.gather(x, counts, "mined negatives") for x in fields))
             if progress is not None:
-                progress(stop, self.num_users)
+                progress(min((turn + ranks.size) * self.height, self.num_users), self.num_users)
+
+    def _users_of(self, start: int, device: torch.device) -> Tensor:
+        """Of one tile, int64."""
+        return torch.arange(start, min(start + self.height, self.num_users), device=device)
+
+    def _blocks(
+        self,
+        start: int,
+        users: Tensor,
+        items: Tensor,
+        mine: Csr,
+        draws: torch.Generator,
+        temperature: float,
+        tally: Tally,
+    ) -> Iterator[Triplets]:
+        """The triplets of one tile."""
+        width, size = self.settings.count, max(_PAIRS // self.settings.depth, 1)
+        user_idx = self._users_of(start, users.device)
+        row_numbers = mine.row_numbers()
+        ranked = self._ranked(users[user_idx], items, mine)
+        every = torch.arange(len(mine.values), device=users.device)
+        for pairs in torch.split(every, size) if len(every) else ():
+            rows, positive_idx = row_numbers[pairs], mine.values[pairs].long()
+            of_pairs = TopK(ranked.item_idx[rows], ranked.scores[rows])
+            scores = _pair_scores(users[user_idx], items, rows, positive_idx)
+            taken = self._take(
+                of_pairs, scores, width, draws, temperature, tally, user_idx[rows], None
+            )
+            yield Triplets(user_idx[rows], positive_idx, scores, *taken)
 
     def _ranked(self, queries: Tensor, items: Tensor, known: Csr) -> TopK:
         ranked = top_k(queries, items, self.settings.depth, seen=known)
@@ -267,6 +299,17 @@ class Refresher:
             ranks=self.ranks,
         )
         return table, report.to_json()
+
+
+def _no_triplets(width: int, device: torch.device) -> Triplets:
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    scores, wide = none.float(), none.new_empty(0, width)
+    return Triplets(none, none, scores, wide, wide.float(), wide)
+
+
+def _joined(blocks: Sequence[Triplets]) -> Triplets:
+    names = [each.name for each in dataclasses.fields(Triplets)]
+    return Triplets(*(torch.cat([getattr(block, name) for block in blocks]) for name in names))
 
 
 def _too_popular(counts: Tensor, settings: MiningSettings) -> Tensor:

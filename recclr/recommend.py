@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import polars as pl
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from recclr.data.log import Csr
 from recclr.data.prepared import PreparedLog
 from recclr.data.vocabulary import Vocabulary
+from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, DataError
 from recclr.ranking import Ranker, TopK
 from recclr.similarity import as_candidates, as_queries
@@ -26,6 +29,7 @@ def recommend(
     k: int = 10,
     items: pl.Series | None = None,
     keep_seen: bool = False,
+    ranks: Ranks = ALONE,
 ) -> pl.DataFrame:
     """The best items of each user.
 
@@ -35,6 +39,7 @@ def recommend(
         k: items per user; fewer rows where the candidates run out.
         items: raw ids to choose from; None for the whole corpus.
         keep_seen: also recommend items the user has in train.
+        ranks: who share the users, all of which call this; all of them get the whole result.
 
     Returns:
         user_id (as given, else as read), item_id (as read), rank (Int32 from 1), score (Float32,
@@ -58,12 +63,13 @@ def recommend(
     histories = None if keep_seen else _histories(prepared)
     # Nobody gets more than the catalogue, whose size bounds the memory.
     width = min(k, len(prepared.items))
-    parts = []
-    for rows in torch.split(torch.arange(len(idx)), _USERS):
+
+    def rank(rows: Tensor) -> TopK:
         seen = None if histories is None else histories.take(idx[rows])
-        found = ranker.top_k(idx[rows], width, seen=seen, items=subset)
-        parts.append(_table(found, ids.gather(rows.numpy()).rename("user_id"), prepared.items))
-    return pl.concat(parts)
+        return ranker.top_k(idx[rows], width, seen=seen, items=subset)
+
+    found = _shared(rank, len(idx), ranks)
+    return _table(found, ids.rename("user_id"), prepared.items)
 
 
 def similar(
@@ -72,6 +78,7 @@ def similar(
     items: pl.Series | None = None,
     *,
     k: int = 10,
+    ranks: Ranks = ALONE,
 ) -> pl.DataFrame:
     """The items whose embeddings point the same way (cosine), the item itself left out; the nearest
     ones under Euclidean similarity.
@@ -79,6 +86,7 @@ def similar(
     Args:
         items: raw ids to look up, each answered once; None for the whole corpus.
         k: items per item; fewer rows where the corpus is smaller.
+        ranks: see ``recommend``.
 
     Returns:
         item_id, similar_id (as read), rank (Int32 from 1), score (Float32: the cosine, or minus the
@@ -97,10 +105,26 @@ def similar(
     else:
         idx = _known(prepared.items, items.unique(maintain_order=True), "item")
     ids = prepared.items.decode(idx.numpy()).rename("item_id")
-    itself = Csr(torch.arange(len(idx) + 1), idx.to(torch.int32))
-    found = top_k(queries[idx], vectors, min(k, len(vectors)), seen=itself)
+
+    def rank(rows: Tensor) -> TopK:
+        itself = Csr(torch.arange(len(rows) + 1), idx[rows].to(torch.int32))
+        return top_k(queries[idx[rows]], vectors, min(k, len(vectors)), seen=itself)
+
+    found = _shared(rank, len(idx), ranks)
     table = _table(found, ids.rename("user_id"), prepared.items)
     return table.rename({"item_id": "similar_id"}).rename({"user_id": "item_id"})
+
+
+def _shared(rank: Callable[[Tensor], TopK], count: int, ranks: Ranks) -> TopK:
+    """Rankings for rows 0 to ``count`` - 1, of which each rank makes a part, some at a time."""
+    rows = torch.arange(*ranks.part(count))
+    # Also of no rows, which are as wide as all others.
+    parts = [rank(some) for some in torch.split(rows, _USERS)]
+    counts, name = ranks.counts(count), "the rankings"
+    return TopK(
+        ranks.gather(torch.cat([part.item_idx for part in parts]), counts, name),
+        ranks.gather(torch.cat([part.scores for part in parts]), counts, name),
+    )
 
 
 def _histories(prepared: PreparedLog) -> Csr:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import polars as pl
 import torch
 
 from recclr.data.prepared import PreparedLog
+from recclr.distributed import ALONE, Ranks
 from recclr.ids_input import require_ending, write_parts
-from recclr.load import load_run, pick_device
+from recclr.load import load_run, pick_device, require_same_model
 from recclr.mining import Miner, Triplets
 from recclr.mining_report import MiningReport, Tally
+from recclr.run_folder import read_config
 from recclr.settings import MiningSettings
+from recclr.towers import saved_weights
 
 
 def mine_run(
@@ -24,6 +28,7 @@ def mine_run(
     seed: int = 0,
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> MiningReport:
     """Write the negatives of every (user, item) pair of train, found by the run's best model.
 
@@ -37,20 +42,24 @@ def mine_run(
             then by rank.
         seed: of ``settings.choice``. device: ``auto`` is the first GPU where there is one.
         progress: called with (users done, users).
+        ranks: who share the work, and are started here; the first one writes, all report.
 
     Raises:
         ConfigError: no run folder, an ending that is not known, or no such device.
         CheckpointError: no model yet, or a damaged one. StoreError: no space.
     """
     require_ending(out)
-    device = pick_device(device)
+    device = pick_device(ranks.own_device(device))
+    ranks.start(device, read_config(run).train.collective_timeout_s)
     config, prepared, model = load_run(run)
+    require_same_model(saved_weights(model), ranks)
     model = model.to(device)
     held_out = None if config.train.refit else prepared.tensors.held_out
     miner = Miner(prepared.tensors.train.to(device), settings, held_out)
     tally = Tally(settings.count, torch.device(device))
     with torch.no_grad():
-        users, items = model.all_vectors(prepared.tensors.cutoff)
+        # As in training: what is hard is what it scores high, a bias of served scores left out.
+        users, items = model.all_embeddings(prepared.tensors.cutoff, ranks)
         blocks = miner.triplets(
             users,
             items,
@@ -58,8 +67,13 @@ def mine_run(
             keys=(seed,),
             tally=tally,
             progress=progress,
+            ranks=ranks,
         )
-        write_parts(_frames(blocks, prepared), out)
+        if ranks.first:
+            write_parts(_frames(blocks, prepared), out)
+        else:
+            deque(blocks, maxlen=0)
+    tally.sum_over(ranks)
     return tally.report()
 
 

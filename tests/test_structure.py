@@ -122,6 +122,7 @@ FLOORS = {
         "report",
         "triplets",
         "options",
+        "served",
         "trials",
         "tune",
         "work_folder",

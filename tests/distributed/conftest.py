@@ -2,8 +2,11 @@
 
 import json
 import multiprocessing
+import os
 import runpy
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,17 @@ os.environ.update({environment!r})
 os.fsync = lambda descriptor: None
 os.dup2(os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
 runpy.run_path({work!r})["main"]({function!r}, {folder!r}, {timeout_s!r}, {arguments!r})
+"""
+
+
+# Runs the command line with a fault on one rank of the first attempt only.
+COMMAND = """
+import os, sys
+os.fsync = lambda descriptor: None
+rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+{fault}
+from recclr.cli import main
+main()
 """
 
 
@@ -93,3 +107,31 @@ def spread():
         return Ended(codes, texts)
 
     return begin
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """A command under torchrun to its end; ``fault`` is Python that every rank runs first."""
+
+    def run(*arguments, size=2, restarts=0, fault="", limit_s=120):
+        script = tmp_path / "command.py"
+        script.write_text(COMMAND.format(fault=fault))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(size), "--max-restarts", str(restarts), str(script)]
+        command += map(str, arguments)
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        }
+        return subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=limit_s,
+        )
+
+    return run

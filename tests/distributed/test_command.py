@@ -1,52 +1,11 @@
 """The command under torchrun: the same results, exit codes and messages, and recovery."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from recclr.checkpoint import find_checkpoint
-
-# Runs the command line with a fault on one rank of the first attempt only.
-PROGRAM = """
-import os, sys
-os.fsync = lambda descriptor: None
-rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-{fault}
-from recclr.cli import main
-main()
-"""
-
-
-@pytest.fixture
-def torchrun(tmp_path):
-    """A command under torchrun to its end; ``fault`` is Python that every rank runs first."""
-
-    def run(*arguments, size=2, restarts=0, fault="", limit_s=120):
-        script = tmp_path / "command.py"
-        script.write_text(PROGRAM.format(fault=fault))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(size), "--max-restarts", str(restarts), str(script)]
-        command += map(str, arguments)
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        }
-        return subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=limit_s,
-        )
-
-    return run
 
 
 @pytest.fixture
@@ -108,10 +67,10 @@ def test_an_evaluation_by_two_processes_is_that_of_one(recclr, torchrun, small_r
 
 
 @pytest.mark.slow
-def test_a_command_for_one_process_is_refused_once(torchrun, small_run, tmp_path):
-    target = tmp_path / "store"
-    done = torchrun("export", small_run, "--to", f"parquet:{target}")
-    assert done.stderr.count("recclr export runs in one process, found WORLD_SIZE = 2") == 1
+def test_a_command_for_one_process_is_refused_once(torchrun, tmp_path):
+    target = tmp_path / "demo"
+    done = torchrun("demo", "--out", target)
+    assert done.stderr.count("recclr demo runs in one process, found WORLD_SIZE = 2") == 1
     assert done.stderr.count("error: ") == 1
     assert "exitcode  : 2" in done.stderr
     assert not target.exists()

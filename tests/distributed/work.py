@@ -6,7 +6,7 @@ A function gets its ``Ranks``, a folder for results, and JSON arguments.
 import json
 import os
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +32,8 @@ from recclr.distributed import ALONE
 from recclr.evaluate import EvaluationSet, evaluate
 from recclr.exchange import StepExchange
 from recclr.host_tables import shared_tables
-from recclr.mining import Refresher
+from recclr.mining import Miner, Refresher, Triplets
+from recclr.mining_report import Tally
 from recclr.optim import Table, TableOptimizer, summed_rows
 from recclr.settings import (
     AugmentSettings,
@@ -42,6 +43,7 @@ from recclr.settings import (
     IdSettings,
     LossSettings,
     MinedSettings,
+    MiningSettings,
     ModelSettings,
     NegativesSettings,
     PairSettings,
@@ -535,6 +537,43 @@ def judge(ranks, folder, *, num_users):
     (folder / f"judged-{ranks.rank}.json").write_text(json.dumps(result))
 
 
+def mines(ranks, folder, *, num_users):
+    """Triplets of a planted model, tile by tile, and their report."""
+    draws = torch.Generator().manual_seed(6)
+    num_items = 31
+    # Nobody has a row among some users in the middle: tiles without pairs.
+    users = torch.randint(num_users, (5 * num_users,), generator=draws)
+    users = users[(users < 9) | (users >= 17)]
+    items = torch.randint(num_items, (len(users),), generator=draws)
+    log = EncodedLog(users.int(), items.int(), num_users, num_items)
+    settings = MiningSettings(count=3, depth=12, skip=1, share=0.0)
+    vectors = torch.randn(num_users + num_items, 6, generator=draws)
+    held = EncodedLog(items.int() % num_users, users.int() % num_items, num_users, num_items)
+    miner, tally = Miner(log, settings, held), Tally(settings.count, torch.device("cpu"))
+    # Small tiles, here only: this may be the process of the tests.
+    miner.height = 4
+    shown = []
+    blocks = list(
+        miner.triplets(
+            vectors[:num_users],
+            vectors[num_users:],
+            temperature=0.5,
+            keys=(3,),
+            tally=tally,
+            progress=lambda done, total: shown.append((done, total)),
+            ranks=ranks,
+        )
+    )
+    tally.sum_over(ranks)
+    assert shown[-1] == (num_users, num_users)
+    found = {
+        each.name: torch.cat([getattr(block, each.name) for block in blocks])
+        for each in fields(Triplets)
+    }
+    save_file(found, folder / f"mined-{ranks.rank}.safetensors")
+    (folder / f"mined-{ranks.rank}.json").write_text(json.dumps(tally.report().to_json()))
+
+
 def exchanges(ranks, folder):
     """Each primitive against what it must give, with blocks of unequal lengths, some empty."""
     counts = [(3, 0, 5)[rank] for rank in range(ranks.size)]
@@ -579,11 +618,28 @@ def through(ranks, folder, *, memory):
     # 4 MiB, a byte more, twice as much, and more than all memory there may be.
     for size in (4 << 20, (4 << 20) + 1, 9 << 20, (129 << 20) // ranks.size):
         own = torch.full((size,), 1 + ranks.rank, dtype=torch.uint8)
-        found = ranks.gather(own, [size] * ranks.size, "much").view(ranks.size, size)
-        assert torch.equal(found.amin(1), found.amax(1))
-        assert found[:, 0].tolist() == list(range(1, ranks.size + 1))
+        before = None if ranks._memory is None else ranks._memory.capacity
+        for whole in (True, False):
+            if whole:
+                # In stretches, which need no more memory than there is.
+                blocks = ranks.gather(own, [size] * ranks.size, "much").split(size)
+                assert before == (None if ranks._memory is None else ranks._memory.capacity)
+            else:
+                blocks = ranks.gather_blocks(own, [size] * ranks.size, "much")
+            assert [int(block.amin()) for block in blocks] == list(range(1, ranks.size + 1))
+            assert [int(block.amax()) for block in blocks] == list(range(1, ranks.size + 1))
         kinds.add(None if ranks._memory is None else ranks._memory.capacity >> 20)
     assert kinds == ({4, 8, 16} if memory else {None})
+    # Stretches of unequal blocks, some of which have ended, and rows longer than a stretch.
+    for counts, width in (([3 << 20, 0, 5 << 20], 1), ([2, 3, 1], 5 << 20)):
+        counts = counts[: ranks.size]
+        own = torch.arange(counts[ranks.rank], dtype=torch.uint8).remainder_(251)[:, None]
+        found = ranks.gather(own.expand(-1, width).contiguous(), counts, "stretches")
+        assert [len(block) for block in found.split(counts)] == counts
+        for block in found.split(counts):
+            expected = torch.arange(len(block), dtype=torch.uint8).remainder_(251)
+            assert torch.equal(block[:, 0], expected)
+            assert torch.equal(block[:, -1], expected)
     # Many in a row, by ranks that come late in turn: no block is written before it was read.
     for number in range(60):
         if number % 7 == ranks.rank:
