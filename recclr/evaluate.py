@@ -24,6 +24,8 @@ _CHUNK = 8192
 # Queries that stay together on one rank: a tile of ``topk``, so that every tile is scored by the
 # same multiplication, to the bit, on any number of ranks.
 _BLOCK = 256
+# Rows of a log that are looked at together.
+_STRETCH = 1 << 22
 _SHOWN = ("recall@", "ndcg@")
 _HEAD, _TORSO = 0.2, 0.8
 
@@ -72,9 +74,13 @@ class EvaluationSet:
         held_out, train = prepared.held_out, prepared.train
         if held_out is None or not len(held_out):
             raise ConfigError("there are no held-out rows to evaluate on")
-        history = train if also_seen is None else _joined(train, also_seen)
         pairs = _distinct_pairs(held_out)
-        all_users = int(torch.unique(pairs[:, 0]).numel())
+        judged = torch.unique(pairs[:, 0])
+        all_users = len(judged)
+        # Most users of a large log may have nothing held out, and are neither sorted nor grouped.
+        history = _rows_of(train, judged)
+        if also_seen is not None:
+            history = _joined(history, _rows_of(also_seen, judged))
         num_repeats = 0
         if not keep_seen:
             again = _in_log(pairs, history)
@@ -227,10 +233,9 @@ def evaluate(
     metrics: dict[str, dict[str, Tensor]] = {}
     counts: dict[str, dict[str, float]] = {}
 
-    def add(name: str, queries: Tensor, relevant: Csr, ranked: Tensor, candidates: int) -> None:
+    def add(name: str, queries: Tensor, relevant: Csr, hits: Tensor, candidates: int) -> None:
         if not len(queries):
             return
-        hits = _hits(ranked, relevant, len(examples.item_counts))
         metrics[name] = ranking_metrics(hits, relevant.lengths(), ks)
         counts[name] = {
             "users": len(queries),
@@ -240,19 +245,22 @@ def evaluate(
 
     everyone = torch.arange(len(examples.user_idx))
     corpus = len(examples.item_counts)
+    hits = _hits(top, examples.relevant, corpus)
     if "all" in slices:
-        add("all", everyone, examples.relevant, top, corpus)
+        add("all", everyone, examples.relevant, hits, corpus)
         counts["all"]["dropped_users"] = examples.num_dropped
         counts["all"]["repeated_rows"] = examples.num_repeats
     for name, keep in (("warm_users", True), ("cold_users", False)):
         if name in slices:
             queries = ((examples.user_counts > 0) == keep).nonzero().squeeze(1)
-            add(name, queries, examples.relevant.take(queries), top[queries], corpus)
+            add(name, queries, examples.relevant.take(queries), hits[queries], corpus)
     bands = examples.bands()
     for name in ("warm_items", "cold_items", "head", "torso", "tail"):
         if name in slices:
             queries, relevant = examples.restricted(bands[name])
-            add(name, queries, relevant, top[queries], corpus)
+            # A hit of the slice is a hit on an item of it; none is at -1.
+            own = hits[queries] & bands[name][top[queries].clamp(min=0)]
+            add(name, queries, relevant, own, corpus)
     if "cold_items_among_cold" in slices:
         queries, relevant = examples.restricted(bands["cold_items"])
         cold = bands["cold_items"].nonzero().squeeze(1)
@@ -261,7 +269,8 @@ def evaluate(
             # Nobody has a cold item from train, but some from the rows between (``also_seen``).
             seen = None if examples.seen is None else examples.seen.take(queries)
             best = ranked(users, seen, items=cold)
-            add("cold_items_among_cold", queries, relevant, best, len(cold))
+            found = _hits(best, relevant, corpus)
+            add("cold_items_among_cold", queries, relevant, found, len(cold))
             choices = len(cold) - _num_seen(seen, bands["cold_items"], len(queries))
             for k in ks:
                 chance = float((k / choices).clamp(max=1).mean())
@@ -359,6 +368,19 @@ def _distinct_pairs(log: EncodedLog) -> Tensor:
     return torch.cat([known, unknown])
 
 
+def _rows_of(log: EncodedLog, users: Tensor) -> EncodedLog:
+    """The rows of some users (int64, distinct), in their order."""
+    # The last place stands for all users beyond them.
+    most = int(users.max()) + 1
+    wanted = torch.zeros(most + 1, dtype=torch.bool)
+    wanted[users] = True
+    rows = [
+        wanted[part.long().clamp(max=most)].nonzero().squeeze(1) + number * _STRETCH
+        for number, part in enumerate(torch.split(log.user_idx, _STRETCH))
+    ]
+    return log.rows(torch.cat(rows))
+
+
 def _joined(train: EncodedLog, later: EncodedLog) -> EncodedLog:
     """Both logs' pairs, of users and items that have an index in train."""
     known = (later.user_idx < train.num_users) & (later.item_idx >= 0)
@@ -374,6 +396,8 @@ def _in_log(pairs: Tensor, log: EncodedLog) -> Tensor:
     """Bool [P]: pairs that are rows of the log."""
     width = log.num_items + 1
     keys = torch.unique(log.user_idx.long() * width + log.item_idx.long() + 1)
+    if not len(keys):
+        return torch.zeros(len(pairs), dtype=torch.bool)
     wanted = pairs[:, 0] * width + pairs[:, 1] + 1
     place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
     return torch.eq(keys[place], wanted)

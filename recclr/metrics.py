@@ -52,8 +52,15 @@ def ranking_metrics(
         )
     if len(num_relevant_Q) and int(num_relevant_Q.min()) < 1:
         raise ShapeError("a query without relevant items has no metrics; drop and count it")
-    hits = hits_QK.double()
-    relevant = num_relevant_Q.double()
+    # Most users have no hit in a large corpus, and nothing to reckon with.
+    some = hits_QK.any(1).nonzero().squeeze(1)
+    found = _of_hits(hits_QK[some].double(), num_relevant_Q[some].double(), ks)
+    nothing = torch.zeros(len(hits_QK), dtype=torch.float64, device=hits_QK.device)
+    return {name: nothing.index_put((some,), values) for name, values in found.items()}
+
+
+def _of_hits(hits: Tensor, relevant: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
+    """As ``ranking_metrics``, of float64 [Q, K] and [Q]."""
     ranks = torch.arange(1, hits.shape[1] + 1, device=hits.device).double()
     discounts = 1 / torch.log2(ranks + 1)
     ideals = discounts.cumsum(0)

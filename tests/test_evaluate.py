@@ -358,6 +358,22 @@ def test_nothing_to_judge_is_refused_with_a_reason(held_out, words):
         EvaluationSet.from_prepared(without)
 
 
+def test_users_without_any_row_before_are_judged_alone():
+    # User 4 has no train row, users 7 and 9 no index at all; others are not looked at.
+    prepared = prepared_of([(0, 0), (1, 0), (2, 1)], [(4, 2), (9, 1), (9, -1)])
+    examples = EvaluationSet.from_prepared(prepared)
+    assert examples.user_idx.tolist() == [4, 9]
+    assert examples.relevant.lengths().tolist() == [1, 2]
+    assert examples.seen.lengths().tolist() == [0, 0]
+    assert examples.user_counts.tolist() == [0, 0]
+    assert examples.num_repeats == examples.num_dropped == 0
+    later = replace(prepared.held_out, user_idx=torch.tensor([4, 7, 9]).int())
+    examples = EvaluationSet.from_prepared(prepared, also_seen=later)
+    # Of users beyond train nothing is known, whatever the rows between say.
+    assert examples.seen.lengths().tolist() == [0]
+    assert (examples.user_idx.tolist(), examples.num_dropped) == ([9], 1)
+
+
 def test_held_out_rows_change_no_statistic():
     train = [(0, 0), (1, 0), (2, 1)]
     plain = EvaluationSet.from_prepared(prepared_of(train, [(0, 2), (4, 3)]))
