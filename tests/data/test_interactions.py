@@ -190,6 +190,16 @@ def test_concat_restores_the_log():
     log = read(EVENTS, items=ITEMS)
     split = log.split(SplitSettings(by="leave_last", valid=0, test=1))
     assert split.train.concat(split.test).events.equals(log.events)
+    # Parts of one moment each, one after the other or not, and nothing at all.
+    parts = [
+        log.with_events(log.events.filter(pl.col("timestamp") == time))
+        for time in log.events["timestamp"].unique().sort()
+    ]
+    assert len(parts) > 2
+    for first, *others in (parts, parts[::-1], [log.with_events(log.events.clear()), log]):
+        for other in others:
+            first = first.concat(other)
+        assert first.events.equals(log.events)
     weighted = apply_decay(split.train, 1.0)
     joined = weighted.concat(split.test).events
     assert joined.filter(pl.col("timestamp") == START + 120)["weight"].to_list() == [1.0]
