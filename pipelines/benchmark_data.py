@@ -28,7 +28,7 @@ from bench import machine
 from rich.console import Console
 from rich.table import Table
 
-from recclr.bootstrap import bootstrap_interval
+from recclr.bootstrap import interval_of, resampled_means
 from recclr.config import Config, parse_config
 from recclr.data.interactions import read_log
 from recclr.data.prepare import prepare_for
@@ -103,7 +103,7 @@ def _measured(config: Config, rows: int, dim: int) -> list[dict[str, Any]]:
     judged = max(rows // 100, 2)
     values = torch.rand(judged, _METRICS, dtype=torch.float64)
     with watch.step(f"intervals of {_METRICS} metrics of {judged:,} users"):
-        bootstrap_interval(values, _RESAMPLES)
+        interval_of(resampled_means(values, _RESAMPLES))
     return watch.steps
 
 

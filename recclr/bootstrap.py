@@ -21,24 +21,6 @@ _LEVEL = 0.95
 _RESAMPLE, _FLIP = 0, 1
 
 
-def bootstrap_interval(
-    values_UM: Tensor, num_resamples: int, *, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """95 % percentile intervals of the mean over users, all metrics at once.
-
-    Args:
-        values_UM: float64 [U, M], U at least 1.
-        num_resamples: S, at least 2.
-
-    Returns:
-        (low, high), float64 [M].
-
-    Raises:
-        ShapeError: nothing to resample.
-    """
-    return interval_of(resampled_means(values_UM, num_resamples, seed=seed))
-
-
 def resampled_means(values_UM: Tensor, num_resamples: int, *, seed: int = 0) -> Tensor:
     """Means of the columns over resampled users, float64 [S, M].
 
@@ -46,8 +28,12 @@ def resampled_means(values_UM: Tensor, num_resamples: int, *, seed: int = 0) -> 
     metrics, so that their intervals belong together: cost S·U·M multiply-adds, no sort over users.
     The same draws for the same seed and U, whatever the columns and however many threads.
 
-    Args, Raises:
-        see ``bootstrap_interval``.
+    Args:
+        values_UM: float64 [U, M], U at least 1.
+        num_resamples: S, at least 2.
+
+    Raises:
+        ShapeError: nothing to resample.
     """
     if values_UM.ndim != 2 or not len(values_UM) or num_resamples < 2:
         raise ShapeError(
@@ -60,7 +46,7 @@ def resampled_means(values_UM: Tensor, num_resamples: int, *, seed: int = 0) -> 
 
 
 def interval_of(means: Tensor) -> tuple[Tensor, Tensor]:
-    """(low, high) of each column of ``resampled_means``, float64 [M]."""
+    """95 % percentile intervals, (low, high) float64 [M], of the means of ``resampled_means``."""
     tails = torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], dtype=torch.float64)
     low, high = torch.quantile(means, tails, dim=0)
     return low, high

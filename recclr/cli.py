@@ -262,8 +262,7 @@ def recommend(
     from recclr.recommend import recommend as rank
     from recclr.served import served_by
 
-    require_ending(out)
-    with served_by(run, "ranking") as served:
+    with served_by(run, "ranking", lambda: require_ending(out)) as served:
         prepared, columns = served.prepared, served.config.data.columns
         wanted = read_ids(users, users_from, prepared.users, columns.user)
         subset = read_ids(None, items_from, prepared.items, columns.item)
@@ -305,8 +304,7 @@ def similar(
     from recclr.recommend import similar as rank
     from recclr.served import served_by
 
-    require_ending(out)
-    with served_by(run, "ranking") as served:
+    with served_by(run, "ranking", lambda: require_ending(out)) as served:
         prepared, column = served.prepared, served.config.data.columns.item
         wanted = read_ids(items, items_from, prepared.items, column)
         found = rank(prepared, served.ranker, wanted, k=k, ranks=served.ranks)
@@ -325,7 +323,7 @@ def export(
 ) -> None:
     """Write both towers' embeddings to a store, and verify what it holds.
 
-    Under torchrun, its processes share the work.
+    Under torchrun, its processes share the embedding; the first one writes.
     """
     from dataclasses import asdict
 
@@ -334,8 +332,7 @@ def export(
     from recclr.served import served_by
     from recclr.shipping import ship
 
-    parse_target(to)
-    with served_by(run, "exporting") as served:
+    with served_by(run, "exporting", lambda: parse_target(to)) as served:
         if served.ranks.first:
             prepared, config = served.prepared, served.config
             report = ship(prepared, served.ranker, to, run=None, config=config, name=name)

@@ -367,8 +367,8 @@ class Ranks:
         except RuntimeError:
             pass  # the store went with its host
         return RankError(
-            f"another process was lost during '{name}' ({first_line(error)}); run again with "
-            "--resume, or start torchrun with --max-restarts"
+            f"another process was lost during '{name}' ({first_line(error)}); run the command "
+            "again (training: with --resume), or start torchrun with --max-restarts"
         )
 
     def close(self, *, wait: bool) -> None:

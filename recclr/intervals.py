@@ -23,6 +23,9 @@ def resampled(rankers: Sequence[PerUser], num_bootstrap: int, *, seed: int = 0) 
     Args:
         rankers: ``Evaluation.per_user`` of each, on one ``EvaluationSet``; may be none.
         num_bootstrap: at least 2.
+
+    Raises:
+        ShapeError: fewer resamples, or a slice without users.
     """
     found: list[Resampled] = [{} for _ in rankers]
     for part in rankers[0] if rankers else ():

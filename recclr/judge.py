@@ -17,6 +17,7 @@ from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError
 from recclr.evaluate import Evaluation, EvaluationSet, evaluate
 from recclr.intervals import Resampled, intervals, resampled
+from recclr.keeping import digest_of
 from recclr.metrics import DEFINITIONS
 from recclr.ranking import Ranker
 
@@ -152,6 +153,10 @@ def evaluate_run(
     if held_out is None:
         raise ConfigError(f"the run has no {split} part; give --events FILE")
     _, examples = judged_by(prepared, held_out, config, also=also)
+    if ranks.size > 1:
+        # Each ranks a part of the users, by number.
+        rows = {"users": examples.user_idx, "relevant": examples.relevant.values}
+        ranks.agree({"the held-out rows": digest_of(rows)})
     settings = config.evaluate
     return evaluate(
         ranker,

@@ -20,7 +20,7 @@ from recclr.errors import CheckpointError, ConfigError
 from recclr.files import sha256_of
 from recclr.keeping import digest_of, load_weights
 from recclr.optim import Table
-from recclr.run_folder import BLEND, BLEND_VECTORS, read_config, read_json
+from recclr.run_folder import BLEND, BLEND_VECTORS, data_digest, read_config, read_json
 from recclr.sharded_tables import NewTable
 from recclr.siamese import build_siamese
 from recclr.topk import EmbeddingRanker
@@ -64,12 +64,14 @@ def load_ranker(run: Path, ranks: Ranks = ALONE) -> tuple[Config, PreparedLog, E
         ranks: who share the embedding, and are started here; all of them get the whole result.
 
     Raises:
-        ConfigError: no run folder, or not the same model for all. CheckpointError: no model yet, or
+        ConfigError: no run folder, or not the same one for all. CheckpointError: no model yet, or
         a damaged one.
     """
     config = read_config(run)
     ranks.start("cpu", config.train.collective_timeout_s)
     prepared = PreparedLog.load(run)
+    if ranks.size > 1:
+        ranks.agree(data_digest(prepared, {}))
     return config, prepared, stage_ranker(config, prepared, run, ranks)
 
 

@@ -69,7 +69,8 @@ class Miner:
         self, log: EncodedLog, settings: MiningSettings, held_out: EncodedLog | None = None
     ) -> None:
         self.settings = settings
-        self.height = min(max(_PAIRS // settings.depth, 1), _TILE)
+        self.size = max(_PAIRS // settings.depth, 1)
+        self.height = min(self.size, _TILE)
         self.num_users, self.num_items = log.num_users, log.num_items
         self.known, _ = log.known_pairs()
         self.too_popular = _too_popular(log.item_counts(), settings)
@@ -133,7 +134,8 @@ class Miner:
     ) -> Iterator[Triplets]:
         """Negatives of every distinct pair of train, each by the score of its own positive.
 
-        In blocks of bounded size, users rising, and within each its positives.
+        In blocks of bounded size, users rising, and within each its positives. With several ranks
+        each holds the triplets of a tile beside.
 
         Args:
             users, items, temperature, keys: as ``table`` takes them.
@@ -157,12 +159,26 @@ class Miner:
             if ranks.size == 1:
                 yield from blocks
             else:
-                own = _joined([_no_triplets(self.settings.count, users.device), *blocks])
-                counts = [len(tile.values) for tile in tiles] + [0] * (ranks.size - len(tiles))
-                fields = (getattr(own, each.name) for each in dataclasses.fields(own))
-                yield Triplets(*(ranks.gather(x, counts, "mined negatives") for x in fields))
+                yield from self._exchanged(blocks, tiles, users.device, ranks)
             if progress is not None:
                 progress(min((turn + ranks.size) * self.height, self.num_users), self.num_users)
+
+    def _exchanged(
+        self, blocks: Iterator[Triplets], tiles: list[Csr], device: torch.device, ranks: Ranks
+    ) -> Iterator[Triplets]:
+        """The triplets of each rank's tile in turn, for all ranks.
+
+        Args:
+            blocks: of this rank's tile, if it has one. tiles: known pairs of each rank's.
+        """
+        own = _joined([_no_triplets(self.settings.count, device), *blocks])
+        for owner, tile in enumerate(tiles):
+            for low in range(0, len(tile.values), self.size):
+                counts = [0] * ranks.size
+                counts[owner] = min(self.size, len(tile.values) - low)
+                some = slice(low, low + counts[ranks.rank])
+                fields = (getattr(own, each.name)[some] for each in dataclasses.fields(own))
+                yield Triplets(*(ranks.gather(x, counts, "mined negatives") for x in fields))
 
     def _users_of(self, start: int, device: torch.device) -> Tensor:
         """Of one tile, int64."""
@@ -179,12 +195,12 @@ class Miner:
         tally: Tally,
     ) -> Iterator[Triplets]:
         """The triplets of one tile."""
-        width, size = self.settings.count, max(_PAIRS // self.settings.depth, 1)
+        width = self.settings.count
         user_idx = self._users_of(start, users.device)
         row_numbers = mine.row_numbers()
         ranked = self._ranked(users[user_idx], items, mine)
         every = torch.arange(len(mine.values), device=users.device)
-        for pairs in torch.split(every, size) if len(every) else ():
+        for pairs in torch.split(every, self.size) if len(every) else ():
             rows, positive_idx = row_numbers[pairs], mine.values[pairs].long()
             of_pairs = TopK(ranked.item_idx[rows], ranked.scores[rows])
             scores = _pair_scores(users[user_idx], items, rows, positive_idx)

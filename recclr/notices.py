@@ -101,7 +101,8 @@ def late(missing: Sequence[int], name: str, limit_s: float) -> RankError:
     who = ranks_named(missing) if missing else "another process"
     return RankError(
         f"waited {limit_s:g} s at '{name}' for {who}; see what it did, raise "
-        "train.collective_timeout_s if it was only slow, and run again with --resume"
+        "train.collective_timeout_s if it was only slow, and run the command again (training: with "
+        "--resume)"
     )
 
 

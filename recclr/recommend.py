@@ -14,6 +14,7 @@ from recclr.data.prepared import PreparedLog
 from recclr.data.vocabulary import Vocabulary
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, DataError
+from recclr.keeping import digest_of
 from recclr.ranking import Ranker, TopK
 from recclr.similarity import as_candidates, as_queries
 from recclr.topk import EmbeddingRanker, top_k
@@ -60,16 +61,16 @@ def recommend(
             ids = ids.cast(prepared.users.ids.dtype)
         idx = torch.from_numpy(prepared.users.encode(ids)).long()
         idx = torch.where(idx < 0, len(prepared.users), idx)
+    _require_same(ranks, idx, subset)
     histories = None if keep_seen else _histories(prepared)
-    # Nobody gets more than the catalogue, whose size bounds the memory.
-    width = min(k, len(prepared.items))
+    # Nobody gets more than there is, which bounds the memory.
+    width = max(1, min(k, len(prepared.items) if subset is None else len(subset)))
 
     def rank(rows: Tensor) -> TopK:
         seen = None if histories is None else histories.take(idx[rows])
         return ranker.top_k(idx[rows], width, seen=seen, items=subset)
 
-    found = _shared(rank, len(idx), ranks)
-    return _table(found, ids.rename("user_id"), prepared.items)
+    return _table(rank, ids.rename("user_id"), prepared.items, ranks)
 
 
 def similar(
@@ -104,27 +105,22 @@ def similar(
         idx = torch.arange(len(prepared.items))
     else:
         idx = _known(prepared.items, items.unique(maintain_order=True), "item")
+    _require_same(ranks, idx, None)
     ids = prepared.items.decode(idx.numpy()).rename("item_id")
 
     def rank(rows: Tensor) -> TopK:
         itself = Csr(torch.arange(len(rows) + 1), idx[rows].to(torch.int32))
         return top_k(queries[idx[rows]], vectors, min(k, len(vectors)), seen=itself)
 
-    found = _shared(rank, len(idx), ranks)
-    table = _table(found, ids.rename("user_id"), prepared.items)
+    table = _table(rank, ids.rename("user_id"), prepared.items, ranks)
     return table.rename({"item_id": "similar_id"}).rename({"user_id": "item_id"})
 
 
-def _shared(rank: Callable[[Tensor], TopK], count: int, ranks: Ranks) -> TopK:
-    """Rankings for rows 0 to ``count`` - 1, of which each rank makes a part, some at a time."""
-    rows = torch.arange(*ranks.part(count))
-    # Also of no rows, which are as wide as all others.
-    parts = [rank(some) for some in torch.split(rows, _USERS)]
-    counts, name = ranks.counts(count), "the rankings"
-    return TopK(
-        ranks.gather(torch.cat([part.item_idx for part in parts]), counts, name),
-        ranks.gather(torch.cat([part.scores for part in parts]), counts, name),
-    )
+def _require_same(ranks: Ranks, idx: Tensor, among: Tensor | None) -> None:
+    """Each rank answers a part of the rows, so all must have been asked for the same."""
+    if ranks.size > 1:
+        asked = {"idx": idx} if among is None else {"idx": idx, "among": among}
+        ranks.agree({"the ids that are asked for": digest_of(asked)})
 
 
 def _histories(prepared: PreparedLog) -> Csr:
@@ -144,7 +140,28 @@ def _known(vocabulary: Vocabulary, ids: pl.Series, what: str) -> Tensor:
     return idx
 
 
-def _table(found: TopK, ids: pl.Series, items: Vocabulary) -> pl.DataFrame:
+def _table(
+    rank: Callable[[Tensor], TopK], ids: pl.Series, items: Vocabulary, ranks: Ranks
+) -> pl.DataFrame:
+    """What ``rank`` gives for rows 0 to ``len(ids)`` - 1, some at a time, each rank a part of them.
+
+    Args:
+        rank: of rows int64 [n]; also of none, which are as wide as all others.
+        ids: [rows], named as their column.
+    """
+    parts = []
+    for rows in torch.split(torch.arange(len(ids)), _USERS * ranks.size):
+        first, last = ranks.part(len(rows))
+        own, counts = rank(rows[first:last]), ranks.counts(len(rows))
+        found = TopK(
+            ranks.gather(own.item_idx, counts, "the ranked items"),
+            ranks.gather(own.scores, counts, "their scores"),
+        )
+        parts.append(_rows(found, ids.gather(rows.numpy()), items))
+    return pl.concat(parts)
+
+
+def _rows(found: TopK, ids: pl.Series, items: Vocabulary) -> pl.DataFrame:
     rows, ranks = (found.item_idx >= 0).nonzero(as_tuple=True)
     return pl.DataFrame(
         {

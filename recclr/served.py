@@ -32,16 +32,21 @@ class Served:
 
 
 @contextmanager
-def served_by(run: Path, doing: str) -> Iterator[Served]:
+def served_by(
+    run: Path, doing: str, refuse: Callable[[], object] | None = None
+) -> Iterator[Served]:
     """Load what a run serves, all processes together; says so where its training has not ended.
 
     Args:
         doing: shown at a terminal meanwhile.
+        refuse: called first; what it raises is told once, whatever the number of processes.
 
     Raises:
         RecclrError: as ``load.load_ranker`` and ``joining.joined``.
     """
     with joined() as ranks, working(doing, quiet=not ranks.first) as progress:
+        if refuse is not None:
+            refuse()
         config, prepared, ranker = load_ranker(run, ranks)
         if ranks.first:
             say_if_unfinished(run)

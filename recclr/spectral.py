@@ -36,7 +36,7 @@ def spectral_factors(
     """Both towers' vectors, float32 [U, D] and [V, D], on the CPU.
 
     Entities without interactions are zero, as are coordinates beyond the rank of the matrix. Costs
-    10 products of the log with D + 10 vectors and memory of 16 bytes per interaction, 40 at first.
+    11 products of the log with D + 10 vectors and memory of 16 bytes per interaction, 40 at first.
 
     Args:
         log: pairs count once. dim: D, at least 1.

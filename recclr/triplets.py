@@ -32,8 +32,10 @@ def mine_run(
 ) -> MiningReport:
     """Write the negatives of every (user, item) pair of train, found by the run's best model.
 
-    Each is judged by the score of its own positive. False negatives are estimated by validation,
-    unless the model was refitted on it. Rows are held a block at a time.
+    Each is judged by the score of its own positive, which is that of training: without the bias of
+    ``model.popularity_bias``, which served scores have beside it. False negatives are estimated by
+    validation, unless the model was refitted on it. Rows are held a block at a time; of several
+    ranks each holds those of 4,096 users beside.
 
     Args:
         out: .parquet, .csv or .jsonl, with user_id, positive_id, negative_id (as read),

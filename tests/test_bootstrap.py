@@ -8,10 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import recclr.bootstrap as bootstrap_module
-from recclr.bootstrap import bootstrap_interval, paired_differences
+from recclr.bootstrap import interval_of, paired_differences, resampled_means
 from recclr.errors import ShapeError
 from recclr.kernels import native
 from recclr.order import generator, mix
+
+
+def bootstrap_interval(values, num_resamples, seed=0):
+    return interval_of(resampled_means(values, num_resamples, seed=seed))
 
 
 def normal_values(num_users, num_metrics, *keys):

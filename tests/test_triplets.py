@@ -53,6 +53,26 @@ def test_triplets_are_ranked_by_the_model_and_no_train_pairs(recclr, small_run, 
     assert max(map(len, pairs.values())) == 3
 
 
+def test_negatives_are_mined_by_the_scores_of_training(recclr, small_config, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "t.parquet"
+    sets = ("model.popularity_bias=2.0", "train.epochs=1", "baselines.names=[]")
+    options = [word for option in sets for word in ("--set", option)]
+    done = recclr("train", "--config", small_config, "--out", run, "--device", "cpu", *options)
+    assert done.code == 0, done.err
+    assert recclr("mine", run, "--out", out, *QUICK, "--device", "cpu").code == 0
+    _, prepared, model = load_run(run)
+    with torch.no_grad():
+        users, items = model.all_embeddings(prepared.tensors.cutoff)
+        served = model.all_vectors(prepared.tensors.cutoff)
+    rows = pl.read_parquet(out)
+    user = torch.from_numpy(prepared.users.encode(rows["user_id"])).long()
+    for column in ("positive", "negative"):
+        item = torch.from_numpy(prepared.items.encode(rows[f"{column}_id"])).long()
+        found = torch.from_numpy(rows[f"{column}_score"].to_numpy().copy())
+        assert torch.allclose(found, (users[user] * items[item]).sum(1), atol=1e-5)
+        assert not torch.allclose(found, (served[0][user] * served[1][item]).sum(1), atol=0.1)
+
+
 def test_the_report_is_shown_and_wrong_use_is_refused(recclr, small_run, tmp_path):
     out = tmp_path / "t.parquet"
     done = recclr("mine", small_run, "--out", out, *QUICK)

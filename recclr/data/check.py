@@ -38,7 +38,8 @@ class CleanEvents:
 
     Attributes:
         frame: ``user_id``, ``item_id``, ``timestamp`` (Int64 seconds UTC) where there is a time,
-            ``weight`` (Float32) where rows weigh differently; in log order, see ``in_log_order``.
+            ``weight`` (Float32) where rows weigh differently; in log order, see ``in_log_order``,
+            once ``filter_events`` is done.
         steps: rows in and out of each step, in the order they ran.
         quarantine: the bad rows that were dropped: the columns that were read, ``file``, ``row``
             (within the file, from 0) and ``reason``. Empty where there were none.
@@ -52,38 +53,11 @@ class CleanEvents:
 
 
 def event_columns(settings: DataSettings) -> set[str]:
-    """The columns that ``clean_events`` may need of the events."""
+    """The columns that ``check_events`` may need of the events."""
     columns = settings.columns
     named = {columns.user, columns.item, columns.timestamp, columns.event, columns.weight}
     where = {name for key in settings.where for name in (key, key.removeprefix("events."))}
     return {name for name in named if name} | where
-
-
-def clean_events(
-    events: Table | pl.DataFrame,
-    settings: DataSettings,
-    *,
-    users: pl.DataFrame | None = None,
-    items: pl.DataFrame | None = None,
-    now: int | None = None,
-) -> CleanEvents:
-    """Run all steps on raw events.
-
-    Args:
-        events: as read, with the columns of the source.
-        settings: which columns, conditions and policies.
-        users: user table with canonical ``user_id``, for conditions on its columns.
-        items: item table with canonical ``item_id``, likewise.
-        now: seconds since 1970 beyond which a time lies in the future; the clock if not given.
-
-    Raises:
-        ConfigError: a condition or a combination of settings makes no sense.
-        DataError: a column is missing, ids are floats, bad rows are refused or too many, or a
-            step left nothing; the message names it.
-    """
-    return filter_events(
-        check_events(events, settings, users=users, items=items, now=now), settings
-    )
 
 
 def check_events(
@@ -94,10 +68,23 @@ def check_events(
     items: pl.DataFrame | None = None,
     now: int | None = None,
 ) -> CleanEvents:
-    """The steps up to the bad rows; see ``clean_events``.
+    """The steps up to the bad rows, on raw events.
+
+    Args:
+        events: as read, with the columns of the source.
+        settings: which columns, conditions and policies.
+        users: user table with canonical ``user_id``, for conditions on its columns.
+        items: item table with canonical ``item_id``, likewise.
+        now: seconds since 1970 beyond which a time lies in the future; the clock if not given.
 
     Returns:
-        Canonical columns, and what orders and weighs rows in columns that begin with ``_``.
+        Canonical columns, in the order of the files; what else orders and weighs rows is in columns
+        that begin with ``_``.
+
+    Raises:
+        ConfigError: a condition or a combination of settings makes no sense.
+        DataError: a column is missing, ids are floats, bad rows are refused or too many, or a
+            condition left nothing; the message names it.
     """
     table = events if isinstance(events, Table) else _as_table(events)
     notes: list[str] = []
@@ -302,11 +289,14 @@ def _refuse_bad_rows(
 
 
 def filter_events(clean: CleanEvents, settings: DataSettings) -> CleanEvents:
-    """The steps after the bad rows; see ``clean_events``.
+    """The steps after the bad rows: weights, order, duplicates, k-core, caps.
 
     Args:
         clean: as ``check_events`` returns it. Whoever holds it meanwhile keeps its rows in memory
             beside those that are sorted.
+
+    Raises:
+        DataError: a step left nothing, or a weight is beyond float32; the message names it.
     """
     frame, steps, found = clean.frame, Steps(clean.steps), replace(clean, frame=pl.DataFrame())
     del clean

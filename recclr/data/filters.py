@@ -121,7 +121,9 @@ def deduplicate(
     if policy == "sum" or timeless:
         joined = _joined_weights(frame, runs, np.add if policy == "sum" else np.maximum)
         weight = np.zeros(len(frame), dtype=np.float32)
-        weight[rows] = joined
+        # A sum beyond float32 is infinite, and refused in the end (``filter_events``).
+        with np.errstate(over="ignore"):
+            weight[rows] = joined
         frame = frame.with_columns(pl.Series("weight", weight))
     del runs, rows  # as large as a column each
     return frame.filter(pl.Series(kept))

@@ -351,7 +351,8 @@ def _assemble(
     columns = settings.columns
     text = (columns.user, columns.item) if settings.id_type == "string" else ()
     keep = event_columns(settings)
-    # Nobody holds what a step has read once it is done: a large log is there twice at most.
+    # Nobody holds what a step was given once it is done: rows are there twice at most, beside some
+    # 30 bytes each of hashes and their order.
     clean = filter_events(
         check_events(
             load_table(events, name="events", keep=keep, text=text),

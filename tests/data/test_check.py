@@ -3,7 +3,7 @@
 import polars as pl
 import pytest
 
-from recclr.data.check import clean_events
+from recclr.data.check import check_events, filter_events
 from recclr.data.tables import load_table
 from recclr.errors import ConfigError, DataError
 from recclr.settings import ColumnSettings, DataSettings
@@ -26,6 +26,10 @@ BAD = [
     ({"w": 1e-60}, "weight is not above 0"),
     ({"w": -1.0}, "weight is not above 0"),
 ]
+
+
+def clean_events(events, settings, **options):
+    return filter_events(check_events(events, settings, **options), settings)
 
 
 def frame_of(rows):

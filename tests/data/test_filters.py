@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import warnings
 from collections import Counter
 
 import polars as pl
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recclr.data.check import clean_events
+from recclr.data.check import check_events, filter_events
 from recclr.data.filters import cap_users, decay_weights, k_core, weigh_events
 from recclr.errors import ConfigError, DataError
 from recclr.settings import ColumnSettings, DataSettings
@@ -24,6 +25,10 @@ ROW = st.tuples(
     st.sampled_from([0.5, 1.0, 2.0]),  # weight
 )
 ROWS = st.lists(ROW, min_size=1, max_size=30)
+
+
+def clean_events(events, settings, **options):
+    return filter_events(check_events(events, settings, **options), settings)
 
 
 def frame_of(rows):
@@ -114,6 +119,14 @@ def test_without_time_the_heaviest_duplicate_stays(policy):
         result = clean(frame_of(rows), deduplicate=policy, timestamp="").frame
         assert result.columns == ["user_id", "item_id", "weight"]
         assert set(result.rows()) == expected
+
+
+def test_a_sum_beyond_float32_is_refused_and_warns_nobody():
+    rows = [(1, 1, 0, 3e38), (1, 1, 1, 3e38), (2, 1, 0, 1.0)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DataError, match="beyond float32"):
+            clean(frame_of(rows), deduplicate="sum")
 
 
 def test_a_sum_without_weights_counts():

@@ -71,3 +71,43 @@ def test_an_export_by_two_processes_is_that_of_one(recclr, torchrun, small_run, 
     assert found["version"] == expected["version"]
     assert found["num_items"] == expected["num_items"] > 0
     assert found["num_users"] == expected["num_users"] > 0
+
+
+OTHER_MODEL = """
+if rank == 1:
+    import recclr.load as load
+    weights = load.saved_weights
+    load.saved_weights = lambda model: {name: x + 1e-3 for name, x in weights(model).items()}
+    import recclr.triplets as triplets
+    triplets.saved_weights = load.saved_weights
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "fault", "words"),
+    [
+        (("recommend", "--k", "3"), OTHER_MODEL, "do not agree on the model"),
+        (("mine",), OTHER_MODEL, "do not agree on the model"),
+        (
+            ("recommend", "--users", "user-1,user-2"),
+            "if rank == 1: sys.argv[sys.argv.index('--users') + 1] = 'user-1'",
+            "do not agree on the ids that are asked for",
+        ),
+    ],
+    ids=["recommend", "mine", "ids"],
+)
+def test_parts_of_two_answers_are_refused(torchrun, small_run, tmp_path, command, fault, words):
+    name, *options = command
+    out = tmp_path / "found.parquet"
+    done = torchrun(name, small_run, "--out", out, *options, fault=fault)
+    assert done.stderr.count(words) == 1, done.stderr
+    assert "exitcode  : 2" in done.stderr
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_once(torchrun, small_run, tmp_path):
+    done = torchrun("recommend", small_run, "--out", tmp_path / "found.txt")
+    assert done.stderr.count("error: ") == 1
+    assert "exitcode  : 2" in done.stderr
