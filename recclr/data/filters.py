@@ -135,9 +135,9 @@ def _joined_weights(frame: pl.DataFrame, runs: Runs, join: np.ufunc) -> NDArray[
         weights = np.ones(len(frame))
     else:
         weights = frame["weight"].to_numpy()[runs.order].astype(np.float64)
-    return (
-        np.asarray(join.reduceat(weights, np.flatnonzero(runs.begins))) if len(weights) else weights
-    )
+    if not len(weights):
+        return weights
+    return np.asarray(join.reduceat(weights, np.flatnonzero(runs.begins)))
 
 
 def k_core(frame: pl.DataFrame, *, min_per_user: int, min_per_item: int) -> pl.DataFrame:
