@@ -31,6 +31,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from bench import data, grid, machine
+from bench.options import JsonFile, require_place
 from bench.runner import Measure, add_floors, in_child, median_rates, run_rows
 from bench.show import show
 from bench.versus import peer_rows, table_rows
@@ -50,9 +51,7 @@ class Preset(StrEnum):
 
 
 def main(
-    json_file: Annotated[
-        Path | None, typer.Option("--json", dir_okay=False, help="write the rows here too")
-    ] = None,
+    json_file: JsonFile = None,
     preset: Annotated[Preset, typer.Option(help="how much is measured")] = Preset.standard,
     full: Annotated[bool, typer.Option("--full", help="the same as --preset full")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="measure other trainers too")] = False,
@@ -90,8 +89,7 @@ def main(
         raise typer.BadParameter(f"--precision {precision}: choose auto, float32 or bfloat16")
     require_device(device)
     gemm_size = 256 if chosen == Preset.smoke else 2_048
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"--json {json_file}: there is no folder {json_file.parent}")
+    require_place(json_file)
     pythons = [sys.executable, *map(str, peer_python or [])]
     report = run(
         chosen,

@@ -25,6 +25,7 @@ import polars as pl
 import torch
 import typer
 from bench import machine
+from bench.options import JsonFile, require_place
 from rich.console import Console
 from rich.table import Table
 
@@ -51,13 +52,10 @@ def main(
     users: Annotated[int | None, typer.Option(min=2, help="by default a 50th of the rows")] = None,
     items: Annotated[int | None, typer.Option(min=2, help="by default a 200th of them")] = None,
     dim: Annotated[int, typer.Option(min=1, help="of the spectral solution")] = 32,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", dir_okay=False, help="write the result here too")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure, and print a line for each step."""
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"--json {json_file}: there is no folder {json_file.parent}")
+    require_place(json_file)
     with tempfile.TemporaryDirectory() as folder:
         events = Path(folder) / "events.parquet"
         _generated(rows, users or max(rows // 50, 2), items or max(rows // 200, 2), events)

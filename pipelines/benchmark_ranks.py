@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from bench import data, machine
+from bench.options import JsonFile, require_place
 from bench.runner import PIPELINES
 from rich.console import Console
 from rich.table import Table
@@ -47,13 +48,10 @@ def main(
     rows: Annotated[
         int | None, typer.Option(min=100, help="of a generated log instead of Gowalla's")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", dir_okay=False, help="write the result here too")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure, and print both sides of each comparison."""
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"--json {json_file}: there is no folder {json_file.parent}")
+    require_place(json_file)
     log = data.gowalla() if rows is None else data.LogSpec(rows // 20 + 2, rows // 20 + 2, rows)
     found = []
     for size in batch_size or _BATCHES:

@@ -30,6 +30,7 @@ import typer
 from bench import machine
 from bench.bursts import PIECE
 from bench.data import LogSpec
+from bench.options import JsonFile, require_place
 from bench.runner import PIPELINES
 from rich.console import Console
 from rich.table import Table
@@ -58,13 +59,10 @@ def main(
     folder: Annotated[
         Path | None, typer.Option(file_okay=False, help="for the shards; else a temporary one")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", dir_okay=False, help="write the result here too")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure, and print both sides of each comparison."""
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"--json {json_file}: there is no folder {json_file.parent}")
+    require_place(json_file)
     log = LogSpec(users or max(rows // 100, 2), items or max(rows // 1_000, 2), rows)
     task = {
         "log": asdict(log),
