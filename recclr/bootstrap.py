@@ -16,6 +16,7 @@ from recclr.kernels import native
 from recclr.order import keyed_below, keyed_bits, mix
 
 _CHUNK_ELEMENTS = 1 << 24
+# Draws that the twin of the kernel makes together.
 _BLOCK = 1 << 16
 _LEVEL = 0.95
 _RESAMPLE, _FLIP = 0, 1

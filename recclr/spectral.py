@@ -100,7 +100,7 @@ def _right_singular_vectors(pairs: _Pairs, count: int, seed: int) -> Tensor:
     def of_items(x: Tensor) -> Tensor:
         return item_root * pairs.of_items(user_root * x)
 
-    # The subspace is that of the shorter side's vectors, which it holds more of.
+    # As there: the basis lies on the longer side, and begins from draws on the shorter one.
     wide = len(user_root) < len(item_root)
     there, back = (of_items, of_users) if wide else (of_users, of_items)
     draws = torch.Generator().manual_seed(seed)
