@@ -70,16 +70,15 @@ class _Pairs:
 
     @classmethod
     def of(cls, log: EncodedLog) -> _Pairs:
-        pairs = torch.unique(log.user_idx.long() * log.num_items + log.item_idx)
-        users, items = pairs // log.num_items, pairs % log.num_items
-        del pairs
-        # Once sorted by item as well: the other way round, each product would add up all over.
-        turned = (items * log.num_users + users).sort().values % log.num_users
-        sides = []
-        for side, size in ((users, log.num_users), (items, log.num_items)):
-            counts = torch.bincount(side, minlength=size)
-            sides += [counts.cumsum(0) - counts, counts.clamp(min=1).float()[:, None]]
-        return cls(items, sides[0], turned, sides[2], sides[1], sides[3])
+        items, users = log.known_pairs()
+        return cls(
+            items=items.values.long(),
+            user_starts=items.offsets[:-1],
+            users=users.values.long(),
+            item_starts=users.offsets[:-1],
+            user_degree=items.lengths().clamp(min=1).float()[:, None],
+            item_degree=users.lengths().clamp(min=1).float()[:, None],
+        )
 
     def of_users(self, vectors: Tensor) -> Tensor:
         """R @ vectors: [V, D] to [U, D]."""
