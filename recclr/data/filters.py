@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from recclr.data.by_user import ranked_by_user
 from recclr.data.files import closest
 from recclr.data.pairs import PAIR, Runs, runs_of_pairs
 from recclr.errors import ConfigError, DataError
@@ -164,8 +165,8 @@ def k_core(frame: pl.DataFrame, *, min_per_user: int, min_per_item: int) -> pl.D
 
 def cap_users(frame: pl.DataFrame, most: int) -> pl.DataFrame:
     """The last ``most`` rows of each user in log order: the most recent where there is a time."""
-    from_the_end = pl.int_range(pl.len(), 0, -1).over("user_id")
-    return frame.filter(from_the_end <= most)
+    ranked = ranked_by_user(frame)
+    return frame.filter(pl.Series(ranked.in_frame(ranked.rows - ranked.place <= most)))
 
 
 def decay_weights(frame: pl.DataFrame, half_life_d: float) -> pl.DataFrame:

@@ -161,3 +161,9 @@ def mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))
+
+
+def uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Float64 in [0, 1) from the upper 53 of 64 bits, any shape."""
+    drawn: NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return drawn

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from recclr.data.ids import hash_ids, mix
+from recclr.data.by_user import shuffled_by_user
+from recclr.data.ids import mix, uniform
 
 
 def sample_of_users(events: pl.DataFrame, share: float, *, seed: int) -> pl.Series:
@@ -19,12 +20,6 @@ def sample_of_users(events: pl.DataFrame, share: float, *, seed: int) -> pl.Seri
     Args:
         events: canonical columns. share: above 0, at most 1, which keeps all. seed: at least 0.
     """
-    user = hash_ids(events["user_id"], seed + 2)
-    row = mix(user ^ hash_ids(events["item_id"], seed + 3))
-    part = (mix(user ^ np.uint64(3)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    frame = events.with_columns(pl.Series("_row", row), pl.Series("_part", part))
-    # Equal hashes are rows of one pair; the other columns then decide, not the order of rows.
-    order = ["_row", *(c for c in ("timestamp", "weight") if c in events.columns)]
-    rank = pl.struct(order).rank("ordinal").over("user_id").cast(pl.Int64) - 1
-    kept = (pl.len().over("user_id") * share + pl.col("_part")).floor().cast(pl.Int64)
-    return frame.select((rank < pl.max_horizontal(kept, pl.lit(1))).alias("kept"))["kept"]
+    ranked, user = shuffled_by_user(events, seed + 2)
+    kept = np.floor(ranked.rows * share + uniform(mix(user ^ np.uint64(3))))
+    return pl.Series("kept", ranked.in_frame(ranked.place < np.maximum(kept, 1)))

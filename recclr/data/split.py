@@ -7,15 +7,15 @@ where that order is the time), and cuts rows into parts without losing or repeat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from recclr.data.ids import hash_ids, mix
+from recclr.data.by_user import Ranked, ranked_by_user, shuffled_by_user
+from recclr.data.ids import hash_ids, mix, uniform
 from recclr.data.interactions import Log, align_logs, read_held_out
 from recclr.data.overlap import overlaps, sizes
 from recclr.data.pairs import rows_in
@@ -150,11 +150,11 @@ def _leave_last(log: Log, settings: SplitSettings) -> Split:
                 f"split.{name} = {rows:g} with split.by = 'leave_last': expected a whole number "
                 f"of rows per user (0 for none), for example split.{name} = 1"
             )
-    ranked = _ranked(log.events)
+    ranked = ranked_by_user(log.events)
     rank, others = ranked.rows - 1 - ranked.place, ranked.rows - 1
     test = np.minimum(int(settings.test), others)
     valid = np.minimum(int(settings.valid), others - test)
-    parts = _by_rank(log.events, rank, valid, test, ranked.order)
+    parts = _by_rank(log.events, rank, valid, test, ranked)
     return _of_parts(log, parts, settings, "leave_last", {})
 
 
@@ -176,51 +176,15 @@ def cut_at_random(events: pl.DataFrame, *, valid: float, test: float, seed: int)
         test: share of rows, at least 0; together below 1.
         seed: at least 0.
     """
-    user = hash_ids(events["user_id"], seed)
-    row = mix(user ^ hash_ids(events["item_id"], seed + 1))
-    # Equal hashes are rows of one pair; the other columns then decide, not the order of rows.
-    by = ["_row", *(name for name in ("timestamp", "weight") if name in events.columns)]
-    ranked = _ranked(events.with_columns(pl.Series("_row", row)), by)
-    user, rows, others = user[ranked.order], ranked.rows, ranked.rows - 1
+    ranked, user = shuffled_by_user(events, seed)
+    rows, others = ranked.rows, ranked.rows - 1
     num_test, num_valid = (
-        np.floor(rows * share + _uniform(mix(user ^ np.uint64(key)))).astype(np.int64)
+        np.floor(rows * share + uniform(mix(user ^ np.uint64(key)))).astype(np.int64)
         for share, key in ((test, 1), (valid, 2))
     )
     num_test = np.minimum(num_test, others)
     num_valid = np.minimum(num_valid, others - num_test)
-    return _by_rank(events, ranked.place, num_valid, num_test, ranked.order)
-
-
-@dataclass(frozen=True, eq=False)
-class _Ranked:
-    """Rows sorted by user, and within a user.
-
-    Attributes:
-        order: [n], rows of the frame. place: int64 [n], of each among its user's, from 0.
-        rows: int64 [n], how many its user has.
-    """
-
-    order: NDArray[np.unsignedinteger]
-    place: NDArray[np.int64]
-    rows: NDArray[np.int64]
-
-
-def _ranked(frame: pl.DataFrame, by: Sequence[str] = ()) -> _Ranked:
-    """Each user's rows ranked by some columns, equal ones in the order they came in.
-
-    One sort: windows over each user take five times as long.
-    """
-    order = frame.select(pl.arg_sort_by("user_id", *by, maintain_order=True)).to_series()
-    users = frame["user_id"].gather(order)
-    starts = np.flatnonzero(users.ne_missing(users.shift()).to_numpy())
-    rows = np.diff(np.append(starts, len(order)))
-    place = np.arange(len(order)) - np.repeat(starts, rows)
-    return _Ranked(order.to_numpy(), place, np.repeat(rows, rows))
-
-
-def _uniform(bits: Any) -> Any:
-    """Float64 in [0, 1) from the upper 53 bits."""
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return _by_rank(events, ranked.place, num_valid, num_test, ranked)
 
 
 def _by_rank(
@@ -228,17 +192,15 @@ def _by_rank(
     rank: NDArray[np.int64],
     valid: NDArray[np.int64] | int,
     test: NDArray[np.int64] | int,
-    order: NDArray[np.unsignedinteger] | None = None,
+    ranked: Ranked | None = None,
 ) -> Parts:
     """The first ``test`` ranks to test, the next ``valid`` to validation; order of rows kept.
 
     Args:
-        order: the row of ``frame`` that each rank is of; None where that is their own order.
+        ranked: the rows of ``frame`` that ranks are of; None where they are in its order.
     """
     part = (rank < test).astype(np.int8) * 2 + ((rank >= test) & (rank < test + valid))
-    if order is not None:
-        part[order] = part.copy()
-    which = pl.Series(part)
+    which = pl.Series(part if ranked is None else ranked.in_frame(part))
     return frame.filter(which == 0), frame.filter(which == 1), frame.filter(which == 2)
 
 
