@@ -27,15 +27,33 @@ from recclr.topk import EmbeddingRanker
 from recclr.towers import TwoTower, saved_weights
 
 
-def load_run(run: Path) -> tuple[Config, PreparedLog, TwoTower]:
+def load_run(
+    run: Path, ranks: Ranks = ALONE, device: str = "cpu"
+) -> tuple[Config, PreparedLog, TwoTower]:
     """Configuration, data and best model of a finished or running run; nothing else is read.
 
+    Args:
+        ranks: who share what is done with it, and are started here, to exchange tensors of
+            ``device``; the model itself is on the CPU.
+
     Raises:
-        ConfigError: no run folder. CheckpointError: no model yet, or a damaged one.
+        ConfigError: no run folder, or not the same one for all. CheckpointError: no model yet, or
+        a damaged one.
     """
+    config, prepared = _opened(run, ranks, device)
+    model = load_model(config, prepared.tensors, run / "checkpoints")
+    _require_same_model(saved_weights(model), ranks)
+    return config, prepared, model
+
+
+def _opened(run: Path, ranks: Ranks, device: str) -> tuple[Config, PreparedLog]:
+    """Configuration and data of a run, the same on all ranks, which are started."""
     config = read_config(run)
+    ranks.start(device, config.train.collective_timeout_s)
     prepared = PreparedLog.load(run)
-    return config, prepared, load_model(config, prepared.tensors, run / "checkpoints")
+    if ranks.size > 1:
+        ranks.agree(data_digest(prepared, {}))
+    return config, prepared
 
 
 def load_model(
@@ -67,11 +85,7 @@ def load_ranker(run: Path, ranks: Ranks = ALONE) -> tuple[Config, PreparedLog, E
         ConfigError: no run folder, or not the same one for all. CheckpointError: no model yet, or
         a damaged one.
     """
-    config = read_config(run)
-    ranks.start("cpu", config.train.collective_timeout_s)
-    prepared = PreparedLog.load(run)
-    if ranks.size > 1:
-        ranks.agree(data_digest(prepared, {}))
+    config, prepared = _opened(run, ranks, "cpu")
     return config, prepared, stage_ranker(config, prepared, run, ranks)
 
 
@@ -91,14 +105,14 @@ def stage_ranker(
         if blended is None:
             raise CheckpointError(f"{folder} has no {BLEND}; has the run trained to its end?")
         vectors = {"users": blended.user_vectors, "items": blended.item_vectors}
-        require_same_model(vectors, ranks)
+        _require_same_model(vectors, ranks)
         return blended
     model = load_model(config, prepared.tensors, folder / "checkpoints")
-    require_same_model(saved_weights(model), ranks)
+    _require_same_model(saved_weights(model), ranks)
     return ranker_of(model, prepared.tensors.cutoff, ranks)
 
 
-def require_same_model(model: dict[str, Tensor], ranks: Ranks) -> None:
+def _require_same_model(model: dict[str, Tensor], ranks: Ranks) -> None:
     """Before each rank embeds a part: parts of two models would make one that nobody trained.
 
     Raises:

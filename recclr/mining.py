@@ -106,7 +106,7 @@ class Miner:
         known = self.known.to(users.device)
         parts = [torch.empty((0, settings.width), dtype=torch.int32, device=users.device)]
         for start in range(first, last, self.height):
-            user_idx = torch.arange(start, min(start + self.height, last), device=users.device)
+            user_idx = self._users_of(start, users.device)
             mine = known.take(user_idx)
             ranked = self._ranked(users[user_idx], items, mine)
             positives = _positive_scores(users[user_idx], items, mine, settings.positive)
@@ -149,33 +149,34 @@ class Miner:
         known = self.known.to(users.device)
         starts = list(range(0, self.num_users, self.height))
         for turn in range(0, len(starts), ranks.size):
-            some = starts[turn : turn + ranks.size]
-            tiles = [known.take(self._users_of(start, users.device)) for start in some]
+            tiles = [self._users_of(start, users.device) for start in starts[turn:][: ranks.size]]
             blocks: Iterator[Triplets] = iter(())
             if ranks.rank < len(tiles):
-                start, mine = some[ranks.rank], tiles[ranks.rank]
+                own, start = tiles[ranks.rank], starts[turn + ranks.rank]
                 draws = generator(users.device, *keys, start, _CHOICE)
-                blocks = self._blocks(start, users, items, mine, draws, temperature, tally)
+                blocks = self._blocks(own, users, items, known.take(own), draws, temperature, tally)
             if ranks.size == 1:
                 yield from blocks
             else:
-                yield from self._exchanged(blocks, tiles, users.device, ranks)
+                ends = known.offsets
+                lengths = [int(ends[tile[-1] + 1] - ends[tile[0]]) for tile in tiles]
+                yield from self._exchanged(blocks, lengths, users.device, ranks)
             if progress is not None:
                 progress(min((turn + ranks.size) * self.height, self.num_users), self.num_users)
 
     def _exchanged(
-        self, blocks: Iterator[Triplets], tiles: list[Csr], device: torch.device, ranks: Ranks
+        self, blocks: Iterator[Triplets], lengths: list[int], device: torch.device, ranks: Ranks
     ) -> Iterator[Triplets]:
         """The triplets of each rank's tile in turn, for all ranks.
 
         Args:
-            blocks: of this rank's tile, if it has one. tiles: known pairs of each rank's.
+            blocks: of this rank's tile, if it has one. lengths: pairs of each rank's.
         """
         own = _joined([_no_triplets(self.settings.count, device), *blocks])
-        for owner, tile in enumerate(tiles):
-            for low in range(0, len(tile.values), self.size):
+        for owner, length in enumerate(lengths):
+            for low in range(0, length, self.size):
                 counts = [0] * ranks.size
-                counts[owner] = min(self.size, len(tile.values) - low)
+                counts[owner] = min(self.size, length - low)
                 some = slice(low, low + counts[ranks.rank])
                 fields = (getattr(own, each.name)[some] for each in dataclasses.fields(own))
                 yield Triplets(*(ranks.gather(x, counts, "mined negatives") for x in fields))
@@ -186,7 +187,7 @@ class Miner:
 
     def _blocks(
         self,
-        start: int,
+        user_idx: Tensor,
         users: Tensor,
         items: Tensor,
         mine: Csr,
@@ -196,11 +197,10 @@ class Miner:
     ) -> Iterator[Triplets]:
         """The triplets of one tile."""
         width = self.settings.count
-        user_idx = self._users_of(start, users.device)
         row_numbers = mine.row_numbers()
         ranked = self._ranked(users[user_idx], items, mine)
         every = torch.arange(len(mine.values), device=users.device)
-        for pairs in torch.split(every, self.size) if len(every) else ():
+        for pairs in torch.split(every, self.size):
             rows, positive_idx = row_numbers[pairs], mine.values[pairs].long()
             of_pairs = TopK(ranked.item_idx[rows], ranked.scores[rows])
             scores = _pair_scores(users[user_idx], items, rows, positive_idx)

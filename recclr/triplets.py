@@ -12,12 +12,10 @@ import torch
 from recclr.data.prepared import PreparedLog
 from recclr.distributed import ALONE, Ranks
 from recclr.ids_input import require_ending, write_parts
-from recclr.load import load_run, pick_device, require_same_model
+from recclr.load import load_run, pick_device
 from recclr.mining import Miner, Triplets
 from recclr.mining_report import MiningReport, Tally
-from recclr.run_folder import read_config
 from recclr.settings import MiningSettings
-from recclr.towers import saved_weights
 
 
 def mine_run(
@@ -52,9 +50,7 @@ def mine_run(
     """
     require_ending(out)
     device = pick_device(ranks.own_device(device))
-    ranks.start(device, read_config(run).train.collective_timeout_s)
-    config, prepared, model = load_run(run)
-    require_same_model(saved_weights(model), ranks)
+    config, prepared, model = load_run(run, ranks, device)
     model = model.to(device)
     held_out = None if config.train.refit else prepared.tensors.held_out
     miner = Miner(prepared.tensors.train.to(device), settings, held_out)

@@ -78,8 +78,8 @@ def check_events(
         now: seconds since 1970 beyond which a time lies in the future; the clock if not given.
 
     Returns:
-        Canonical columns, in the order of the files; what else orders and weighs rows is in columns
-        that begin with ``_``.
+        Canonical columns, in the order of the files; what else was found of rows, such as their
+        fractions of a second, is in columns that begin with ``_``.
 
     Raises:
         ConfigError: a condition or a combination of settings makes no sense.
@@ -99,7 +99,7 @@ def check_events(
         steps.record(f"where {key}", before, raw.frame.height, setting=setting)
     frame, reasons = raw.canonical(notes, now)
     frame, quarantine = _take_bad_rows(raw, frame, reasons, settings, steps)
-    return CleanEvents(frame.drop("_missing_time", strict=False), steps.counts, quarantine, notes)
+    return CleanEvents(frame, steps.counts, quarantine, notes)
 
 
 def _as_table(frame: pl.DataFrame) -> Table:

@@ -50,11 +50,10 @@ class _Before:
 
     @classmethod
     def of(cls, rows: pl.DataFrame, held: pl.DataFrame) -> _Before:
-        """One pass over ``rows``, which may be many, for all that is held out."""
+        """One pass over ``rows``, many and in log order, for all that is held out."""
         ids = {key: rows[key].unique() for key in PAIR}
         timed = "timestamp" in rows.columns and len(rows)
-        latest = rows.select(pl.col("timestamp").max()).item() if timed else None
-        return cls(ids, rows_near(held, rows), latest)
+        return cls(ids, rows_near(held, rows), rows["timestamp"][-1] if timed else None)
 
     def joined(self, other: _Before) -> _Before:
         """Both, the other being the later."""

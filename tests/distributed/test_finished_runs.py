@@ -78,8 +78,6 @@ if rank == 1:
     import recclr.load as load
     weights = load.saved_weights
     load.saved_weights = lambda model: {name: x + 1e-3 for name, x in weights(model).items()}
-    import recclr.triplets as triplets
-    triplets.saved_weights = load.saved_weights
 """
 
 
