@@ -31,8 +31,8 @@ from rich.table import Table
 
 from recclr.bootstrap import interval_of, resampled_means
 from recclr.config import Config, parse_config
-from recclr.data.interactions import read_log
 from recclr.data.prepare import prepare_for
+from recclr.data.reading import read_log
 from recclr.files import write_json_atomic
 from recclr.memory import forget_peak, held_bytes, peak_bytes
 from recclr.settings import SplitSettings

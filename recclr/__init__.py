@@ -8,14 +8,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from recclr.api import TwoTower
-    from recclr.data.interactions import Log, read
+    from recclr.data.interactions import Log
+    from recclr.data.reading import read
 
 __all__ = ["Log", "TwoTower", "__version__", "read"]
 
 _HOMES = {
     "TwoTower": "recclr.api",
     "Log": "recclr.data.interactions",
-    "read": "recclr.data.interactions",
+    "read": "recclr.data.reading",
 }
 
 

@@ -13,8 +13,9 @@ import polars as pl
 from recclr.checking import advice_on
 from recclr.config import Config, parse_config
 from recclr.data.infer import infer_features
-from recclr.data.interactions import Log, read
+from recclr.data.interactions import Log
 from recclr.data.prepare import PreparedLog, prepare_for
+from recclr.data.reading import read
 from recclr.errors import ConfigError
 from recclr.evaluate import Evaluation, EvaluationSet, evaluate, selecting_metrics
 from recclr.fitting import fit_model

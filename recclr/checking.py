@@ -10,8 +10,9 @@ from typing import Any
 
 from recclr.batch_size import fastest, try_batch_sizes
 from recclr.config import Config, apply_override, load_config, parse_config
-from recclr.data.interactions import Log, read_log
+from recclr.data.interactions import Log
 from recclr.data.prepare import PreparedLog, prepare_for
+from recclr.data.reading import read_log
 from recclr.data.split import Split
 from recclr.errors import ConfigError
 from recclr.evaluate import EvaluationSet
@@ -58,11 +59,18 @@ class Data:
         }
 
 
-def read_data(config: Config, inputs: Mapping[str, Any], *, with_test: bool = True) -> Data:
+def read_data(
+    config: Config,
+    inputs: Mapping[str, Any],
+    *,
+    with_test: bool = True,
+    workspace: Path | None = None,
+) -> Data:
     """Read, split and encode, and refuse what cannot be trained on or judged.
 
     Args:
         inputs: fingerprints of the files, taken before.
+        workspace: see ``reading.read_log``.
         with_test: refuse a test part that cannot be judged; without, nobody looks at its rows.
 
     Raises:
@@ -72,7 +80,8 @@ def read_data(config: Config, inputs: Mapping[str, Any], *, with_test: bool = Tr
     if inputs:
         require_same_rows(config, inputs)
     wanted = config.negatives.explicit
-    log = read_log(config.data, explicit=() if wanted is None else wanted.events)
+    explicit = () if wanted is None else wanted.events
+    log = read_log(config.data, explicit=explicit, workspace=workspace)
     split = log.split(config.split)
     # Without a refit the test users seen in validation must be known by their index.
     extra = [] if refits(config, split) or split.valid is None else [split.valid]

@@ -42,15 +42,22 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         StoreError: no space, or the disk failed. ConfigError: no permission, or not a place for a
         file. Whatever was at ``path`` is untouched then, as when the block raises.
     """
+    with new_place(path) as temporary, open(temporary, "xb") as file:
+        yield file
+
+
+@contextmanager
+def new_place(path: Path) -> Iterator[Path]:
+    """As ``new_file``, for those who open a file by its name: one that nothing has yet, and that
+    has to be there when the block ends.
+    """
     with clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _sibling(path)
         try:
-            with open(temporary, "xb") as file:
-                fault_point("files.write")
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+            fault_point("files.write")
+            yield temporary
+            _fsync(temporary)
             fault_point("files.rename")
             os.replace(temporary, path)
         except BaseException:

@@ -10,9 +10,10 @@ import torch
 
 from recclr.bootstrap import paired_differences
 from recclr.config import Config
-from recclr.data.interactions import Log, read_held_out, read_log
+from recclr.data.interactions import Log
 from recclr.data.log import Prepared
 from recclr.data.prepare import PreparedLog, encode_held_out
+from recclr.data.reading import read_held_out, read_log
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError
 from recclr.evaluate import Evaluation, EvaluationSet, evaluate

@@ -136,7 +136,7 @@ def _read(context: Context) -> Data:
     inputs = fingerprints(context.config, start=True)
     if context.ranks.first and (context.out / DATA).exists():
         require_same_inputs(context.out, inputs)
-    data = read_data(context.config, inputs)
+    data = read_data(context.config, inputs, workspace=context.out)
     if context.ranks.size > 1:
         context.ranks.meet("reading the data", LONG_S)
         context.ranks.agree(data_digest(data.prepared, inputs))

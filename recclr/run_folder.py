@@ -300,7 +300,7 @@ def data_digest(prepared: PreparedLog, inputs: dict[str, dict[str, Any]]) -> dic
     train = prepared.tensors.train
     rows = hashlib.sha256()
     for column in (train.user_idx, train.item_idx, train.timestamp, train.weight):
-        rows.update(b"-" if column is None else column.contiguous().numpy().tobytes())
+        rows.update(b"-" if column is None else column.contiguous().numpy().data)
     ids = hashlib.sha256()
     for vocabulary in (prepared.users, prepared.items):
         ids.update(json.dumps(vocabulary.ids.to_list()).encode())

@@ -8,8 +8,9 @@ import torch
 
 from recclr.bootstrap import paired_differences
 from recclr.config import Config
-from recclr.data.interactions import Log, read_log
+from recclr.data.interactions import Log
 from recclr.data.prepare import prepare
+from recclr.data.reading import read_log
 from recclr.errors import ConfigError
 from recclr.evaluate import Evaluation, evaluate
 from recclr.intervals import resampled

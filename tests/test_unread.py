@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from recclr.config import Config, parse_config
-from recclr.data.interactions import read
 from recclr.data.prepare import prepare_for
+from recclr.data.reading import read
 from recclr.fitting import fit_model
 from recclr.load import ranker_of
 from recclr.read_where import READ_WHERE

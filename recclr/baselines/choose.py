@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recclr.baselines.popularity import BackedRanker, PopularityRanker, popularity
 from recclr.data.log import Prepared
+from recclr.data.sharding import fits_in_memory
 from recclr.errors import ConfigError, MissingExtraError, require
 from recclr.ranking import Ranker
 from recclr.settings.baselines import BaselineSettings
@@ -172,6 +173,8 @@ def _fitted(
 def _obstacle(name: str, prepared: Prepared, settings: BaselineSettings) -> str | None:
     """Why the data do not allow a baseline, or None."""
     log = prepared.train
+    if name not in ("popularity", "recent_popularity") and not fits_in_memory(len(log)):
+        return f"its {len(log):,} train rows do not fit in the memory that is free"
     if name.startswith("recent") and log.timestamp is None:
         return "the log has no timestamps"
     if name == "ease" and log.num_items > settings.ease_max_items:

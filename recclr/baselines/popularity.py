@@ -17,6 +17,8 @@ from recclr.topk import top_k_of_scores
 
 # Floats of one block of scores; two such blocks are alive at a time.
 _BLOCK = 1 << 25
+# Rows of a log that are looked at together.
+_STRETCH = 1 << 22
 
 
 def popularity(log: EncodedLog, cutoff: int | None, half_life_d: float | None) -> Tensor:
@@ -25,13 +27,15 @@ def popularity(log: EncodedLog, cutoff: int | None, half_life_d: float | None) -
     Args:
         half_life_d: None counts all of train alike.
     """
-    weight = torch.ones(len(log), dtype=torch.float64)
-    if log.weight is not None:
-        weight = log.weight.double()
-    if half_life_d is not None and log.timestamp is not None and cutoff is not None:
-        weight = weight * recency(log.timestamp, cutoff, half_life_d)
     counts = torch.zeros(log.num_items, dtype=torch.float64)
-    return counts.index_add_(0, log.item_idx.long(), weight)
+    for rows in log.stretches(_STRETCH):
+        weight = torch.ones(len(rows), dtype=torch.float64)
+        if rows.weight is not None:
+            weight = rows.weight.double()
+        if half_life_d is not None and rows.timestamp is not None and cutoff is not None:
+            weight = weight * recency(rows.timestamp, cutoff, half_life_d)
+        counts.index_add_(0, rows.item_idx.long(), weight)
+    return counts
 
 
 def recency(timestamp: Tensor, cutoff: int, half_life_d: float) -> Tensor:

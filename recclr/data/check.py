@@ -1,26 +1,19 @@
-"""From a raw table to clean rows: conditions, bad rows, weights, duplicates, k-core, caps.
+"""From a raw table to rows without mistakes: conditions, ids, times, weights, bad rows.
 
-The order is that of the settings. Conditions come before the check for bad rows, so that
-``where = { user_id = "not null" }`` keeps the anonymous rows of a shop from being errors.
+Conditions come before the check for bad rows, so that ``where = { user_id = "not null" }`` keeps
+the anonymous rows of a shop from being errors. What follows is ``clean``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import polars as pl
 
 from recclr.data.files import closest
-from recclr.data.filters import (
-    StepCount,
-    Steps,
-    cap_users,
-    deduplicate,
-    in_log_order,
-    k_core,
-    weigh_events,
-)
+from recclr.data.filters import StepCount, Steps
 from recclr.data.ids import canonical_ids
 from recclr.data.tables import Table, require_columns
 from recclr.data.times import EARLIEST, latest, read_times
@@ -29,7 +22,9 @@ from recclr.errors import ConfigError, DataError
 from recclr.settings import ColumnSettings, DataSettings
 
 DEFAULT_TIMESTAMP = "timestamp"
-_LARGEST = 3.4e38
+
+Reason = tuple[str, str, pl.Expr]
+"""A kind of bad row: the column of the source, what is wrong, and which rows are so."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +34,7 @@ class CleanEvents:
     Attributes:
         frame: ``user_id``, ``item_id``, ``timestamp`` (Int64 seconds UTC) where there is a time,
             ``weight`` (Float32) where rows weigh differently; in log order, see ``in_log_order``,
-            once ``filter_events`` is done.
+            once ``clean.filter_events`` is done.
         steps: rows in and out of each step, in the order they ran.
         quarantine: the bad rows that were dropped: the columns that were read, ``file``, ``row``
             (within the file, from 0) and ``reason``. Empty where there were none.
@@ -67,6 +62,7 @@ def check_events(
     users: pl.DataFrame | None = None,
     items: pl.DataFrame | None = None,
     now: int | None = None,
+    pieces: PiecesSeen | None = None,
 ) -> CleanEvents:
     """The steps up to the bad rows, on raw events.
 
@@ -76,6 +72,8 @@ def check_events(
         users: user table with canonical ``user_id``, for conditions on its columns.
         items: item table with canonical ``item_id``, likewise.
         now: seconds since 1970 beyond which a time lies in the future; the clock if not given.
+        pieces: what is known of the pieces before, where these events are one of several. What
+            only the whole can tell is then refused by ``PiecesSeen.refuse``.
 
     Returns:
         Canonical columns, in the order of the files; what else was found of rows, such as their
@@ -89,7 +87,7 @@ def check_events(
     table = events if isinstance(events, Table) else _as_table(events)
     notes: list[str] = []
     columns = _present_columns(table, settings, notes)
-    steps = Steps()
+    steps = Steps() if pieces is None else pieces.steps
     raw = _RawRows(table, columns, settings)
     tables = {"users": users, "items": items}
     for key, mask in where_masks(settings.where, raw, tables):
@@ -97,9 +95,54 @@ def check_events(
         raw.keep(mask)
         setting = f"data.where.{key} = {settings.where[key]!r}"
         steps.record(f"where {key}", before, raw.frame.height, setting=setting)
-    frame, reasons = raw.canonical(notes, now)
-    frame, quarantine = _take_bad_rows(raw, frame, reasons, settings, steps)
+    frame, reasons = raw.canonical(notes, now, None if pieces is None else pieces.units)
+    num_rows = frame.height
+    frame, quarantine = _take_bad_rows(raw, frame, reasons)
+    if pieces is None or settings.bad_rows == "refuse":
+        _refuse_bad_rows(table, num_rows, quarantine, reasons, settings)
+    steps.record("bad_rows", num_rows, frame.height, setting="data.columns")
+    if pieces is not None:
+        pieces.told(table, quarantine, reasons, notes)
     return CleanEvents(frame, steps.counts, quarantine, notes)
+
+
+class PiecesSeen:
+    """What is kept of the pieces of one table while ``check_events`` sees one after another.
+
+    Attributes:
+        steps: of all of them. units: of their times, see ``times.detect_unit``.
+        quarantine: bad rows that were dropped. notes: each once.
+    """
+
+    def __init__(self) -> None:
+        self.steps, self.units = Steps(in_pieces=True), Counter[str]()
+        self.notes: dict[str, None] = {}
+        self._bad: list[pl.DataFrame] = []
+        self._last: tuple[Table, list[Reason]] | None = None
+
+    @property
+    def quarantine(self) -> pl.DataFrame:
+        return pl.concat(self._bad)
+
+    def told(
+        self, table: Table, quarantine: pl.DataFrame, reasons: list[Reason], notes: Sequence[str]
+    ) -> None:
+        """A piece was checked."""
+        self._bad.append(quarantine)
+        self.notes |= dict.fromkeys(notes)
+        self._last = table, reasons
+
+    def refuse(self, settings: DataSettings) -> None:
+        """Once all pieces were checked.
+
+        Raises:
+            DataError: a step left nothing of all, or too many rows are bad.
+        """
+        assert self._last is not None
+        num_rows = next(step.rows_in for step in self.steps.counts if step.name == "bad_rows")
+        table, reasons = self._last
+        _refuse_bad_rows(table, num_rows, self.quarantine, reasons, settings)
+        self.steps.refuse_empty()
 
 
 def _as_table(frame: pl.DataFrame) -> Table:
@@ -161,9 +204,13 @@ class _RawRows:
         self.users, self.items = self.users.filter(mask), self.items.filter(mask)
 
     def canonical(
-        self, notes: list[str], now: int | None
-    ) -> tuple[pl.DataFrame, list[tuple[str, str, pl.Expr]]]:
-        """Canonical columns, and per kind of bad row (column, reason, expression)."""
+        self, notes: list[str], now: int | None, units: Counter[str] | None
+    ) -> tuple[pl.DataFrame, list[Reason]]:
+        """Canonical columns, and per kind of bad row (column, reason, expression).
+
+        Args:
+            units: of the times in earlier pieces of the table, where it comes in some.
+        """
         series = {"user_id": self.users, "item_id": self.items}
         reasons = [
             (self.columns.user, "user is missing", pl.col("user_id").is_null()),
@@ -171,7 +218,8 @@ class _RawRows:
         ]
         if self.columns.timestamp:
             raw = self.column("timestamp")
-            times = read_times(raw, unit=self.time_unit, where=self.where("timestamp"), now=now)
+            where = self.where("timestamp")
+            times = read_times(raw, unit=self.time_unit, where=where, now=now, seen=units)
             notes.append(times.note)
             missing = raw.is_null() | (raw.is_nan() if raw.dtype.is_float() else raw.is_null())
             series |= {"timestamp": times.seconds, "_missing_time": missing.fill_null(True)}
@@ -216,9 +264,7 @@ def _weights(series: pl.Series, where: str) -> pl.Series:
 def _take_bad_rows(
     raw: _RawRows,
     frame: pl.DataFrame,
-    reasons: list[tuple[str, str, pl.Expr]],
-    settings: DataSettings,
-    steps: Steps,
+    reasons: list[Reason],
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Good rows, and the quarantine; each bad row counts under its first reason."""
     # One byte a row, where text would be sixteen.
@@ -229,18 +275,14 @@ def _take_bad_rows(
     )
     why = frame.select(reason.alias("reason"))["reason"]
     bad = why.is_not_null()
-    num_bad, num_rows = int(bad.sum()), frame.height
-    if num_bad:
-        _refuse_bad_rows(raw, why, reasons, settings)
-    steps.record("bad_rows", num_rows, num_rows - num_bad, setting="data.columns")
     files, rows = raw.table.locate(raw.rows.filter(bad))
     added = {"file": files, "row": rows, "reason": why.filter(bad).cast(pl.String)}
     original = raw.frame.filter(bad)
-    renamed = {name: f"{name}_original" for name in added if name in original.columns}
+    renamed = {name: _original(name) for name in added if name in original.columns}
     quarantine = original.rename(renamed).with_columns(
         values.alias(name) for name, values in added.items()
     )
-    return (frame.filter(~bad) if num_bad else frame), quarantine
+    return (frame.filter(~bad) if quarantine.height else frame), quarantine
 
 
 def _example(values: pl.Series, reason: str) -> str:
@@ -254,22 +296,34 @@ def _example(values: pl.Series, reason: str) -> str:
     return f"{found}, expected ISO 8601 such as '2024-12-31 10:00:00'"
 
 
+def _original(column: str) -> str:
+    """What a column of the source is called in the quarantine where that has one of the name."""
+    return f"{column}_original"
+
+
 def _refuse_bad_rows(
-    raw: _RawRows, why: pl.Series, reasons: list[tuple[str, str, pl.Expr]], settings: DataSettings
+    table: Table,
+    num_rows: int,
+    quarantine: pl.DataFrame,
+    reasons: list[Reason],
+    settings: DataSettings,
 ) -> None:
-    num_rows, num_bad = len(why), len(why) - why.null_count()
-    share = num_bad / num_rows
-    if settings.bad_rows == "drop" and share <= settings.max_bad_share:
+    num_bad = quarantine.height
+    share = num_bad / max(num_rows, 1)
+    if not num_bad or (settings.bad_rows == "drop" and share <= settings.max_bad_share):
         return
+    among = f"{num_rows:,} ({share:.2%})"
+    if table.num_parts:
+        among += " that were looked at"
     details, missing = [], None
     for column, text, _ in reasons:
-        hit = (why == text).fill_null(False)
-        if not hit.any():
+        rows = quarantine.filter(pl.col("reason") == text)
+        if not rows.height:
             continue
-        rows = raw.rows.filter(hit)
+        kept = column if column not in ("file", "row", "reason") else _original(column)
+        named = table.names_of(rows["file"], rows["row"])
         details.append(
-            f"column {column!r}: {text} in {len(rows):,} ({raw.table.name_rows(rows)})"
-            f"{_example(raw.frame[column].filter(hit), text)}"
+            f"column {column!r}: {text} in {rows.height:,} ({named}){_example(rows[kept], text)}"
         )
         if missing is None and text.endswith("missing"):
             missing = column
@@ -280,61 +334,6 @@ def _refuse_bad_rows(
         else f"data.max_bad_share allows {settings.max_bad_share:.2%}; mend them or raise it"
     )
     raise DataError(
-        f"{raw.table.label}: {num_bad:,} bad rows of {num_rows:,} ({share:.2%}); rows count from "
-        f"0; {'; '.join(details)}; {advice}"
+        f"{table.label}: {num_bad:,} bad rows of {among}; rows count from 0; "
+        f"{'; '.join(details)}; {advice}"
     )
-
-
-# --- after the check ------------------------------------------------------------------------------
-
-
-def filter_events(clean: CleanEvents, settings: DataSettings) -> CleanEvents:
-    """The steps after the bad rows: weights, order, duplicates, k-core, caps.
-
-    Args:
-        clean: as ``check_events`` returns it. Whoever holds it meanwhile keeps its rows in memory
-            beside those that are sorted.
-
-    Raises:
-        DataError: a step left nothing, or a weight is beyond float32; the message names it.
-    """
-    frame, steps, found = clean.frame, Steps(clean.steps), replace(clean, frame=pl.DataFrame())
-    del clean
-
-    def step(name: str, setting: str, run: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
-        nonlocal frame
-        after = run(frame)
-        steps.record(name, frame.height, after.height, setting=setting)
-        frame = after
-
-    if settings.event_weights:
-        step(
-            "event_weights",
-            "data.event_weights",
-            lambda rows: weigh_events(rows, settings.event_weights),
-        )
-    frame = in_log_order(frame, heavy_first=settings.deduplicate == "first")
-    if settings.deduplicate != "none":
-        step(
-            "deduplicate",
-            "data.deduplicate",
-            lambda rows: deduplicate(rows, settings.deduplicate),
-        )
-    if settings.k_core_user > 1 or settings.k_core_item > 1:
-        step(
-            "k_core",
-            f"data.k_core_user = {settings.k_core_user}, k_core_item = {settings.k_core_item}",
-            lambda rows: k_core(
-                rows, min_per_user=settings.k_core_user, min_per_item=settings.k_core_item
-            ),
-        )
-    if settings.max_per_user is not None:
-        most = settings.max_per_user
-        step("max_per_user", f"data.max_per_user = {most}", lambda rows: cap_users(rows, most))
-    if "weight" in frame.columns and not frame["weight"].is_between(0, _LARGEST, "right").all():
-        raise DataError(
-            "a weight times its data.event_weights, or a sum of weights, is beyond float32; scale "
-            "the weights down"
-        )
-    kept = frame.select(name for name in frame.columns if not name.startswith("_"))
-    return replace(found, frame=kept, steps=steps.counts)

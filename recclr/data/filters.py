@@ -34,10 +34,20 @@ class StepCount:
 
 
 class Steps:
-    """Counts the rows of each step, after earlier ones, and refuses one that leaves none."""
+    """Counts the rows of each step, after earlier ones, and refuses one that leaves none.
 
-    def __init__(self, earlier: Sequence[StepCount] = ()) -> None:
-        self.counts: list[StepCount] = [*earlier]
+    Args:
+        in_pieces: each step is told of piece after piece, and judged by ``refuse_empty``.
+    """
+
+    def __init__(self, earlier: Sequence[StepCount] = (), *, in_pieces: bool = False) -> None:
+        self._counts = {count.name: count for count in earlier}
+        self._settings: dict[str, str] = {}
+        self._in_pieces = in_pieces
+
+    @property
+    def counts(self) -> list[StepCount]:
+        return list(self._counts.values())
 
     def record(self, name: str, rows_in: int, rows_out: int, *, setting: str) -> None:
         """Note one step.
@@ -51,12 +61,21 @@ class Steps:
         Raises:
             DataError: rows went in and none came out.
         """
-        self.counts.append(StepCount(name, rows_in, rows_out))
-        if rows_in and not rows_out:
-            raise DataError(
-                f"the step '{name}' left no rows of {rows_in:,}; loosen {setting}, or check that "
-                "it names the right column and values"
-            )
+        before = self._counts.get(name, StepCount(name, 0, 0))
+        self._counts[name] = StepCount(name, before.rows_in + rows_in, before.rows_out + rows_out)
+        self._settings[name] = setting
+        if not self._in_pieces:
+            self.refuse_empty()
+
+    def refuse_empty(self) -> None:
+        """See ``record``."""
+        for count in self.counts:
+            if count.rows_in and not count.rows_out:
+                raise DataError(
+                    f"the step '{count.name}' left no rows of {count.rows_in:,}; loosen "
+                    f"{self._settings[count.name]}, or check that it names the right column and "
+                    "values"
+                )
 
 
 def in_log_order(frame: pl.DataFrame, *, heavy_first: bool) -> pl.DataFrame:
@@ -78,9 +97,6 @@ def weigh_events(frame: pl.DataFrame, weights: Mapping[str, float]) -> pl.DataFr
     Args:
         frame: with ``_event``, the type of each row (any type that casts to text).
         weights: type as text -> weight above 0.
-
-    Raises:
-        DataError: no row is of a type that has a weight.
     """
     kinds = frame["_event"].cast(pl.String)
     table = pl.DataFrame(
@@ -88,17 +104,26 @@ def weigh_events(frame: pl.DataFrame, weights: Mapping[str, float]) -> pl.DataFr
         schema={"_event": pl.String, "_factor": pl.Float32},
     )
     kept = frame.with_columns(kinds).join(table, on="_event", how="inner", maintain_order="left")
-    if frame.height and not kept.height:
-        found = kinds.drop_nulls().unique().sort().head(10).to_list()
-        near = closest(next(iter(weights)), found)
-        raise DataError(
-            f"no row is of an event type in data.event_weights = {dict(weights)!r}; the column "
-            f"holds {found!r}" + (f"; did you mean {near!r}?" if near else "")
-        )
     weight = pl.col("_factor")
     if "weight" in frame.columns:
         weight = pl.col("weight") * pl.col("_factor")
     return kept.with_columns(weight.cast(pl.Float32).alias("weight")).drop("_factor")
+
+
+def refuse_unknown_events(frame: pl.DataFrame, weights: Mapping[str, float]) -> None:
+    """Refuse rows with ``_event`` none of which is of a type that has a weight.
+
+    Raises:
+        DataError: the message names types that there are.
+    """
+    found = frame["_event"].cast(pl.String).drop_nulls().unique().sort().to_list()
+    if not frame.height or set(found) & set(weights):
+        return
+    near = closest(next(iter(weights)), found)
+    raise DataError(
+        f"no row is of an event type in data.event_weights = {dict(weights)!r}; the column "
+        f"holds {found[:10]!r}" + (f"; did you mean {near!r}?" if near else "")
+    )
 
 
 def deduplicate(
@@ -147,20 +172,54 @@ def k_core(frame: pl.DataFrame, *, min_per_user: int, min_per_item: int) -> pl.D
     Rows of users and items below their bound go, again and again until none is left below. The
     result may be empty, and does not depend on the order of rows.
     """
-    keep = np.arange(frame.height)
-    bounds = (("user_id", min_per_user), ("item_id", min_per_item))
-    codes = [
-        (frame[column].rank("dense").to_numpy().astype(np.int64) - 1, bound)
-        for column, bound in bounds
-        if bound > 1 and frame.height
-    ]
-    before = -1
-    while codes and len(keep) != before:
-        before = len(keep)
-        for code, bound in codes:
-            counts = np.bincount(code[keep]) if len(keep) else np.zeros(0, dtype=np.int64)
-            keep = keep[counts[code[keep]] >= bound]
-    return frame if len(keep) == frame.height else frame[keep]
+    codes = (frame[column].rank("dense").to_numpy() for column in PAIR)
+    (kept,) = core_rows([next(codes)], [next(codes)], (min_per_user, min_per_item))
+    return frame if kept.all() else frame.filter(pl.Series(kept))
+
+
+def core_rows(
+    users: Sequence[NDArray[np.unsignedinteger]],
+    items: Sequence[NDArray[np.unsignedinteger]],
+    least: tuple[int, int],
+) -> list[NDArray[np.bool_]]:
+    """The rows of a k-core, as a mask for each of the parts that a log may come in.
+
+    Args:
+        users, items: numbers of both in each part. Those of users are a part's own: all rows of a
+            user are in one. least: rows of each user, and of each item.
+    """
+    kept = [np.ones(len(numbers), dtype=np.bool_) for numbers in users]
+    before, now = -1, sum(map(len, users))
+    while now != before:
+        before = now
+        if least[0] > 1:
+            for mask, numbers in zip(kept, users, strict=True):
+                _keep_frequent(mask, numbers, np.bincount(numbers[mask]), least[0])
+        if least[1] > 1:
+            counts = _counts_in_all(kept, items)
+            for mask, numbers in zip(kept, items, strict=True):
+                _keep_frequent(mask, numbers, counts, least[1])
+        now = sum(int(mask.sum()) for mask in kept)
+    return kept
+
+
+def _keep_frequent(
+    mask: NDArray[np.bool_],
+    numbers: NDArray[np.unsignedinteger],
+    counts: NDArray[np.int64],
+    least: int,
+) -> None:
+    mask[mask] = counts[numbers[mask]] >= least
+
+
+def _counts_in_all(
+    kept: Sequence[NDArray[np.bool_]], numbers: Sequence[NDArray[np.unsignedinteger]]
+) -> NDArray[np.int64]:
+    size = 1 + max((int(each.max()) for each in numbers if len(each)), default=0)
+    counts = np.zeros(size, dtype=np.int64)
+    for mask, each in zip(kept, numbers, strict=True):
+        counts += np.bincount(each[mask], minlength=size)
+    return counts
 
 
 def cap_users(frame: pl.DataFrame, most: int) -> pl.DataFrame:
@@ -169,11 +228,16 @@ def cap_users(frame: pl.DataFrame, most: int) -> pl.DataFrame:
     return frame.filter(pl.Series(ranked.in_frame(ranked.rows - ranked.place <= most)))
 
 
-def decay_weights(frame: pl.DataFrame, half_life_d: float) -> pl.DataFrame:
+def decay_weights(
+    frame: pl.DataFrame, half_life_d: float, *, last: int | None = None
+) -> pl.DataFrame:
     """Halve the weight of a row for every ``half_life_d`` days before the last row.
 
     For train rows only: the last row must be the last that training may know. A weight that
     underflows becomes the smallest float32 above 0, so that no row vanishes.
+
+    Args:
+        last: its moment, where the frame is only a stretch of the log.
 
     Raises:
         ConfigError: the log has no time.
@@ -183,7 +247,8 @@ def decay_weights(frame: pl.DataFrame, half_life_d: float) -> pl.DataFrame:
             "data.decay_half_life_d needs a log with times; name their column in "
             "data.columns.timestamp, or leave the decay out"
         )
-    age_d = (pl.col("timestamp").max() - pl.col("timestamp")) / SECONDS_PER_DAY
+    end = pl.col("timestamp").max() if last is None else pl.lit(last)
+    age_d = (end - pl.col("timestamp")) / SECONDS_PER_DAY
     weight = (-np.log(2) / half_life_d * age_d).exp()
     if "weight" in frame.columns:
         weight = weight * pl.col("weight")

@@ -129,9 +129,12 @@ def placeholders(ids: pl.Series) -> dict[str, int]:
     """
     if ids.dtype != pl.String:
         return {}
-    plain = ids.str.strip_chars().str.to_lowercase()
-    counts = ids.filter(plain.is_in(_PLACEHOLDERS)).value_counts(sort=True)
-    return dict(counts.iter_rows())
+    distinct = ids.unique()
+    plain = distinct.str.strip_chars().str.to_lowercase()
+    found = distinct.filter(plain.is_in(_PLACEHOLDERS))
+    if not len(found):
+        return {}
+    return dict(ids.filter(ids.is_in(found.implode())).value_counts(sort=True).iter_rows())
 
 
 def hash_ids(ids: pl.Series, seed: int) -> NDArray[np.uint64]:

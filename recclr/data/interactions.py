@@ -1,26 +1,21 @@
-"""``Log``: clean interactions beside the tables of users and items, and how to read one."""
+"""``Log``: clean interactions beside the tables of users and items."""
 
 from __future__ import annotations
 
 import datetime
-import json
-import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import polars as pl
 
-from recclr.data.check import check_events, event_columns, filter_events
-from recclr.data.files import closest
-from recclr.data.filters import StepCount, decay_weights
-from recclr.data.ids import align_ids, lookalikes, placeholders, stray_text
-from recclr.data.side_tables import read_side_table
-from recclr.data.tables import load_table
+from recclr.data.dealing import in_order
+from recclr.data.filters import StepCount, decay_weights, in_log_order
+from recclr.data.ids import align_ids
+from recclr.data.spill import Disk, by_stretches
 from recclr.errors import ConfigError, DataError
-from recclr.settings import ColumnSettings, DataSettings, SplitSettings
+from recclr.settings import DataSettings, SplitSettings
 
 if TYPE_CHECKING:
     from recclr.data.split import Split
@@ -44,6 +39,8 @@ class Log:
         notes: what was found and nobody refused, one sentence each.
         explicit: rows of event types that are negatives of their user, in the columns of the
             events; None where none were asked for. All parts of a split have all of them.
+        disk: where the events lie if memory has no room for them, and what is made of them goes;
+            None: in memory.
     """
 
     events: pl.DataFrame
@@ -54,6 +51,7 @@ class Log:
     quarantine: pl.DataFrame = field(default_factory=pl.DataFrame)
     notes: tuple[str, ...] = ()
     explicit: pl.DataFrame | None = None
+    disk: Disk | None = None
 
     def __len__(self) -> int:
         return self.events.height
@@ -108,9 +106,13 @@ class Log:
         if any("weight" in frame.columns for frame in frames):
             one = pl.lit(1.0, dtype=pl.Float32).alias("weight")
             frames = [f if "weight" in f.columns else f.with_columns(one) for f in frames]
-        joined = pl.concat([frame.select(frames[0].columns) for frame in frames])
-        if self.has_time and not _one_after_the_other(*frames):
-            joined = joined.sort(["timestamp", "user_id", "item_id"], maintain_order=True)
+        frames = [frame.select(frames[0].columns) for frame in frames]
+        if not self.has_time or _one_after_the_other(*frames):
+            joined = pl.concat(frames)
+        elif self.disk is not None:
+            joined = in_order(frames, self.disk, heavy_first=False)
+        else:
+            joined = in_log_order(pl.concat(frames), heavy_first=False)
         return mine.with_events(joined)
 
     def split(self, settings: SplitSettings | None = None, seed: int | None = None) -> Split:
@@ -164,7 +166,12 @@ def apply_decay(log: Log, half_life_d: float | None) -> Log:
     """
     if half_life_d is None:
         return log
-    return log.with_events(decay_weights(log.events, half_life_d))
+    last = log.events["timestamp"][-1] if log.has_time and len(log) else None
+
+    def decayed(rows: pl.DataFrame) -> pl.DataFrame:
+        return decay_weights(rows, half_life_d, last=last)
+
+    return log.with_events(by_stretches(log.events, decayed, log.disk))
 
 
 def require_trainable(log: Log) -> None:
@@ -204,7 +211,9 @@ def align_logs(logs: list[Log]) -> list[Log]:
 
 def _with_id_type(log: Log, key: str, name: str, dtype: pl.DataType) -> Log:
     cast = pl.col(key).cast(dtype)
-    log = replace(log, events=log.events.with_columns(cast))
+    if log.events[key].dtype != dtype:
+        events = by_stretches(log.events, lambda rows: rows.with_columns(cast), log.disk)
+        log = replace(log, events=events)
     if log.explicit is not None:
         log = replace(log, explicit=log.explicit.with_columns(cast))
     if name == "users" and log.users is not None:
@@ -212,189 +221,3 @@ def _with_id_type(log: Log, key: str, name: str, dtype: pl.DataType) -> Log:
     if name == "items" and log.items is not None:
         return replace(log, items=log.items.with_columns(cast))
     return log
-
-
-# --- reading --------------------------------------------------------------------------------------
-
-
-def read(
-    events: Any,
-    users: Any = None,
-    items: Any = None,
-    *,
-    explicit: Sequence[str] = (),
-    **settings: Any,
-) -> Log:
-    """Read a log.
-
-    Args:
-        events: path (file, folder of shards, glob; Parquet, CSV, JSON lines), polars or pandas
-            frame, or Arrow table.
-        users: table of users, likewise.
-        items: table of items, likewise.
-        explicit: event types whose rows are negatives of their user, for ``negatives.explicit``.
-        **settings: fields of ``DataSettings``, such as ``where={"rating": ">= 7"}``; ``columns``
-            may be a dict.
-
-    Raises:
-        ConfigError: an unknown setting or a wrong value.
-        DataError: the data are refused; the message says what, where and what to do.
-    """
-    named = {"events": events, "users": users, "items": items}
-    frames = {name: source for name, source in named.items() if source is not None}
-    labels = {name: _label(source) for name, source in frames.items()}
-    return _read(_settings(labels | settings), explicit=explicit, **frames)
-
-
-def read_log(settings: DataSettings, *, explicit: Sequence[str] = ()) -> Log:
-    """Read the log that ``settings`` describe; see ``read``."""
-    paths = {name: getattr(settings, name) for name in ("events", "users", "items")}
-    given = {name: path for name, path in paths.items() if path}
-    return _read(settings, explicit=explicit, **given)
-
-
-def read_held_out(log: Log, path: str) -> Log:
-    """Rows of a file held out by hand, read as ``log`` was but for k-core and caps.
-
-    Those two would drop held-out rows for being few. The tables are those of ``log``.
-    """
-    settings = replace(log.settings, events=path, k_core_user=0, k_core_item=0, max_per_user=None)
-    return _assemble(settings, path, log.users, log.items, [])
-
-
-def _label(source: Any) -> str:
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else "<memory>"
-
-
-def _settings(values: Mapping[str, Any]) -> DataSettings:
-    """``DataSettings`` with types checked, from keyword arguments."""
-    from pydantic import TypeAdapter, ValidationError
-
-    known = [known.name for known in fields(DataSettings)]
-    for name in values:
-        if name not in known:
-            near = closest(name, known)
-            raise ConfigError(
-                f"unknown setting {name!r}" + (f"; did you mean {near!r}?" if near else "")
-            )
-    columns = values.get("columns")
-    plain = {**values, "columns": _plain(columns)} if columns is not None else dict(values)
-    try:
-        # By way of JSON: there, strict types still let a dict stand for a dataclass.
-        return TypeAdapter(DataSettings).validate_json(json.dumps(plain))
-    except TypeError as error:
-        raise ConfigError(f"settings must be plain numbers, text and dicts: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise ConfigError(f"{place}: {first['msg']}, found {first['input']!r}") from error
-
-
-def _plain(columns: Any) -> Any:
-    if isinstance(columns, ColumnSettings):
-        return {each.name: getattr(columns, each.name) for each in fields(columns)}
-    return columns
-
-
-def _read(
-    settings: DataSettings,
-    events: Any,
-    users: Any = None,
-    items: Any = None,
-    *,
-    explicit: Sequence[str] = (),
-) -> Log:
-    notes: list[str] = []
-    user_table = read_side_table(users, "user", settings, notes)
-    item_table = read_side_table(items, "item", settings, notes)
-    log = _assemble(settings, events, user_table, item_table, notes)
-    return _with_explicit(log, events, explicit) if explicit else log
-
-
-def _with_explicit(log: Log, events: Any, kinds: Sequence[str]) -> Log:
-    """The log with the rows of event types that it leaves out, read as its own but for k-core and
-    caps.
-
-    Raises:
-        ConfigError: a type has a weight, or none has, so that all rows are positives. DataError: no
-        row is of these types.
-    """
-    weights = log.settings.event_weights
-    if not weights or set(kinds) & set(weights):
-        raise ConfigError(
-            f"explicit = {list(kinds)!r}: expected types that data.event_weights does not name, "
-            f"beside those that it does; found {dict(weights)!r} there"
-        )
-    settings = replace(
-        log.settings,
-        event_weights=dict.fromkeys(kinds, 1.0),
-        deduplicate="first",
-        k_core_user=0,
-        k_core_item=0,
-        max_per_user=None,
-    )
-    try:
-        found = _assemble(settings, events, log.users, log.items, [])
-    except DataError as error:
-        raise DataError(f"the rows of explicit = {list(kinds)!r}: {error}") from error
-    note = f"{len(found):,} pairs of the event types {', '.join(kinds)} are negatives of their user"
-    return replace(log, explicit=found.events, notes=(*log.notes, note))
-
-
-def _assemble(
-    settings: DataSettings,
-    events: Any,
-    users: pl.DataFrame | None,
-    items: pl.DataFrame | None,
-    notes: list[str],
-) -> Log:
-    columns = settings.columns
-    text = (columns.user, columns.item) if settings.id_type == "string" else ()
-    keep = event_columns(settings)
-    # Nobody holds what a step was given once it is done: rows are there twice at most, beside some
-    # 30 bytes each of hashes and their order.
-    clean = filter_events(
-        check_events(
-            load_table(events, name="events", keep=keep, text=text),
-            settings,
-            users=users,
-            items=items,
-        ),
-        settings,
-    )
-    log = Log(
-        events=clean.frame,
-        users=users,
-        items=items,
-        settings=settings,
-        steps=tuple(clean.steps),
-        quarantine=clean.quarantine,
-    )
-    (log,) = align_logs([log])
-    return replace(log, notes=(*notes, *clean.notes, *_id_notes(log)))
-
-
-def _id_notes(log: Log) -> list[str]:
-    notes = []
-    for key, name, table in (("user_id", "users", log.users), ("item_id", "items", log.items)):
-        used = log.events[key].unique()
-        every = used if table is None else pl.concat([used, table[key]]).unique()
-        if same := lookalikes(every):
-            notes.append(
-                f"{key}: {same:,} ids differ from another only in case, outer spaces or Unicode "
-                "form; they are kept apart"
-            )
-        for found, rows in placeholders(log.events[key]).items():
-            column = getattr(log.settings.columns, key.removesuffix("_id"))
-            notes.append(
-                f"{key}: {rows:,} rows have the id {found!r}, which looks like a missing one; if "
-                f"it is, leave them out with data.where = {{ {column} = \"!= '{found}'\" }}"
-            )
-        if strays := stray_text(every):
-            notes.append(
-                f"{key}: read as text, since {strays:,} of {len(every):,} distinct ids are no "
-                "integers"
-            )
-        if table is not None and (outside := used.is_in(table[key].implode()).not_().sum()):
-            notes.append(f"{outside:,} of {len(used):,} {name} in the events are not in the table")
-    return notes

@@ -21,11 +21,11 @@ def overlaps(train: Log, valid: Log | None, test: Log | None) -> dict[str, dict[
     if not parts:
         return counts
     held = pl.concat([part.events.select(PAIR) for part in parts.values()])
-    before = _Before.of(train.events, held)
+    before = _Before.of(train, held)
     for name, part in parts.items():
         counts[name] = sizes(part) | before.against(part.events)
     if valid is not None and test is not None:
-        refitted = before.joined(_Before.of(valid.events, test.events))
+        refitted = before.joined(_Before.of(valid, test.events))
         counts["test_after_refit"] = sizes(test) | refitted.against(test.events)
     return counts
 
@@ -49,11 +49,12 @@ class _Before:
     latest: int | None
 
     @classmethod
-    def of(cls, rows: pl.DataFrame, held: pl.DataFrame) -> _Before:
-        """One pass over ``rows``, many and in log order, for all that is held out."""
+    def of(cls, log: Log, held: pl.DataFrame) -> _Before:
+        """One pass over the rows, which may be many, for all that is held out."""
+        rows = log.events
         ids = {key: rows[key].unique() for key in PAIR}
         timed = "timestamp" in rows.columns and len(rows)
-        return cls(ids, rows_near(held, rows), rows["timestamp"][-1] if timed else None)
+        return cls(ids, rows_near(held, rows, log.disk), rows["timestamp"][-1] if timed else None)
 
     def joined(self, other: _Before) -> _Before:
         """Both, the other being the later."""

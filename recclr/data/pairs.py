@@ -13,6 +13,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from recclr.data.spill import Disk
+
 PAIR = ("user_id", "item_id")
 
 
@@ -50,25 +52,29 @@ def runs_of_pairs(frame: pl.DataFrame) -> Runs:
     return runs if _are_pairs(frame, runs) else _runs(_numbers(frame))
 
 
-def rows_in(held: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:
+def rows_in(held: pl.DataFrame, known: pl.DataFrame, disk: Disk | None = None) -> pl.DataFrame:
     """The rows of ``held`` whose pair is in ``known``, which may be much the larger.
 
     Args:
-        held, known: with ``user_id`` and ``item_id`` of the same types.
+        held, known: with ``user_id`` and ``item_id`` of the same types. disk: where ``known`` lies,
+            if not in memory.
     """
-    return held.join(rows_near(held, known), on=PAIR, how="semi", maintain_order="left")
+    return held.join(rows_near(held, known, disk), on=PAIR, how="semi", maintain_order="left")
 
 
-def rows_near(held: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:
+def rows_near(held: pl.DataFrame, known: pl.DataFrame, disk: Disk | None = None) -> pl.DataFrame:
     """Pairs of ``known``, of which ``held`` may have some: all that it has, and few others.
 
     Args:
-        held, known: see ``rows_in``.
+        held, known, disk: see ``rows_in``.
     """
-    pairs = known.select(PAIR)
-    assert held.select(PAIR).schema == pairs.schema
+    assert held.select(PAIR).schema == known.select(PAIR).schema
     keys = _hashes(held).unique().to_frame()
-    return pairs.with_columns(_hashes(pairs)).join(keys, on="key", how="semi").drop("key")
+    found = []
+    for rows in [known] if disk is None else disk.stretches(known):
+        pairs = rows.select(PAIR)
+        found.append(pairs.with_columns(_hashes(pairs)).join(keys, on="key", how="semi"))
+    return pl.concat(found).drop("key")
 
 
 def _hashes(frame: pl.DataFrame) -> pl.Series:

@@ -6,7 +6,9 @@ logs and the tables only say which ids exist.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -66,10 +68,8 @@ def prepare(
     else:
         users, items = vocabulary
     encoded = _encode_train(train, users, items)
-    users, items = (
-        users.counting(encoded.user_idx.numpy()),
-        items.counting(encoded.item_idx.numpy()),
-    )
+    users = users.with_counts(encoded.user_counts().numpy())
+    items = items.with_counts(encoded.item_counts().numpy())
     encoders = fit_encoders(
         tables["user"],
         tables["item"],
@@ -158,7 +158,7 @@ def _build_vocabulary(logs: Sequence[Log], table: pl.DataFrame | None, key: str)
 def _encode_train(train: Log, users: Vocabulary, items: Vocabulary) -> EncodedLog:
     encoded = {}
     for key, vocabulary in (("user_id", users), ("item_id", items)):
-        idx = vocabulary.encode(train.events[key])
+        idx = _column(train, key, np.int32, vocabulary.encode)
         if (idx < 0).any():
             outside = train.events[key].filter(pl.Series(idx < 0)).n_unique()
             raise DataError(
@@ -167,7 +167,22 @@ def _encode_train(train: Log, users: Vocabulary, items: Vocabulary) -> EncodedLo
             )
         encoded[key] = idx
     decayed = apply_decay(train, train.settings.decay_half_life_d)
-    return _encoded(decayed, encoded["user_id"], encoded["item_id"], users, items)
+    log = _encoded(decayed, encoded["user_id"], encoded["item_id"], users, items)
+    return log if train.disk is None else replace(log, mapped_for=torch.device("cpu"))
+
+
+def _column(
+    log: Log, name: str, dtype: type[np.generic], values: Callable[[pl.Series], NDArray[Any]]
+) -> NDArray[Any]:
+    """What ``values`` makes of each row of a column, which lies where the log does."""
+    if log.disk is None:
+        return values(log.events[name])
+    column = log.disk.array(len(log), dtype)
+    # As many at once as may be: whoever looks ids up pays for the whole vocabulary each time.
+    for start in range(0, len(log), log.disk.rows):
+        rows = log.events[name][start : start + log.disk.rows]
+        column[start : start + len(rows)] = values(rows)
+    return column
 
 
 def encode_held_out(
@@ -212,16 +227,18 @@ def _encoded(
         item_idx=torch.from_numpy(item_idx),
         num_users=len(users),
         num_items=len(items),
-        timestamp=_optional(log.events, "timestamp", np.int64),
-        weight=_optional(log.events, "weight", np.float32),
+        timestamp=_optional(log, "timestamp", np.int64),
+        weight=_optional(log, "weight", np.float32),
     )
 
 
-def _optional(events: pl.DataFrame, name: str, dtype: type[np.generic]) -> Tensor | None:
-    if name not in events.columns:
+def _optional(log: Log, name: str, dtype: type[np.generic]) -> Tensor | None:
+    if name not in log.events.columns:
         return None
     # Copied, since torch must not write into memory that the data frame shares.
-    return torch.from_numpy(np.array(events[name].to_numpy(), dtype=dtype))
+    return torch.from_numpy(
+        _column(log, name, dtype, lambda values: np.array(values.to_numpy(), dtype=dtype))
+    )
 
 
 def _encode_features(

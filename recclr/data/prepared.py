@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recclr.data.features import FeatureEncoder
@@ -32,7 +31,7 @@ from recclr.data.log import (
 )
 from recclr.data.vocabulary import Vocabulary
 from recclr.errors import CheckpointError, ShapeError
-from recclr.files import sha256_of, write_bytes_atomic, write_json_atomic
+from recclr.files import new_place, sha256_of, write_json_atomic
 
 FORMAT_VERSION = 1
 _TENSORS, _STATE = "prepared.safetensors", "prepared.json"
@@ -70,7 +69,9 @@ class PreparedLog:
             StoreError: no space or no permission.
         """
         root = Path(folder)
-        write_bytes_atomic(root / _TENSORS, save_tensors(_flatten(self.tensors)))
+        with new_place(root / _TENSORS) as place:
+            # Straight from the tensors, which may lie on the disk themselves.
+            save_file(_flatten(self.tensors), place)
         self.users.save(root / _USERS)
         self.items.save(root / _ITEMS)
         state = {
@@ -100,7 +101,7 @@ class PreparedLog:
         state = _read_state(root)
         try:
             users, items = Vocabulary.load(root / _USERS), Vocabulary.load(root / _ITEMS)
-            reader = _Reader(load_tensors((root / _TENSORS).read_bytes()))
+            reader = _Reader(load_file(root / _TENSORS))
             prepared = _assemble(reader, state, len(users), len(items))
             reader.finish()
             return cls(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from recclr.data.by_user import shuffled_by_user
 from recclr.data.ids import mix, uniform
 
 
-def sample_of_users(events: pl.DataFrame, share: float, *, seed: int) -> pl.Series:
-    """Which rows are in a sample that keeps every user: Boolean [rows].
+def sample_of_users(events: pl.DataFrame, share: float, *, seed: int) -> NDArray[np.bool_]:
+    """Which rows are in a sample that keeps every user: bool [rows].
 
     Each user keeps ``share`` of the rows, rounded up or down by a hash of (seed, user), and one at
     least; which ones says a hash of (seed, user, item), so that a row's place depends neither on
@@ -22,4 +23,4 @@ def sample_of_users(events: pl.DataFrame, share: float, *, seed: int) -> pl.Seri
     """
     ranked, user = shuffled_by_user(events, seed + 2)
     kept = np.floor(ranked.rows * share + uniform(mix(user ^ np.uint64(3))))
-    return pl.Series("kept", ranked.in_frame(ranked.place < np.maximum(kept, 1)))
+    return ranked.in_frame(ranked.place < np.maximum(kept, 1))

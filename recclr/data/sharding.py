@@ -44,6 +44,12 @@ def stays_resident(num_rows: int, device: str, resident: bool | Literal["auto"] 
     return free is None or num_rows * _RESIDENT_BYTES <= _SHARE * free
 
 
+def fits_in_memory(num_rows: int) -> bool:
+    """Whether a log of so many rows can be in memory at all, with what is made of it there."""
+    free = available_bytes()
+    return free is None or num_rows * _RESIDENT_BYTES <= free
+
+
 def wanted_groups(
     log: EncodedLog,
     *,
@@ -86,7 +92,9 @@ def rows_for_training(
     Raises:
         StoreError: no space for the files. ConfigError: no permission.
     """
-    stays = ranks.first and stays_resident(len(log), device, resident)
+    # Rows that did not stay in memory when they were read are not brought there.
+    on_disk = log.mapped_for is not None
+    stays = ranks.first and not on_disk and stays_resident(len(log), device, resident)
     if ranks.from_first(stays, "whether the log stays in memory"):
         yield log
         return

@@ -14,11 +14,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from recclr.data.by_user import Ranked, ranked_by_user, shuffled_by_user
+from recclr.data.by_user import ranked_by_user, shuffled_by_user
+from recclr.data.dealing import asked_of_users, cut
 from recclr.data.ids import hash_ids, mix, uniform
-from recclr.data.interactions import Log, align_logs, read_held_out
+from recclr.data.interactions import Log, align_logs
 from recclr.data.overlap import overlaps, sizes
 from recclr.data.pairs import rows_in
+from recclr.data.reading import read_held_out
 from recclr.data.sampling import sample_of_users
 from recclr.errors import ConfigError, DataError
 from recclr.settings import SplitSettings
@@ -150,21 +152,40 @@ def _leave_last(log: Log, settings: SplitSettings) -> Split:
                 f"split.{name} = {rows:g} with split.by = 'leave_last': expected a whole number "
                 f"of rows per user (0 for none), for example split.{name} = 1"
             )
-    ranked = ranked_by_user(log.events)
-    rank, others = ranked.rows - 1 - ranked.place, ranked.rows - 1
-    test = np.minimum(int(settings.test), others)
-    valid = np.minimum(int(settings.valid), others - test)
-    parts = _by_rank(log.events, rank, valid, test, ranked)
-    return _of_parts(log, parts, settings, "leave_last", {})
+
+    def parts(events: pl.DataFrame) -> NDArray[np.int8]:
+        ranked = ranked_by_user(events)
+        rank, others = ranked.rows - 1 - ranked.place, ranked.rows - 1
+        test = np.minimum(int(settings.test), others)
+        valid = np.minimum(int(settings.valid), others - test)
+        return ranked.in_frame(_part_of_rank(rank, valid, test))
+
+    return _of_parts(log, _cut_by_user(log, parts), settings, "leave_last", {})
 
 
 def _random(log: Log, settings: SplitSettings) -> Split:
-    parts = cut_at_random(log.events, valid=settings.valid, test=settings.test, seed=settings.seed)
+    parts = _cut_at_random(log, valid=settings.valid, test=settings.test, seed=settings.seed)
     return _of_parts(log, parts, settings, "random", {})
 
 
-def cut_at_random(events: pl.DataFrame, *, valid: float, test: float, seed: int) -> Parts:
-    """Hold out a share of each user's rows; at least one row of every user stays in train.
+def _cut_at_random(log: Log, *, valid: float, test: float, seed: int) -> Parts:
+    return _cut_by_user(log, lambda rows: parts_at_random(rows, valid=valid, test=test, seed=seed))
+
+
+def _cut_by_user(log: Log, parts: Callable[[pl.DataFrame], NDArray[np.int8]]) -> Parts:
+    """Cut as ``parts`` says, which is given all rows of some users."""
+    return _cut(log, asked_of_users(log.events, parts, np.int8, log.disk))
+
+
+def _cut(log: Log, parts: NDArray[np.int8]) -> Parts:
+    train, valid, test = cut(log.events, parts, 3, log.disk)
+    return train, valid, test
+
+
+def parts_at_random(
+    events: pl.DataFrame, *, valid: float, test: float, seed: int
+) -> NDArray[np.int8]:
+    """The part of each row: a share of each user's is held out, one at least stays in train.
 
     A row's place among its user's rows comes from a hash of (seed, user, item), and a user's
     fractional row is rounded up or down by a hash of (seed, user): the expected number of held-out
@@ -175,6 +196,9 @@ def cut_at_random(events: pl.DataFrame, *, valid: float, test: float, seed: int)
         valid: share of rows, at least 0.
         test: share of rows, at least 0; together below 1.
         seed: at least 0.
+
+    Returns:
+        int8 [rows]: 0 for train, 1 for validation, 2 for test.
     """
     ranked, user = shuffled_by_user(events, seed)
     rows, others = ranked.rows, ranked.rows - 1
@@ -184,52 +208,54 @@ def cut_at_random(events: pl.DataFrame, *, valid: float, test: float, seed: int)
     )
     num_test = np.minimum(num_test, others)
     num_valid = np.minimum(num_valid, others - num_test)
-    return _by_rank(events, ranked.place, num_valid, num_test, ranked)
+    return ranked.in_frame(_part_of_rank(ranked.place, num_valid, num_test))
 
 
-def _by_rank(
-    frame: pl.DataFrame,
+def _part_of_rank(
     rank: NDArray[np.int64],
     valid: NDArray[np.int64] | int,
     test: NDArray[np.int64] | int,
-    ranked: Ranked | None = None,
-) -> Parts:
-    """The first ``test`` ranks to test, the next ``valid`` to validation; order of rows kept.
-
-    Args:
-        ranked: the rows of ``frame`` that ranks are of; None where they are in its order.
-    """
-    part = (rank < test).astype(np.int8) * 2 + ((rank >= test) & (rank < test + valid))
-    which = pl.Series(part if ranked is None else ranked.in_frame(part))
-    return frame.filter(which == 0), frame.filter(which == 1), frame.filter(which == 2)
+) -> NDArray[np.int8]:
+    """The first ``test`` ranks to test (2), the next ``valid`` to validation (1)."""
+    held = (rank >= test) & (rank < test + valid)
+    return np.where(rank < test, 2, held).astype(np.int8)
 
 
 # --- by item --------------------------------------------------------------------------------------
 
 
 def _by_items(log: Log, settings: SplitSettings) -> Split:
-    parts = cut_by_items(log.events, valid=settings.valid, test=settings.test, seed=settings.seed)
-    return _of_parts(log, parts, settings, "items", {})
+    part_of = part_of_items(
+        log.events["item_id"], valid=settings.valid, test=settings.test, seed=settings.seed
+    )
+    stretches = [log.events] if log.disk is None else log.disk.stretches(log.events)
+    parts = [
+        rows.join(part_of, on="item_id", how="left", maintain_order="left")["part"].to_numpy()
+        for rows in stretches
+    ]
+    return _of_parts(log, _cut(log, np.concatenate(parts)), settings, "items", {})
 
 
-def cut_by_items(events: pl.DataFrame, *, valid: float, test: float, seed: int) -> Parts:
-    """Hold out all rows of a share of the items, so that each of them is new to what is trained.
+def part_of_items(ids: pl.Series, *, valid: float, test: float, seed: int) -> pl.DataFrame:
+    """The part of each item: a share of them is held out, new to what is trained.
 
     Which items says a hash of (seed, item); a share that is not 0 rounds up to one item at least.
     Users all of whose items are held out have no row in train.
 
     Args:
-        events: canonical columns.
+        ids: of all rows, with repeats.
         valid: share of the items, at least 0. test: as well; together below 1. seed: at least 0.
+
+    Returns:
+        ``item_id``, each once, and ``part`` (Int8): 0 for train, 1 for validation, 2 for test.
     """
-    items = events.select(pl.col("item_id").unique().sort())
+    items = ids.unique().sort().to_frame("item_id")
     drawn = pl.struct(pl.Series("_hash", mix(hash_ids(items["item_id"], seed + 4))), "item_id")
     place = drawn.rank("ordinal").cast(pl.Int64) - 1
     num_test, num_valid = (math.ceil(round(items.height * share, 6)) for share in (test, valid))
-    items = items.select("item_id", _place=place)
-    frame = events.join(items, on="item_id", how="left", maintain_order="left")
-    train, held, last = _by_rank(frame, frame["_place"].to_numpy(), num_valid, num_test)
-    return train.select(events.columns), held.select(events.columns), last.select(events.columns)
+    rank = items.select(place)
+    parts = _part_of_rank(rank.to_series().to_numpy(), num_valid, num_test)
+    return items.with_columns(pl.Series("part", parts))
 
 
 # --- given files ----------------------------------------------------------------------------------
@@ -256,7 +282,7 @@ def _given(log: Log, settings: SplitSettings) -> Split:
         if train.has_time:
             parts, cutoffs = cut_by_time(train.events, valid=settings.valid, test=0.0)
         else:
-            parts = cut_at_random(train.events, valid=settings.valid, test=0.0, seed=settings.seed)
+            parts = _cut_at_random(train, valid=settings.valid, test=0.0, seed=settings.seed)
         train, valid = train.with_events(parts[0]), train.with_events(parts[1])
     elif valid is not None:
         _refuse_leak(valid, test, "test", settings.test_events)
@@ -279,7 +305,7 @@ def _refuse_leak(before: Log, held: Log, name: str, path: str) -> None:
     """A pair on both sides is a leak, unless repeats are part of the log."""
     if before.settings.deduplicate == "none":
         return
-    shared = rows_in(held.events, before.events).height
+    shared = rows_in(held.events, before.events, before.disk).height
     if shared:
         share = shared / len(held)
         raise DataError(
@@ -327,7 +353,12 @@ def _refuse_empty(split: Split, settings: SplitSettings) -> None:
 
 
 def _sampled(split: Split, settings: SplitSettings) -> Split:
-    events = split.train.events
-    kept = sample_of_users(events, settings.train_share, seed=settings.seed)
-    train, left_out = (split.train.with_events(events.filter(mask)) for mask in (kept, ~kept))
+    log, share = split.train, settings.train_share
+    kept = asked_of_users(
+        log.events,
+        lambda rows: sample_of_users(rows, share, seed=settings.seed),
+        np.bool_,
+        log.disk,
+    )
+    left_out, train = map(log.with_events, cut(log.events, kept.view(np.int8), 2, log.disk))
     return replace(split, train=train, left_out=left_out if len(left_out) else None)

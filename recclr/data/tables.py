@@ -10,7 +10,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,30 +42,37 @@ class Table:
         columns: names of all columns of the source, also of those not asked for.
         parts: (label, number of rows) of each file, in order; one part for a frame in memory.
         label: what to call the whole in a message.
+        first_row: rows of the first part that come before those here.
+        num_parts: files of the source, where these rows are not all of it; 0 else.
     """
 
     frame: pl.DataFrame
     columns: tuple[str, ...]
     parts: tuple[tuple[str, int], ...]
     label: str
+    first_row: int = 0
+    num_parts: int = 0
 
     def locate(self, rows: pl.Series) -> tuple[pl.Series, pl.Series]:
         """File (String [n]) and row within it (UInt32 [n], from 0) of rows of ``frame``."""
         starts = np.cumsum([0] + [count for _, count in self.parts])
         which = np.searchsorted(starts, rows.to_numpy(), side="right") - 1
         labels = pl.Series("file", [label for label, _ in self.parts], dtype=pl.String)
-        inside = pl.Series("row", rows.to_numpy() - starts[which], dtype=pl.UInt32)
+        before = np.where(which == 0, self.first_row, 0)
+        inside = pl.Series("row", rows.to_numpy() - starts[which] + before, dtype=pl.UInt32)
         return labels.gather(pl.Series(which)), inside
 
     def name_rows(self, rows: pl.Series, most: int = 5) -> str:
         """The first rows for a message: ``rows 3, 9`` or ``part-3.parquet row 7, ...`` (from 0)."""
-        files, inside = self.locate(rows.head(most))
-        if len(self.parts) == 1:
-            named = ", ".join(str(row) for row in inside)
-        else:
-            named = ", ".join(f"{f} row {r}" for f, r in zip(files, inside, strict=True))
-        prefix = "" if len(self.parts) > 1 else "rows " if len(rows) > 1 else "row "
-        return prefix + named + (", ..." if len(rows) > most else "")
+        return self.names_of(*self.locate(rows), most)
+
+    def names_of(self, files: pl.Series, inside: pl.Series, most: int = 5) -> str:
+        """As ``name_rows``, of rows that are located already."""
+        several = max(len(self.parts), self.num_parts) > 1
+        shown = zip(files.head(most), inside.head(most), strict=True)
+        named = ", ".join(f"{file} row {row}" if several else str(row) for file, row in shown)
+        prefix = "" if several else "rows " if len(inside) > 1 else "row "
+        return prefix + named + (", ..." if len(inside) > most else "")
 
 
 def read_table(
@@ -200,8 +208,7 @@ def _from_files(
     source: str, name: str, keep: Collection[str] | None, text: Collection[str]
 ) -> Table:
     files = resolve_files(source, name=name)
-    shared = files[0].parent if len(files) > 1 else None
-    labels = [str(path) if shared is None else _short(path, shared) for path in files]
+    labels = in_folder(files)
     kind = format_of(files[0])
     frames, columns = [], list[tuple[str, ...]]()
     for path in files:
@@ -209,9 +216,9 @@ def _from_files(
         frames.append(frame)
         columns.append(found)
     if keep is not None:
-        _refuse_partial(labels, columns, keep, name)
+        refuse_partial(labels, columns, keep, name)
     schema = joint_schema(labels, [frame.schema for frame in frames], name)
-    whole = pl.concat([_cast(frame, schema) for frame in frames])
+    whole = pl.concat([cast_to(frame, schema) for frame in frames])
     if kind == "csv":
         whole = whole.select(
             column if column.name in text else _typed(column) for column in whole.get_columns()
@@ -222,15 +229,36 @@ def _from_files(
     return Table(whole, found_any, parts, label)
 
 
-def _short(path: Path, folder: Path) -> str:
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+def in_folder(files: Sequence[Path]) -> list[str]:
+    """What to call files of one source: by their path in the folder of the first, if several."""
+    if len(files) == 1:
+        return [str(files[0])]
+    folder = files[0].parent
+    return [
+        str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+        for path in files
+    ]
+
+
+@contextmanager
+def unreadable(path: Path, kind: str | None, name: str) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into an error that says which."""
+    try:
+        yield
+    except PermissionError as error:
+        raise DataError(f"{name}: no permission to read {path}") from error
+    except _FAILURES as error:
+        raise DataError(
+            f"{name}: {path} cannot be read as {kind}: {_first_line(error)}; the file is damaged, "
+            "cut short or of another format"
+        ) from error
 
 
 def _read_file(
     path: Path, kind: str | None, name: str, keep: Collection[str] | None
 ) -> tuple[pl.DataFrame, tuple[str, ...]]:
     """The kept columns of one file, and the names of all its columns."""
-    try:
+    with unreadable(path, kind, name):
         if kind == "parquet":
             # Opened here, and glob and hive parsing off: a name is a name, whatever it holds.
             with path.open("rb") as opened:
@@ -244,13 +272,6 @@ def _read_file(
             frame = _read_jsonl(path)
             found = tuple(frame.columns)
             frame = frame.select(_kept(found, keep))
-    except PermissionError as error:
-        raise DataError(f"{name}: no permission to read {path}") from error
-    except _FAILURES as error:
-        raise DataError(
-            f"{name}: {path} cannot be read as {kind}: {_first_line(error)}; the file is damaged, "
-            "cut short or of another format"
-        ) from error
     return frame, found
 
 
@@ -321,9 +342,10 @@ def _typed(column: pl.Series) -> pl.Series:
     return column
 
 
-def _refuse_partial(
+def refuse_partial(
     labels: list[str], columns: list[tuple[str, ...]], keep: Collection[str], name: str
 ) -> None:
+    """Refuse a column that is to be read and that only some files have."""
     for column in keep:
         has = [label for label, found in zip(labels, columns, strict=True) if column in found]
         if has and len(has) < len(labels):
@@ -331,7 +353,8 @@ def _refuse_partial(
             raise DataError(f"{name}: column {column!r} is in {has[0]} but not in {lacks}")
 
 
-def _cast(frame: pl.DataFrame, schema: dict[str, pl.DataType]) -> pl.DataFrame:
+def cast_to(frame: pl.DataFrame, schema: dict[str, pl.DataType]) -> pl.DataFrame:
+    """The columns of a schema, which hold all values of the frame; nulls where it has none."""
     return frame.select(
         pl.col(column).cast(dtype) if column in frame.columns else pl.lit(None, dtype).alias(column)
         for column, dtype in schema.items()

@@ -8,6 +8,7 @@ refused, since half of it would silently land in 1970.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import polars as pl
@@ -43,7 +44,14 @@ class Times:
     note: str
 
 
-def read_times(series: pl.Series, *, unit: str, where: str, now: int | None = None) -> Times:
+def read_times(
+    series: pl.Series,
+    *,
+    unit: str,
+    where: str,
+    now: int | None = None,
+    seen: Counter[str] | None = None,
+) -> Times:
     """Convert a column.
 
     Args:
@@ -51,6 +59,7 @@ def read_times(series: pl.Series, *, unit: str, where: str, now: int | None = No
         unit: ``s``, ``ms``, ``us``, ``ns``, or ``auto`` to detect it from the range.
         where: table and column, for messages.
         now: seconds since 1970; the clock where not given.
+        seen: of a column that comes in pieces, what ``detect_unit`` has seen of it.
 
     Raises:
         DataError: another type, values in two units, or no value between 1995 and tomorrow.
@@ -73,7 +82,7 @@ def read_times(series: pl.Series, *, unit: str, where: str, now: int | None = No
         series = text.cast(pl.Int64)
     elif not dtype.is_numeric() or isinstance(dtype, pl.Decimal):
         raise DataError(f"{where} holds {dtype}; expected times as numbers, text or datetimes")
-    found = unit if unit != "auto" else detect_unit(series, where=where, now=now)
+    found = unit if unit != "auto" else detect_unit(series, where=where, now=now, seen=seen)
     seconds, fraction = _cut(series, PER_SECOND[found])
     how = "as declared" if unit != "auto" else "detected from the values"
     return Times(seconds, fraction, f"{where}: numbers in {found}, {how}")
@@ -84,24 +93,29 @@ def latest(now: int | None = None) -> int:
     return int(time.time() if now is None else now) + TOLERANCE_S
 
 
-def detect_unit(series: pl.Series, *, where: str, now: int | None = None) -> str:
+def detect_unit(
+    series: pl.Series, *, where: str, now: int | None = None, seen: Counter[str] | None = None
+) -> str:
     """``s``, ``ms``, ``us`` or ``ns``: the one unit in which values fall between 1995 and tomorrow.
+
+    Args:
+        seen: values in each unit in the pieces before, to which those here are added.
 
     Raises:
         DataError: no unit, or more than one, has such values. A column of nulls is "s".
     """
     values = series.drop_nulls()
+    seen = Counter() if seen is None else seen
     if not len(values):
-        return "s"
+        return next(iter(seen), "s")
     if values.dtype.is_integer() and values.dtype != pl.UInt64:
         values = values.cast(pl.Int64)
-    counts = {
-        unit: int(values.is_between(EARLIEST * factor, latest(now) * factor).sum())
-        for unit, factor in PER_SECOND.items()
-    }
-    present = [unit for unit, count in counts.items() if count]
+    for unit, factor in PER_SECOND.items():
+        if count := int(values.is_between(EARLIEST * factor, latest(now) * factor).sum()):
+            seen[unit] += count
+    present = [unit for unit in PER_SECOND if seen[unit]]
     if len(present) > 1:
-        mixed = " and ".join(f"{counts[unit]:,} values in {unit}" for unit in present)
+        mixed = " and ".join(f"{seen[unit]:,} values in {unit}" for unit in present)
         raise DataError(
             f"{where} mixes time units: {mixed}; convert them to one unit, or declare "
             "data.time_unit, after which the others count as impossible times"

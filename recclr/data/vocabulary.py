@@ -51,16 +51,12 @@ class Vocabulary:
 
     def counted(self, train_ids: pl.Series) -> Vocabulary:
         """The same ids with the counts of ``train_ids``; ids that are not known count nowhere."""
-        return self.counting(self.encode(train_ids))
+        idx = self.encode(train_ids)
+        return self.with_counts(np.bincount(idx[idx >= 0], minlength=len(self)))
 
-    def counting(self, idx: NDArray[np.int32]) -> Vocabulary:
-        """The same ids with the counts of train rows that are encoded already; -1 counts nowhere.
-
-        Args:
-            idx: int32 [n], as ``encode`` returns it.
-        """
-        known = idx if not len(idx) or idx.min() >= 0 else idx[idx >= 0]
-        return Vocabulary(self.ids, np.bincount(known, minlength=len(self)).astype(np.int64))
+    def with_counts(self, counts: NDArray[np.int64]) -> Vocabulary:
+        """The same ids with other counts: int64 [n]."""
+        return Vocabulary(self.ids, counts.astype(np.int64))
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -101,7 +101,7 @@ def tune(
         on_event({"kind": "stage", "name": "read"})
         for note in left_out(config):
             on_event({"kind": "note", "text": note})
-        data = read_data(config, inputs, with_test=False)
+        data = read_data(config, inputs, with_test=False, workspace=out)
         examples = _validation(data)
         work = read_json(out / DECLARED)
         place = Place(out / RUNNING, out / FINAL, device, stop, on_event=lambda event: None)

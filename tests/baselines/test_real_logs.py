@@ -8,8 +8,8 @@ import torch
 from recclr.baselines import build_baselines, refit_baseline
 from recclr.bootstrap import paired_differences
 from recclr.data.files import expand_path
-from recclr.data.interactions import read
 from recclr.data.prepare import prepare
+from recclr.data.reading import read
 from recclr.evaluate import EvaluationSet, evaluate
 from recclr.settings import FeatureSettings, SplitSettings, TowerSettings
 from recclr.settings.baselines import BaselineSettings

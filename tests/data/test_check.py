@@ -3,7 +3,8 @@
 import polars as pl
 import pytest
 
-from recclr.data.check import check_events, filter_events
+from recclr.data.check import check_events
+from recclr.data.clean import filter_events
 from recclr.data.tables import load_table
 from recclr.errors import ConfigError, DataError
 from recclr.settings import ColumnSettings, DataSettings

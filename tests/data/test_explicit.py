@@ -4,9 +4,9 @@ import polars as pl
 import pytest
 import torch
 
-from recclr.data.interactions import read
 from recclr.data.prepare import prepare
 from recclr.data.prepared import PreparedLog
+from recclr.data.reading import read
 from recclr.errors import ConfigError, DataError
 from recclr.settings import SplitSettings, TowerSettings
 

@@ -10,8 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recclr.data.check import check_events, filter_events
-from recclr.data.filters import cap_users, decay_weights, k_core, weigh_events
+from recclr.data.check import check_events
+from recclr.data.clean import filter_events
+from recclr.data.filters import (
+    cap_users,
+    decay_weights,
+    k_core,
+    refuse_unknown_events,
+    weigh_events,
+)
 from recclr.errors import ConfigError, DataError
 from recclr.settings import ColumnSettings, DataSettings
 
@@ -154,7 +161,7 @@ def test_event_types_weigh_and_others_go():
     codes = frame.with_columns(_event=pl.Series([1, 2, None, 4]))
     assert weigh_events(codes, {"4": 2.0})["item_id"].to_list() == [4]
     with pytest.raises(DataError, match="did you mean 'buy'"):
-        weigh_events(frame, {"Buyy": 1.0})
+        refuse_unknown_events(frame, {"Buyy": 1.0})
 
 
 def test_caps_keep_the_most_recent():

@@ -5,7 +5,8 @@ import pandas as pd
 import polars as pl
 import pytest
 
-from recclr.data.interactions import Log, apply_decay, read, read_log, require_trainable
+from recclr.data.interactions import Log, apply_decay, require_trainable
+from recclr.data.reading import read, read_log
 from recclr.errors import ConfigError, DataError
 from recclr.settings import ColumnSettings, DataSettings, SplitSettings
 

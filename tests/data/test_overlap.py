@@ -4,8 +4,8 @@ import polars as pl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recclr.data.interactions import read
 from recclr.data.overlap import overlaps, sizes
+from recclr.data.reading import read
 
 START = 1_500_000_000
 ROWS = st.lists(

@@ -5,8 +5,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from recclr.data.interactions import Log, read
+from recclr.data.interactions import Log
 from recclr.data.prepare import prepare
+from recclr.data.reading import read
 from recclr.errors import ConfigError, DataError
 from recclr.settings import DataSettings, FeatureSettings, IdSettings, TowerSettings
 

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from recclr.data.files import expand_path
-from recclr.data.interactions import read
+from recclr.data.reading import read
 from recclr.settings import SplitSettings
 
 

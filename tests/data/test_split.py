@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
-from recclr.data.interactions import read
+from recclr.data.reading import read
 from recclr.errors import ConfigError, DataError
 from recclr.settings import SplitSettings
 
