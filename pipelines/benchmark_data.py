@@ -2,17 +2,21 @@
 
     python pipelines/benchmark_data.py                       20 M generated rows; 2 GB of memory
     python pipelines/benchmark_data.py --rows 60_000_000     more of both
+    python pipelines/benchmark_data.py --free-gb 1           as where a GB of memory is free
     python pipelines/benchmark_data.py --json FILE           the same as JSON
 
 A Parquet file of rows in no order, items by a power law, is read as ``recclr train`` reads it
 (checked, duplicates dropped, in log order), split in each way, encoded; then its spectral solution
-is made, and intervals of made-up metrics of a hundredth of its rows' users. Peaks are above what
-the process held before it read anything. Threads are as the environment sets them.
+is made, and intervals of made-up metrics of a hundredth of its rows' users. A log that half of the
+free memory would not hold is read piece by piece and lies on the disk. Peaks are of memory without
+files behind it, above what the process held before it read anything; it is looked at every 5 ms.
+Threads are as the environment sets them.
 """
 
 from __future__ import annotations
 
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,10 +35,13 @@ from rich.table import Table
 
 from recclr.bootstrap import interval_of, resampled_means
 from recclr.config import Config, parse_config
+from recclr.data import reading, sharding
 from recclr.data.prepare import prepare_for
+from recclr.data.prepared import PreparedLog
 from recclr.data.reading import read_log
+from recclr.data.shards import write_shards
 from recclr.files import write_json_atomic
-from recclr.memory import forget_peak, held_bytes, peak_bytes
+from recclr.memory import anonymous_bytes
 from recclr.settings import SplitSettings
 from recclr.spectral import spectral_factors
 
@@ -51,19 +58,27 @@ def main(
     users: Annotated[int | None, typer.Option(min=2, help="by default a 50th of the rows")] = None,
     items: Annotated[int | None, typer.Option(min=2, help="by default a 200th of them")] = None,
     dim: Annotated[int, typer.Option(min=1, help="of the spectral solution")] = 32,
+    free_gb: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="memory to reckon with, by default the free"),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure, and print a line for each step."""
     require_place(json_file)
+    if free_gb is not None:
+        free = int(free_gb * 1e9)
+        reading.available_bytes = sharding.available_bytes = lambda: free
     with tempfile.TemporaryDirectory() as folder:
         events = Path(folder) / "events.parquet"
         _generated(rows, users or max(rows // 50, 2), items or max(rows // 200, 2), events)
-        steps = _measured(parse_config({"data": {"events": str(events)}}), rows, dim)
+        steps = _measured(parse_config({"data": {"events": str(events)}}), rows, dim, Path(folder))
     found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": machine.device_name("cpu"),
         "threads": torch.get_num_threads(),
         "rows": rows,
+        "free_gb": free_gb,
         "steps": steps,
     }
     if json_file is not None:
@@ -83,10 +98,11 @@ def _generated(rows: int, users: int, items: int, path: Path) -> None:
     frame.write_parquet(path)
 
 
-def _measured(config: Config, rows: int, dim: int) -> list[dict[str, Any]]:
+def _measured(config: Config, rows: int, dim: int, folder: Path) -> list[dict[str, Any]]:
     watch = _Watch()
     with watch.step("read"):
-        log = read_log(config.data)
+        log = read_log(config.data, workspace=folder)
+    on_disk = log.disk is not None
     with watch.step("split by time"):
         split = log.split(SplitSettings(by="time", valid=0.1, test=0.1))
     for by, settings in _OTHERS.items():
@@ -96,6 +112,13 @@ def _measured(config: Config, rows: int, dim: int) -> list[dict[str, Any]]:
     with watch.step("encode"):
         prepared = prepare_for(config, split.train, split.valid, ())
     del split
+    with watch.step("write and map again"):
+        prepared.save(folder / "prepared")
+        PreparedLog.load(folder / "prepared")
+    if on_disk:
+        with watch.step("shards to train from"):
+            write_shards(folder / "shards", prepared.tensors.train.stretches(1 << 22))
+        return watch.steps
     with watch.step(f"spectral solution, {dim} dimensions"):
         spectral_factors(prepared.tensors.train, dim=dim)
     judged = max(rows // 100, 2)
@@ -110,15 +133,26 @@ class _Watch:
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
-        self.base = held_bytes() or 0
+        self.base = anonymous_bytes() or 0
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        forget_peak()
+        peaks, done = [self.base], threading.Event()
+
+        def look() -> None:
+            while not done.wait(0.005):
+                peaks.append(anonymous_bytes() or 0)
+
+        looker = threading.Thread(target=look)
+        looker.start()
         start = time.perf_counter()
-        yield
-        seconds, peak = time.perf_counter() - start, peak_bytes()
-        above = None if peak is None else max(0, peak - self.base)
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            done.set()
+            looker.join()
+        above = max(peaks) - self.base
         self.steps.append({"name": name, "seconds": seconds, "peak_bytes": above})
 
 
@@ -133,7 +167,7 @@ def _show(found: dict[str, Any]) -> None:
     )
     for step in found["steps"]:
         peak = step["peak_bytes"]
-        shown = ("", "") if peak is None else (f"{peak / 1e9:.2f} GB", f"{peak / rows:.0f}")
+        shown = f"{peak / 1e9:.2f} GB", f"{peak / rows:.0f}"
         table.add_row(step["name"], f"{step['seconds']:.1f}", *shown)
     Console().print(table)
 

@@ -40,6 +40,11 @@ def held_bytes() -> int | None:
     return _figure(_STATUS, "VmRSS")
 
 
+def anonymous_bytes() -> int | None:
+    """Memory of this process without a file behind it, which the system cannot take back."""
+    return _figure(_STATUS, "RssAnon")
+
+
 def peak_bytes() -> int | None:
     """The most that was resident since ``forget_peak``; None where the system does not say."""
     return _figure(_STATUS, "VmHWM")

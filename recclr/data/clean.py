@@ -35,11 +35,11 @@ def filter_events(clean: CleanEvents, settings: DataSettings) -> CleanEvents:
     Raises:
         DataError: a step left nothing, or a weight is beyond float32; the message names it.
     """
-    frame, steps, found = clean.frame, Steps(clean.steps), replace(clean, frame=pl.DataFrame())
+    rows, steps, found = [clean.frame], Steps(clean.steps), replace(clean, frame=pl.DataFrame())
     del clean
     if settings.event_weights:
-        refuse_unknown_events(frame, settings.event_weights)
-    frame = one_row_per_pair(frame, settings, steps)
+        refuse_unknown_events(rows[0], settings.event_weights)
+    frame = one_row_per_pair(rows.pop(), settings, steps)
     if core := core_setting(settings):
         before, least = frame.height, settings.k_core_item
         frame = k_core(frame, min_per_user=settings.k_core_user, min_per_item=least)

@@ -71,7 +71,8 @@ def rows_near(held: pl.DataFrame, known: pl.DataFrame, disk: Disk | None = None)
     assert held.select(PAIR).schema == known.select(PAIR).schema
     keys = _hashes(held).unique().to_frame()
     found = []
-    for rows in [known] if disk is None else disk.stretches(known):
+    # Each join makes a table of all keys.
+    for rows in [known] if disk is None else disk.stretches(known, keys.height):
         pairs = rows.select(PAIR)
         found.append(pairs.with_columns(_hashes(pairs)).join(keys, on="key", how="semi"))
     return pl.concat(found).drop("key")

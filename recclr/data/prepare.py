@@ -177,11 +177,11 @@ def _column(
     """What ``values`` makes of each row of a column, which lies where the log does."""
     if log.disk is None:
         return values(log.events[name])
-    column = log.disk.array(len(log), dtype)
+    column, done = log.disk.array(len(log), dtype), 0
     # As many at once as may be: whoever looks ids up pays for the whole vocabulary each time.
-    for start in range(0, len(log), log.disk.rows):
-        rows = log.events[name][start : start + log.disk.rows]
-        column[start : start + len(rows)] = values(rows)
+    for rows in log.disk.stretches(log.events.select(name), log.disk.rows):
+        column[done : done + rows.height] = values(rows.to_series())
+        done += rows.height
     return column
 
 

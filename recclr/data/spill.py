@@ -22,6 +22,7 @@ from recclr.errors import DataError
 from recclr.files import clear_errors
 
 _STRETCH = 1 << 22
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,16 @@ class Disk:
         """Rows that are walked together where nothing asks for more."""
         return min(self.rows, _STRETCH)
 
-    def stretches(self, frame: pl.DataFrame) -> Iterator[pl.DataFrame]:
-        """The frame in pieces, in order; one empty piece of an empty frame."""
-        yield frame[: self.stretch]
-        for start in range(self.stretch, frame.height, self.stretch):
-            yield frame[start : start + self.stretch]
+    def stretches(self, frame: pl.DataFrame, least: int = 0) -> Iterator[pl.DataFrame]:
+        """The frame in pieces, in order; one empty piece of an empty frame.
+
+        Args:
+            least: rows of a piece but the last, where each costs something that is worth as many.
+        """
+        rows = max(self.stretch, least)
+        yield frame[:rows]
+        for start in range(rows, frame.height, rows):
+            yield frame[start : start + rows]
 
     def written(self, frames: Iterable[pl.DataFrame]) -> pl.DataFrame:
         """The frames one after another, from a file; at least one, all of one schema.
@@ -73,7 +79,7 @@ class Spill:
         with clear_errors(disk.folder):
             self._file = tempfile.TemporaryFile(dir=disk.folder)  # noqa: SIM115  (``mapped``)
         self._schema: pl.Schema | None = None
-        self._ends: list[int] = []
+        self._places: list[tuple[int, int]] = []
 
     def append(self, frame: pl.DataFrame) -> None:
         """Rows after those so far.
@@ -90,24 +96,26 @@ class Spill:
             )
         if frame.height:
             with clear_errors(self._folder):
+                # Values that are not aligned in the file are copied into memory.
+                self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
+                start = self._file.tell()
                 # One batch: many make many chunks, each with a cost of its own.
                 frame.write_ipc(self._file, record_batch_size=frame.height)
-                self._ends.append(self._file.tell())
+                self._places.append((start, self._file.tell()))
 
     def mapped(self) -> pl.DataFrame:
         """All rows; nothing more can be appended."""
         assert self._schema is not None
         with self._file as file:
-            if not self._ends:
+            if not self._places:
                 return pl.DataFrame(schema=self._schema)
             with clear_errors(self._folder):
                 file.flush()
                 view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        whole, start, frames = pa.py_buffer(view), 0, []
-        for end in self._ends:
+        whole, frames = pa.py_buffer(view), []
+        for start, end in self._places:
             batches = pa.ipc.open_file(pa.BufferReader(whole.slice(start, end - start))).read_all()
             frames.append(pl.DataFrame(pl.from_arrow(batches, rechunk=False)))
-            start = end
         return pl.concat(frames, rechunk=False).cast(self._schema)
 
 

@@ -64,8 +64,9 @@ class DataSettings:
     decay_half_life_d: float | None = None
     """Weight of a train row halves every so many days before the last train row."""
     resident: bool | Literal["auto"] = "auto"
-    """Train from rows in memory, or (false) from memory-mapped files in the run folder, which are
-    removed at the end; ``auto``: from files if memory would be short. The result is the same."""
+    """Read, split and train with rows in memory, or (false) in files in the run folder that are
+    removed at the end, from Parquet piece by piece; ``auto``: in files if memory would be short.
+    The result is the same."""
 
     def __post_init__(self) -> None:
         _check(

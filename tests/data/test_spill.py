@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from recclr.data.spill import Disk, Spill, by_stretches
 from recclr.errors import DataError, StoreError
+from recclr.memory import anonymous_bytes
 
 ROW = st.tuples(
     st.none() | st.integers(0, 2**64 - 1),
@@ -47,8 +48,21 @@ def test_a_part_of_a_frame_takes_the_room_of_its_rows(tmp_path):
     few = frame.filter(pl.int_range(pl.len()) % 100 == 3)
     spill = Spill(Disk(tmp_path, 1000))
     spill.append(few)
-    assert spill._ends[-1] < 200 * (40 + 16) + 4_000
+    assert spill._places[-1][1] < 200 * (40 + 16) + 4_000
     assert spill.mapped().equals(few)
+
+
+def test_what_is_mapped_is_not_copied(tmp_path):
+    """As it is where values are not aligned in the file, of batches of odd lengths."""
+    if anonymous_bytes() is None:
+        pytest.skip("this system does not say how much memory is no file's")
+    spill, rows = Spill(Disk(tmp_path, 10)), 1_000_003
+    for batch in range(6):
+        spill.append(pl.DataFrame({"a": np.arange(rows + batch), "b": np.arange(rows + batch)}))
+    before = anonymous_bytes()
+    mapped = spill.mapped()
+    assert mapped["a"].sum() == sum((rows + b) * (rows + b - 1) // 2 for b in range(6))
+    assert anonymous_bytes() - before < 6 * rows * 16 / 4
 
 
 def test_pieces_of_other_types_are_refused(tmp_path):
