@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recclr.data.grouping import user_items
 from recclr.data.log import Csr, EncodedLog, Prepared
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, DivergedError
 from recclr.intervals import intervals, resampled
-from recclr.metrics import ranking_metrics
+from recclr.metrics import Hits, PerUser
 from recclr.ranking import Ranker
 from recclr.settings.judging import SLICES, EvaluateSettings
 
@@ -93,11 +94,10 @@ class EvaluationSet:
             )
         counts = train.user_counts()
         counts = torch.nn.functional.pad(counts, (0, max(0, int(user_idx.max()) + 1 - len(counts))))
-        histories = history.user_items(len(counts)).take(user_idx)
         return cls(
             user_idx=user_idx,
             relevant=Csr.from_pairs(rows, pairs[:, 1], len(user_idx)),
-            seen=None if keep_seen else histories,
+            seen=None if keep_seen else _histories(history, user_idx),
             item_counts=train.item_counts(),
             user_counts=counts[user_idx],
             num_dropped=all_users - len(user_idx),
@@ -156,7 +156,8 @@ class Evaluation:
 
     Attributes:
         metrics: {slice: {metric: mean}}. intervals: {slice: {metric: (low, high)}}.
-        per_user: {slice: {metric: float64 [users of the slice]}}, in the order of ``user_idx``.
+        per_user: {slice: {metric: float64 [users of the slice]}}, in the order of ``user_idx``; of
+            ``evaluate`` a ``PerUser``, which reckons at each access.
         counts: {slice: {"users", "relevant", "candidates"}}; of all users also ``dropped_users``,
             who had all their held-out items before, and ``repeated_rows``; of cold items among
             cold also ``chance_recall@k``, the expected recall of a random order of the cold items
@@ -165,7 +166,7 @@ class Evaluation:
 
     name: str
     metrics: dict[str, dict[str, float]]
-    per_user: dict[str, dict[str, Tensor]] = field(repr=False)
+    per_user: Mapping[str, Mapping[str, Tensor]] = field(repr=False)
     counts: dict[str, dict[str, float]] = field(repr=False)
     intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict, repr=False)
 
@@ -230,13 +231,15 @@ def evaluate(
     """
     ranked = _Ranked(ranker, max(ks), ranks)
     top = ranked(examples.user_idx, examples.seen, progress=progress)
-    metrics: dict[str, dict[str, Tensor]] = {}
+    metrics: dict[str, dict[str, float]] = {}
+    found_hits: dict[str, Hits] = {}
     counts: dict[str, dict[str, float]] = {}
 
     def add(name: str, queries: Tensor, relevant: Csr, hits: Tensor, candidates: int) -> None:
         if not len(queries):
             return
-        metrics[name] = ranking_metrics(hits, relevant.lengths(), ks)
+        found_hits[name] = Hits.of(hits, relevant.lengths(), ks)
+        metrics[name] = {m: float(v.mean()) for m, v in found_hits[name].metrics().items()}
         counts[name] = {
             "users": len(queries),
             "relevant": len(relevant.values),
@@ -277,8 +280,8 @@ def evaluate(
                 counts["cold_items_among_cold"][f"chance_recall@{k}"] = chance
     result = Evaluation(
         name=ranker.name,
-        metrics={s: {m: float(v.mean()) for m, v in found.items()} for s, found in metrics.items()},
-        per_user=metrics,
+        metrics=metrics,
+        per_user=PerUser(found_hits),
         counts=counts,
     )
     if not num_bootstrap:
@@ -369,16 +372,33 @@ def _distinct_pairs(log: EncodedLog) -> Tensor:
 
 
 def _rows_of(log: EncodedLog, users: Tensor) -> EncodedLog:
-    """The rows of some users (int64, distinct), in their order."""
+    """The users and items of the rows of some users (int64, distinct), in their order."""
     # The last place stands for all users beyond them.
     most = int(users.max()) + 1
     wanted = torch.zeros(most + 1, dtype=torch.bool)
     wanted[users] = True
-    rows = [
-        wanted[part.long().clamp(max=most)].nonzero().squeeze(1) + number * _STRETCH
-        for number, part in enumerate(torch.split(log.user_idx, _STRETCH))
-    ]
-    return log.rows(torch.cat(rows))
+    counts = log.user_counts()
+    size = int(counts[users[users < len(counts)]].sum())
+    # Filled, not put together from pieces: for a moment they would all be there twice.
+    found, done = torch.empty((2, size), dtype=torch.int32), 0
+    for rows in log.stretches(_STRETCH):
+        own = wanted[rows.user_idx.long().clamp(max=most)]
+        some = torch.stack([rows.user_idx[own], rows.item_idx[own]])
+        found[:, done : done + some.shape[1]] = some
+        done += some.shape[1]
+    return EncodedLog(found[0], found[1], log.num_users, log.num_items)
+
+
+def _histories(log: EncodedLog, users: Tensor) -> Csr:
+    """Items of each of some users (int64 [Q], rising) in log order, Q rows."""
+    places = torch.full((int(users.max()) + 1,), -1, dtype=torch.int32)
+    places[users] = torch.arange(len(users), dtype=torch.int32)
+    # Users whose held-out items were all repeats may have larger numbers than any of these.
+    own = places[log.user_idx.clamp(max=len(places) - 1)]
+    own[log.user_idx >= len(places)] = -1
+    known = own >= 0
+    rows = EncodedLog(own[known], log.item_idx[known], len(users), log.num_items)
+    return user_items(rows)
 
 
 def _joined(train: EncodedLog, later: EncodedLog) -> EncodedLog:
@@ -395,9 +415,13 @@ def _joined(train: EncodedLog, later: EncodedLog) -> EncodedLog:
 def _in_log(pairs: Tensor, log: EncodedLog) -> Tensor:
     """Bool [P]: pairs that are rows of the log."""
     width = log.num_items + 1
-    keys = torch.unique(log.user_idx.long() * width + log.item_idx.long() + 1)
-    if not len(keys):
-        return torch.zeros(len(pairs), dtype=torch.bool)
-    wanted = pairs[:, 0] * width + pairs[:, 1] + 1
-    place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-    return torch.eq(keys[place], wanted)
+    wanted, order = (pairs[:, 0] * width + pairs[:, 1] + 1).sort()
+    found = torch.zeros(len(pairs), dtype=torch.bool)
+    if not len(pairs):
+        return found
+    for rows in log.stretches(_STRETCH):
+        # In their order, neighbours are looked for near each other.
+        keys = (rows.user_idx.long() * width + rows.item_idx.long() + 1).sort().values
+        place = torch.searchsorted(wanted, keys).clamp(max=len(wanted) - 1)
+        found[place[wanted[place] == keys]] = True
+    return torch.empty_like(found).index_copy_(0, order, found)

@@ -10,12 +10,12 @@ from torch import Tensor
 from recclr.bootstrap import interval_of, resampled_means
 
 # Of a ranker: {slice: {metric: float64 [users of the slice]}}.
-PerUser = Mapping[str, Mapping[str, Tensor]]
+Figures = Mapping[str, Mapping[str, Tensor]]
 # Of a ranker: {slice: {metric: float64 [resamples]}}.
 Resampled = dict[str, dict[str, Tensor]]
 
 
-def resampled(rankers: Sequence[PerUser], num_bootstrap: int, *, seed: int = 0) -> list[Resampled]:
+def resampled(rankers: Sequence[Figures], num_bootstrap: int, *, seed: int = 0) -> list[Resampled]:
     """Means of every metric over resampled users of each slice, by ranker.
 
     Many rankers cost hardly more than one.
@@ -29,11 +29,16 @@ def resampled(rankers: Sequence[PerUser], num_bootstrap: int, *, seed: int = 0) 
     """
     found: list[Resampled] = [{} for _ in rankers]
     for part in rankers[0] if rankers else ():
-        columns = [values for ranker in rankers for values in ranker[part].values()]
-        means = resampled_means(torch.stack(columns, 1), num_bootstrap, seed=seed)
+        # One ranker's figures after the other: they may be reckoned only now.
+        names, columns = [], []
+        for ranker in rankers:
+            figures = ranker[part]
+            names.append(list(figures))
+            columns.append(torch.stack(list(figures.values()), 1))
+        means = resampled_means(torch.cat(columns, 1), num_bootstrap, seed=seed)
         each = iter(means.unbind(1))
-        for own, ranker in zip(found, rankers, strict=True):
-            own[part] = {metric: next(each) for metric in ranker[part]}
+        for own, metrics in zip(found, names, strict=True):
+            own[part] = {metric: next(each) for metric in metrics}
     return found
 
 

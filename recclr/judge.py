@@ -91,9 +91,10 @@ def differences(
     for part, ours in model.per_user.items():
         keys, columns, drawn = [], [], []
         for other, theirs in zip(others, means[1:], strict=True):
+            figures = other.per_user[part]
             for metric in metrics:
                 keys.append((other.name, metric))
-                columns.append(ours[metric] - other.per_user[part][metric])
+                columns.append(ours[metric] - figures[metric])
                 drawn.append(means[0][part][metric] - theirs[part][metric])
         if part == "cold_items_among_cold":
             metric = f"recall@{k}"

@@ -5,12 +5,16 @@ Shape letters: Q queries, K ranked items (the longest cut-off).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from recclr.errors import ShapeError
+
+# Queries whose metrics are reckoned together: what stands between takes some kilobytes for each.
+_ROWS = 1 << 14
 
 DEFINITIONS = {
     "recall@k": "hits in the top k / number of relevant items",
@@ -45,18 +49,67 @@ def ranking_metrics(
     Raises:
         ShapeError: K is below the largest cut-off, or a query has nothing relevant.
     """
-    if hits_QK.ndim != 2 or hits_QK.shape[1] < max(ks) or len(num_relevant_Q) != len(hits_QK):
-        raise ShapeError(
-            f"expected hits [Q, at least {max(ks)}] and {len(hits_QK)} relevant counts, found "
-            f"{tuple(hits_QK.shape)} and {len(num_relevant_Q)}"
-        )
-    if len(num_relevant_Q) and int(num_relevant_Q.min()) < 1:
-        raise ShapeError("a query without relevant items has no metrics; drop and count it")
-    # Most users have no hit in a large corpus, and nothing to reckon with.
-    some = hits_QK.any(1).nonzero().squeeze(1)
-    found = _of_hits(hits_QK[some].double(), num_relevant_Q[some].double(), ks)
-    nothing = torch.zeros(len(hits_QK), dtype=torch.float64, device=hits_QK.device)
-    return {name: nothing.index_put((some,), values) for name, values in found.items()}
+    return Hits.of(hits_QK, num_relevant_Q, ks).metrics()
+
+
+@dataclass(frozen=True, eq=False)
+class Hits:
+    """What metrics are reckoned from, in a tenth of what these take: 224 bytes a query at four ks.
+
+    Attributes:
+        num_queries: Q. ks: cut-offs.
+        rows: int64 [R], rising: queries that have a hit. In a large corpus most have none, and
+            nothing to reckon with.
+        hits: bool [R, K]. num_relevant: integer [R].
+    """
+
+    num_queries: int
+    ks: tuple[int, ...]
+    rows: Tensor
+    hits: Tensor
+    num_relevant: Tensor
+
+    @classmethod
+    def of(cls, hits_QK: Tensor, num_relevant_Q: Tensor, ks: Sequence[int]) -> Hits:
+        """See ``ranking_metrics``."""
+        if hits_QK.ndim != 2 or hits_QK.shape[1] < max(ks) or len(num_relevant_Q) != len(hits_QK):
+            raise ShapeError(
+                f"expected hits [Q, at least {max(ks)}] and {len(hits_QK)} relevant counts, found "
+                f"{tuple(hits_QK.shape)} and {len(num_relevant_Q)}"
+            )
+        if len(num_relevant_Q) and int(num_relevant_Q.min()) < 1:
+            raise ShapeError("a query without relevant items has no metrics; drop and count it")
+        rows = hits_QK.any(1).nonzero().squeeze(1)
+        return cls(len(hits_QK), tuple(ks), rows, hits_QK[rows], num_relevant_Q[rows])
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Float64 [Q] each, by name."""
+        found: dict[str, Tensor] = {}
+        parts = (torch.split(t, _ROWS) for t in (self.rows, self.hits, self.num_relevant))
+        for rows, hits, num_relevant in zip(*parts, strict=True):
+            for name, values in _of_hits(hits.double(), num_relevant.double(), self.ks).items():
+                if name not in found:
+                    found[name] = values.new_zeros(self.num_queries)
+                found[name][rows] = values
+        return found
+
+
+class PerUser(Mapping[str, Mapping[str, Tensor]]):
+    """{slice: {metric: float64 [queries of the slice]}}, reckoned anew whenever a slice is asked
+    for: kept for every ranker, the figures of a million users would take gigabytes.
+    """
+
+    def __init__(self, hits: Mapping[str, Hits]) -> None:
+        self._hits = hits
+
+    def __getitem__(self, part: str) -> dict[str, Tensor]:
+        return self._hits[part].metrics()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._hits)
+
+    def __len__(self) -> int:
+        return len(self._hits)
 
 
 def _of_hits(hits: Tensor, relevant: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
