@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recclr.data.grouping import user_items
+from recclr.data.held_out import distinct_pairs, histories, joined, pairs_in, rows_of_users
 from recclr.data.log import Csr, EncodedLog, Prepared
 from recclr.distributed import ALONE, Ranks
 from recclr.errors import ConfigError, DivergedError
@@ -25,8 +25,6 @@ _CHUNK = 8192
 # Queries that stay together on one rank: a tile of ``topk``, so that every tile is scored by the
 # same multiplication, to the bit, on any number of ranks.
 _BLOCK = 256
-# Rows of a log that are looked at together.
-_STRETCH = 1 << 22
 _SHOWN = ("recall@", "ndcg@")
 _HEAD, _TORSO = 0.2, 0.8
 
@@ -75,16 +73,16 @@ class EvaluationSet:
         held_out, train = prepared.held_out, prepared.train
         if held_out is None or not len(held_out):
             raise ConfigError("there are no held-out rows to evaluate on")
-        pairs = _distinct_pairs(held_out)
+        pairs = distinct_pairs(held_out)
         judged = torch.unique(pairs[:, 0])
         all_users = len(judged)
         # Most users of a large log may have nothing held out, and are neither sorted nor grouped.
-        history = _rows_of(train, judged)
+        history = rows_of_users(train, judged)
         if also_seen is not None:
-            history = _joined(history, _rows_of(also_seen, judged))
+            history = joined(history, rows_of_users(also_seen, judged))
         num_repeats = 0
         if not keep_seen:
-            again = _in_log(pairs, history)
+            again = pairs_in(pairs, history)
             pairs, num_repeats = pairs[~again], int(again.sum())
         user_idx, rows = torch.unique(pairs[:, 0], return_inverse=True)
         if not len(user_idx):
@@ -97,7 +95,7 @@ class EvaluationSet:
         return cls(
             user_idx=user_idx,
             relevant=Csr.from_pairs(rows, pairs[:, 1], len(user_idx)),
-            seen=None if keep_seen else _histories(history, user_idx),
+            seen=None if keep_seen else histories(history, user_idx),
             item_counts=train.item_counts(),
             user_counts=counts[user_idx],
             num_dropped=all_users - len(user_idx),
@@ -356,72 +354,3 @@ def _num_seen(seen: Csr | None, among: Tensor, num_queries: int) -> Tensor:
     keys = torch.unique(seen.row_numbers() * len(among) + seen.values.long())
     rows = (keys // len(among))[among[keys % len(among)]]
     return torch.bincount(rows, minlength=num_queries).double()
-
-
-def _distinct_pairs(log: EncodedLog) -> Tensor:
-    """int64 [P, 2] distinct (user, item) pairs, rising; every item outside the corpus is its own.
-
-    Items outside carry -1 and cannot be told apart here, so each such row counts once.
-    """
-    users, items = log.user_idx.long(), log.item_idx.long()
-    inside = items >= 0
-    keys = torch.unique(users[inside] * log.num_items + items[inside])
-    known = torch.stack([keys // log.num_items, keys % log.num_items], 1)
-    unknown = torch.stack([users[~inside], items[~inside]], 1)
-    return torch.cat([known, unknown])
-
-
-def _rows_of(log: EncodedLog, users: Tensor) -> EncodedLog:
-    """The users and items of the rows of some users (int64, distinct), in their order."""
-    # The last place stands for all users beyond them.
-    most = int(users.max()) + 1
-    wanted = torch.zeros(most + 1, dtype=torch.bool)
-    wanted[users] = True
-    counts = log.user_counts()
-    size = int(counts[users[users < len(counts)]].sum())
-    # Filled, not put together from pieces: for a moment they would all be there twice.
-    found, done = torch.empty((2, size), dtype=torch.int32), 0
-    for rows in log.stretches(_STRETCH):
-        own = wanted[rows.user_idx.long().clamp(max=most)]
-        some = torch.stack([rows.user_idx[own], rows.item_idx[own]])
-        found[:, done : done + some.shape[1]] = some
-        done += some.shape[1]
-    return EncodedLog(found[0], found[1], log.num_users, log.num_items)
-
-
-def _histories(log: EncodedLog, users: Tensor) -> Csr:
-    """Items of each of some users (int64 [Q], rising) in log order, Q rows."""
-    places = torch.full((int(users.max()) + 1,), -1, dtype=torch.int32)
-    places[users] = torch.arange(len(users), dtype=torch.int32)
-    # Users whose held-out items were all repeats may have larger numbers than any of these.
-    own = places[log.user_idx.clamp(max=len(places) - 1)]
-    own[log.user_idx >= len(places)] = -1
-    known = own >= 0
-    rows = EncodedLog(own[known], log.item_idx[known], len(users), log.num_items)
-    return user_items(rows)
-
-
-def _joined(train: EncodedLog, later: EncodedLog) -> EncodedLog:
-    """Both logs' pairs, of users and items that have an index in train."""
-    known = (later.user_idx < train.num_users) & (later.item_idx >= 0)
-    return EncodedLog(
-        torch.cat([train.user_idx, later.user_idx[known]]),
-        torch.cat([train.item_idx, later.item_idx[known]]),
-        train.num_users,
-        train.num_items,
-    )
-
-
-def _in_log(pairs: Tensor, log: EncodedLog) -> Tensor:
-    """Bool [P]: pairs that are rows of the log."""
-    width = log.num_items + 1
-    wanted, order = (pairs[:, 0] * width + pairs[:, 1] + 1).sort()
-    found = torch.zeros(len(pairs), dtype=torch.bool)
-    if not len(pairs):
-        return found
-    for rows in log.stretches(_STRETCH):
-        # In their order, neighbours are looked for near each other.
-        keys = (rows.user_idx.long() * width + rows.item_idx.long() + 1).sort().values
-        place = torch.searchsorted(wanted, keys).clamp(max=len(wanted) - 1)
-        found[place[wanted[place] == keys]] = True
-    return torch.empty_like(found).index_copy_(0, order, found)

@@ -312,6 +312,33 @@ def test_chunks_of_queries_do_not_change_anything(chunk, monkeypatch):
     assert calls == [(min(end, queries), queries) for end in range(chunk, queries + chunk, chunk)]
 
 
+@pytest.mark.parametrize("also", [False, True])
+@pytest.mark.parametrize("length", [1, 3, 17])
+def test_stretches_of_the_log_do_not_change_what_is_judged(length, also, monkeypatch):
+    draws = torch.Generator().manual_seed(4)
+
+    def some(count, least=0):
+        users = torch.randint(NUM_USERS + 3 * (least < 0), (count,), generator=draws).tolist()
+        items = torch.randint(least, NUM_ITEMS, (count,), generator=draws).tolist()
+        return list(zip(users, items, strict=True))
+
+    prepared = prepared_of(some(40), some(30, least=-1))
+    later = log_of(some(9)) if also else None
+    whole = EvaluationSet.from_prepared(prepared, also_seen=later)
+    assert whole.num_repeats
+    assert whole.num_dropped or len(whole.user_idx) > 5
+    monkeypatch.setattr("recclr.data.held_out._STRETCH", length)
+    monkeypatch.setattr("recclr.data.grouping._ROWS", length)
+    found = EvaluationSet.from_prepared(prepared, also_seen=later)
+    for name in ("user_idx", "item_counts", "user_counts"):
+        assert torch.equal(getattr(found, name), getattr(whole, name)), name
+    for name in ("relevant", "seen"):
+        ours, theirs = getattr(found, name), getattr(whole, name)
+        assert torch.equal(ours.offsets, theirs.offsets)
+        assert torch.equal(ours.values, theirs.values)
+    assert (found.num_dropped, found.num_repeats) == (whole.num_dropped, whole.num_repeats)
+
+
 def test_only_the_slices_asked_for_are_judged():
     prepared, ranker = random_case()
     examples = EvaluationSet.from_prepared(prepared)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ir_measures import AP, RR, P, R, Success, nDCG
 
 from recclr.errors import ShapeError
-from recclr.metrics import DEFINITIONS, ranking_metrics
+from recclr.metrics import DEFINITIONS, Hits, PerUser, ranking_metrics
 from recclr.settings import METRIC_NAMES
 
 KS = (1, 3, 4, 10)
@@ -124,6 +124,25 @@ def test_wrong_shapes_and_users_without_relevant_items_are_refused():
         ranking_metrics(hits, torch.ones(3), (2,))
     with pytest.raises(ShapeError, match="drop and count"):
         ranking_metrics(hits, torch.tensor([1, 0]), (2,))
+
+
+@given(rankings(), st.sampled_from([1, 2, 5]))
+@settings(deadline=None, max_examples=40)
+def test_figures_of_users_are_the_same_whenever_and_however_they_are_reckoned(cases, together):
+    hits, relevant = as_hits(cases)
+    expected = ranking_metrics(hits, relevant, KS)
+    none = Hits.of(hits[:0], relevant[:0], KS)
+    figures = PerUser({"all": Hits.of(hits, relevant, KS), "none": none})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recclr.metrics._ROWS", together)
+        found = dict(figures)
+    assert list(found) == list(figures) == ["all", "none"]
+    assert len(figures) == 2
+    assert found["all"].keys() == found["none"].keys() == expected.keys()
+    for name, values in expected.items():
+        assert torch.equal(found["all"][name], values)
+        assert found["none"][name].shape == (0,)
+    assert len(figures._hits["all"].rows) == int(hits.any(1).sum())
 
 
 def test_every_metric_is_defined_in_words():

@@ -94,6 +94,21 @@ def test_nothing_is_made_that_is_not_wanted(wanted, names):
     assert {name.partition(".")[0] for name in found} == names
 
 
+@given(rows=events, length=st.sampled_from([1, 3, 100]))
+def test_items_of_users_are_those_of_one_sort(rows, length):
+    log = log_of(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouping, "_ROWS", length)
+        found = grouping.user_items(log)
+    expected = log.user_items()
+    assert torch.equal(found.offsets, expected.offsets)
+    assert torch.equal(found.values, expected.values)
+    assert found.values.dtype == torch.int32
+    none = grouping.user_items(log.rows(slice(0, 0)))
+    assert none.offsets.tolist() == [0] * (NUM_USERS + 1)
+    assert not len(none.values)
+
+
 def test_without_time_there_are_no_times():
     found = joined(log_of([(0, 1, 2), (3, 4, 5)], timed=False))
     assert not {"user_times", "item_times"} & found.keys()
