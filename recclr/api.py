@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -82,15 +84,18 @@ class TwoTower:
             warnings.warn(sentence, stacklevel=2)
         kept = valid
         device = pick_device(device)
-        with RunProgress(settings.evaluate.select, quiet=not progress) as shown:
+        with (
+            RunProgress(settings.evaluate.select, quiet=not progress) as shown,
+            _workspace(train) as workspace,
+        ):
             extra = [] if valid is None or settings.train.refit else [valid]
             prepared = prepare_for(settings, train, valid, extra)
             prepared = with_teacher(prepared, settings, of_selection=valid is not None)
-            model, steps = _trained(settings, prepared, device, shown)
+            model, steps = _trained(settings, prepared, device, shown, workspace)
             if valid is not None and settings.train.refit:
                 prepared, kept = prepare_for(settings, train.concat(valid), None, []), None
                 prepared = with_teacher(prepared, settings, of_selection=False)
-                model, _ = _trained(settings, prepared, device, shown, num_steps=steps)
+                model, _ = _trained(settings, prepared, device, shown, workspace, num_steps=steps)
         return cls(settings, prepared, ranker_of(model, prepared.tensors.cutoff), kept)
 
     @classmethod
@@ -171,11 +176,22 @@ class TwoTower:
         return ship(self.prepared, self.ranker, target, run=None, config=self.config, name=name)
 
 
+@contextmanager
+def _workspace(log: Log) -> Iterator[Path | None]:
+    """A folder for what training makes of a log that lies on the disk; None of others."""
+    if log.disk is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="recclr-", dir=log.disk.folder) as folder:
+        yield Path(folder)
+
+
 def _trained(
     settings: Config,
     prepared: PreparedLog,
     device: str,
     shown: Callable[[dict[str, Any]], None],
+    workspace: Path | None,
     *,
     num_steps: int | None = None,
 ) -> tuple[Model, int]:
@@ -201,6 +217,7 @@ def _trained(
         on_event=shown,
         monitor=None if examples is None else monitor_of(prepared.tensors, examples, settings),
         num_steps=num_steps,
+        workspace=workspace,
     )
     return model, result.best_step
 

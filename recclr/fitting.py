@@ -30,6 +30,9 @@ from recclr.train import FitResult, fit
 from recclr.watching import temperature_figures
 from recclr.within import item_groups
 
+# Rows that stand for a log on the disk where a few steps are tried.
+_SOME_ROWS = 1 << 22
+
 Judge = Callable[[EmbeddingRanker], dict[str, float]]
 
 
@@ -71,9 +74,14 @@ def _teacher(config: Config, prepared: Prepared) -> Teacher | None:
 def fresh_stepper(config: Config, prepared: Prepared, *, device: str) -> Stepper:
     """A fresh model in the hands of its trainer, for steps that nobody keeps.
 
+    Of a log that does not fit in memory they are steps on its last rows.
+
     Raises:
         ConfigError: the settings do not fit the log, the model or the device.
     """
+    if prepared.train.mapped_for is not None:
+        some = slice(max(0, len(prepared.train) - _SOME_ROWS), None)
+        prepared = replace(prepared, train=prepared.train.rows(some))
     return Stepper(
         fresh_model(config, prepared).to(device).train(),
         training_log(config, prepared).to(device),

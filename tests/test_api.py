@@ -4,9 +4,11 @@ import json
 
 import polars as pl
 import pytest
+import torch
 from polars.testing import assert_frame_equal
 
 import recclr
+from recclr.data.sharding import rows_for_training
 from recclr.errors import CheckpointError, ConfigError, DataError, StoreError
 from recclr.export import open_store
 
@@ -63,6 +65,25 @@ def test_frames_in_memory_and_files_are_the_same_log(paths, parts, model):
     train, valid, _ = recclr.read(**frames).split_by_time(valid=0.1, test=0.1)
     again = recclr.TwoTower.fit(train, valid=valid, config=QUICK, device="cpu", progress=False)
     assert_frame_equal(again.recommend(k=4), model.recommend(k=4))
+
+
+def test_a_log_on_the_disk_gives_the_same_model(paths, parts, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("recclr.data.reading.available_bytes", lambda: 5 * 65 * 97)
+    monkeypatch.setattr("recclr.data.reading._LEAST_ROWS", 97)
+    train, valid, test = recclr.read(**paths).split_by_time(valid=0.1, test=0.1)
+    assert train.disk.rows == 97
+    said = []
+    monkeypatch.setattr(
+        "recclr.fitting.rows_for_training",
+        lambda *a, **k: rows_for_training(*a, **k | {"say": said.append}),
+    )
+    found = recclr.TwoTower.fit(train, valid=valid, config=QUICK, device="cpu", progress=False)
+    assert "training reads its rows from files" in said[0]
+    assert torch.equal(found.ranker.user_vectors, model.ranker.user_vectors)
+    assert torch.equal(found.ranker.item_vectors, model.ranker.item_vectors)
+    assert found.evaluate(test).metrics == model.evaluate(parts[2]).metrics
+    assert not list(tmp_path.iterdir())
 
 
 def test_evaluate_leaves_out_what_users_had_in_validation(model, parts):
@@ -224,7 +245,7 @@ def test_load_of_what_is_no_run(tmp_path, small_run):
 
 
 def test_names_of_the_package():
-    assert recclr.read is recclr.data.interactions.read
+    assert recclr.read is recclr.data.reading.read
     with pytest.raises(AttributeError, match="'TwoTowers'"):
         recclr.TwoTowers  # noqa: B018
 

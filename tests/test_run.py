@@ -189,6 +189,27 @@ def test_check_tells_steps_and_split(recclr, small_config):
     assert recclr("check", "--config", small_config).code == 0
 
 
+def test_check_of_a_log_on_the_disk_tries_steps_on_its_last_rows(
+    recclr, small_config, tmp_path, monkeypatch
+):
+    asked = ("check", "--config", small_config, "--batch-sizes", "--device", "cpu", "--json")
+    expected = json.loads(recclr(*asked).out)
+    monkeypatch.setattr(reading, "available_bytes", lambda: 5 * reading._ROW_BYTES * 97)
+    monkeypatch.setattr(reading, "_LEAST_ROWS", 97)
+    monkeypatch.setattr("recclr.fitting._SOME_ROWS", 300)
+    done = recclr(*asked)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert {trial["batch_size"] for trial in found.pop("batch_sizes")} >= {256}
+    for figures in (found, expected):
+        figures.pop("fastest_batch_size")
+    expected.pop("batch_sizes")
+    notes = found.pop("notes")
+    assert "piece by piece" in notes[0]
+    assert notes[1:] == expected.pop("notes")
+    assert found == expected
+
+
 def test_resuming_a_finished_run_changes_nothing(recclr, small_run, small_config):
     before = {p: p.read_bytes() for p in small_run.rglob("*") if p.is_file()}
     done = recclr("train", "--config", small_config, "--out", small_run, "--resume")
