@@ -102,7 +102,8 @@ def check_events(
         _refuse_bad_rows(table, num_rows, quarantine, reasons, settings)
     steps.record("bad_rows", num_rows, frame.height, setting="data.columns")
     if pieces is not None:
-        pieces.told(table, quarantine, reasons, notes)
+        # Of rows that nobody keeps, such as those without times, nothing is to be said.
+        pieces.told(table, quarantine, reasons, notes if frame.height else ())
     return CleanEvents(frame, steps.counts, quarantine, notes)
 
 

@@ -15,6 +15,7 @@ from recclr.data.spill import Disk, Spill
 
 ROW = "_row"
 """The place of a row in the whole, where its part has to know it."""
+_COLUMNS = ("user_id", "item_id", "timestamp", "weight")
 # Files that are written to at the same time, at most; processes have 1,024 by default.
 _MOST_PARTS = 512
 # Moments that are looked at for each range of time, so that ranges have about as many rows.
@@ -102,18 +103,14 @@ def in_order(parts: Sequence[pl.DataFrame], disk: Disk, *, heavy_first: bool) ->
     timed = "timestamp" in parts[0].columns
     key = "timestamp" if timed else ROW
     ranges = in_ranges(parts, key, disk)
-    names = [name for name in _column_order(parts[0]) if not name.startswith("_")]
+    # The order that ``check`` gives them.
+    names = [name for name in _COLUMNS if name in parts[0].columns]
 
     def ordered(rows: pl.DataFrame) -> pl.DataFrame:
         rows = in_log_order(rows, heavy_first=heavy_first) if timed else rows.sort(ROW)
         return rows.select(names)
 
     return disk.written(map(ordered, ranges))
-
-
-def _column_order(frame: pl.DataFrame) -> list[str]:
-    """As ``check`` gives them."""
-    return [name for name in ("user_id", "item_id", "timestamp", "weight") if name in frame]
 
 
 def in_ranges(parts: Sequence[pl.DataFrame], key: str, disk: Disk) -> Iterator[pl.DataFrame]:

@@ -44,7 +44,7 @@ def clean_on_disk(
     seen = PiecesSeen()
     checked = _checked(pieces, settings, disk, users, items, seen)
     parts = dealt_by_user(checked, pieces.num_rows, disk)
-    seen.refuse(settings)  # before anything is made of the rows
+    seen.refuse(settings)
     steps = Steps(seen.steps.counts, in_pieces=True)
     core = core_setting(settings)
     parts = _part_by_part(

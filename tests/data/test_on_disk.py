@@ -187,7 +187,7 @@ def test_a_time_in_another_unit_is_refused_whichever_piece_it_is_in(tmp_path, sm
 
 
 def test_pieces_without_times_take_the_unit_of_the_others(tmp_path, small_disk):
-    times = [None if row % 40 > 20 else (START + row) * 1000 for row in range(60)]
+    times = [None if (row + 20) % 40 > 20 else (START + row) * 1000 for row in range(60)]
     frame = pl.DataFrame({"user_id": range(60), "item_id": [1] * 60, "timestamp": times})
     frame.write_parquet(tmp_path / "events.parquet")
     memory, disk = both(tmp_path / "events.parquet", where={"timestamp": "not null"})
