@@ -214,6 +214,23 @@ def clear_errors(path: Path) -> Iterator[None]:
         raise StoreError(f"writing {path} failed: {error}") from error
 
 
+@contextmanager
+def with_errno(*kinds: type[Exception]) -> Iterator[None]:
+    """Give errors of libraries in Rust, which name the number in their text, to ``clear_errors``.
+
+    Args:
+        kinds: what they raise.
+    """
+    try:
+        yield
+    except kinds as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number)) from error
+
+
 def fault_point(name: str) -> None:
     """Fail here if ``RECCLR_FAULT=point:count:action`` says so; for tests of crashes only.
 

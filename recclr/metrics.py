@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -95,15 +96,20 @@ class Hits:
 
 
 class PerUser(Mapping[str, Mapping[str, Tensor]]):
-    """{slice: {metric: float64 [queries of the slice]}}, reckoned anew whenever a slice is asked
-    for: kept for every ranker, the figures of a million users would take gigabytes.
+    """{slice: {metric: float64 [queries of the slice]}}, not to be written into.
+
+    Reckoned when another slice than the last one is asked for: kept for every slice and ranker, the
+    figures of a million users would take gigabytes.
     """
 
     def __init__(self, hits: Mapping[str, Hits]) -> None:
         self._hits = hits
+        self._last: tuple[str, Mapping[str, Tensor]] | None = None
 
-    def __getitem__(self, part: str) -> dict[str, Tensor]:
-        return self._hits[part].metrics()
+    def __getitem__(self, part: str) -> Mapping[str, Tensor]:
+        if self._last is None or self._last[0] != part:
+            self._last = part, MappingProxyType(self._hits[part].metrics())
+        return self._last[1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._hits)

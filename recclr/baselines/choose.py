@@ -173,7 +173,8 @@ def _fitted(
 def _obstacle(name: str, prepared: Prepared, settings: BaselineSettings) -> str | None:
     """Why the data do not allow a baseline, or None."""
     log = prepared.train
-    if name not in ("popularity", "recent_popularity") and not fits_in_memory(len(log)):
+    on_disk = log.mapped_for is not None and not fits_in_memory(len(log))
+    if on_disk and name not in ("popularity", "recent_popularity"):
         return f"its {len(log):,} train rows do not fit in the memory that is free"
     if name.startswith("recent") and log.timestamp is None:
         return "the log has no timestamps"

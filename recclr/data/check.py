@@ -6,7 +6,6 @@ the anonymous rows of a shop from being errors. What follows is ``clean``.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +15,7 @@ from recclr.data.files import closest
 from recclr.data.filters import StepCount, Steps
 from recclr.data.ids import canonical_ids
 from recclr.data.tables import Table, require_columns
-from recclr.data.times import EARLIEST, latest, read_times
+from recclr.data.times import EARLIEST, TimesSeen, latest, read_times
 from recclr.data.where import where_masks
 from recclr.errors import ConfigError, DataError
 from recclr.settings import ColumnSettings, DataSettings
@@ -95,7 +94,7 @@ def check_events(
         raw.keep(mask)
         setting = f"data.where.{key} = {settings.where[key]!r}"
         steps.record(f"where {key}", before, raw.frame.height, setting=setting)
-    frame, reasons = raw.canonical(notes, now, None if pieces is None else pieces.units)
+    frame, reasons = raw.canonical(notes, now, None if pieces is None else pieces.times)
     num_rows = frame.height
     frame, quarantine = _take_bad_rows(raw, frame, reasons)
     if pieces is None or settings.bad_rows == "refuse":
@@ -111,12 +110,12 @@ class PiecesSeen:
     """What is kept of the pieces of one table while ``check_events`` sees one after another.
 
     Attributes:
-        steps: of all of them. units: of their times, see ``times.detect_unit``.
+        steps: of all of them. times: what is known of their times.
         quarantine: bad rows that were dropped. notes: each once.
     """
 
-    def __init__(self) -> None:
-        self.steps, self.units = Steps(in_pieces=True), Counter[str]()
+    def __init__(self, times: TimesSeen) -> None:
+        self.steps, self.times = Steps(in_pieces=True), times
         self.notes: dict[str, None] = {}
         self._bad: list[pl.DataFrame] = []
         self._last: tuple[Table, list[Reason]] | None = None
@@ -142,6 +141,7 @@ class PiecesSeen:
         assert self._last is not None
         num_rows = next(step.rows_in for step in self.steps.counts if step.name == "bad_rows")
         table, reasons = self._last
+        self.times.refuse_undecided(f"{table.label}: column {settings.columns.timestamp!r}")
         _refuse_bad_rows(table, num_rows, self.quarantine, reasons, settings)
         self.steps.refuse_empty()
 
@@ -205,12 +205,12 @@ class _RawRows:
         self.users, self.items = self.users.filter(mask), self.items.filter(mask)
 
     def canonical(
-        self, notes: list[str], now: int | None, units: Counter[str] | None
+        self, notes: list[str], now: int | None, seen: TimesSeen | None
     ) -> tuple[pl.DataFrame, list[Reason]]:
         """Canonical columns, and per kind of bad row (column, reason, expression).
 
         Args:
-            units: of the times in earlier pieces of the table, where it comes in some.
+            seen: of the times in earlier pieces of the table, where it comes in some.
         """
         series = {"user_id": self.users, "item_id": self.items}
         reasons = [
@@ -220,7 +220,7 @@ class _RawRows:
         if self.columns.timestamp:
             raw = self.column("timestamp")
             where = self.where("timestamp")
-            times = read_times(raw, unit=self.time_unit, where=where, now=now, seen=units)
+            times = read_times(raw, unit=self.time_unit, where=where, now=now, seen=seen)
             notes.append(times.note)
             missing = raw.is_null() | (raw.is_nan() if raw.dtype.is_float() else raw.is_null())
             series |= {"timestamp": times.seconds, "_missing_time": missing.fill_null(True)}

@@ -16,8 +16,9 @@ from recclr.data.spill import Disk, Spill
 ROW = "_row"
 """The place of a row in the whole, where its part has to know it."""
 _COLUMNS = ("user_id", "item_id", "timestamp", "weight")
-# Files that are written to at the same time, at most; processes have 1,024 by default.
-_MOST_PARTS = 512
+# Files that are open at the same time, at most, two for each part for a while; processes may open
+# 1,024 by default.
+_MOST_PARTS = 256
 # Moments that are looked at for each range of time, so that ranges have about as many rows.
 _SAMPLE = 1024
 

@@ -212,7 +212,9 @@ def _train_rows(frame: pl.DataFrame | None, side: str, train_ids: pl.Series) -> 
         return np.zeros(0, dtype=np.int64)
     if f"{side}_id" not in frame.columns:
         raise DataError(f"{side}s table: no column '{side}_id'; found {frame.columns}")
-    return np.flatnonzero(Vocabulary.of(train_ids).encode(frame[f"{side}_id"]) >= 0)
+    # Distinct ones first: all rows of a log that lies on the disk do not fit.
+    known = Vocabulary.of(train_ids.unique(maintain_order=True))
+    return np.flatnonzero(known.encode(frame[f"{side}_id"]) >= 0)
 
 
 def _fit_spaces(

@@ -69,12 +69,13 @@ class Log:
     @cached_property
     def num_users(self) -> int:
         """Distinct users in the events."""
-        return self.events["user_id"].n_unique()
+        # In order, since polars otherwise sorts a copy of integers.
+        return len(self.events["user_id"].unique(maintain_order=True))
 
     @cached_property
     def num_items(self) -> int:
         """Distinct items in the events; the table of items may hold more."""
-        return self.events["item_id"].n_unique()
+        return len(self.events["item_id"].unique(maintain_order=True))
 
     @property
     def has_time(self) -> bool:
@@ -204,7 +205,8 @@ def align_logs(logs: list[Log]) -> list[Log]:
                 columns[f"the table of {name} ({number})"] = table[key]
         dtypes = {series.dtype for series in columns.values()}
         if len(dtypes) > 1:
-            dtype = next(iter(align_ids(columns).values())).dtype
+            few = {label: ids.unique(maintain_order=True) for label, ids in columns.items()}
+            dtype = next(iter(align_ids(few).values())).dtype
             logs = [_with_id_type(log, key, name, dtype) for log in logs]
     return logs
 

@@ -148,8 +148,9 @@ class EncodedLog:
             neither train nor catalogue and so can never be ranked.
         timestamp: int64 seconds UTC [n], or None.
         weight: float32 [n], positive, or None for all ones.
-        mapped_for: of a log whose columns lie in memory-mapped files (``shards``), the device that
-            its batches go to; None for one in memory.
+        mapped_for: of a log whose columns lie in memory-mapped files (``shards``, or those of
+            ``prepare`` for a log that lies on the disk), the device that its batches go to; None
+            for one in memory.
         groups: what such a log has beside its columns.
     """
 

@@ -10,18 +10,17 @@ removed with its last use.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from recclr.data.check import CleanEvents, PiecesSeen, check_events
 from recclr.data.clean import capped, core_setting, one_row_per_pair
 from recclr.data.dealing import ROW, dealt_by_user, in_order
-from recclr.data.filters import Steps, core_rows
+from recclr.data.filters import Steps, core_rows, refuse_unknown_events
 from recclr.data.pieces import ParquetPieces
 from recclr.data.spill import Disk
+from recclr.data.times import TimesSeen
 from recclr.settings import DataSettings
 
 
@@ -41,9 +40,17 @@ def clean_on_disk(
     Raises:
         ConfigError, DataError: as those two say. StoreError: no space.
     """
-    seen = PiecesSeen()
-    checked = _checked(pieces, settings, disk, users, items, seen)
-    parts = dealt_by_user(checked, pieces.num_rows, disk)
+    seen = PiecesSeen(TimesSeen())
+    parts = dealt_by_user(
+        _checked(pieces, settings, disk, users, items, seen), pieces.num_rows, disk
+    )
+    if seen.times.misread:
+        # What a later piece holds says how an earlier one is to be read, which is rare.
+        del parts
+        seen = PiecesSeen(seen.times.again())
+        parts = dealt_by_user(
+            _checked(pieces, settings, disk, users, items, seen), pieces.num_rows, disk
+        )
     seen.refuse(settings)
     steps = Steps(seen.steps.counts, in_pieces=True)
     core = core_setting(settings)
@@ -71,7 +78,7 @@ def _checked(
     seen: PiecesSeen,
 ) -> Iterator[pl.DataFrame]:
     """Canonical rows of each piece, numbered through."""
-    done = 0
+    done, kinds = 0, pl.DataFrame(schema={"_event": pl.String})
     for table in pieces.tables(disk.stretch):
         checked = check_events(table, settings, users=users, items=items, pieces=seen)
         frame = checked.frame
@@ -82,9 +89,15 @@ def _checked(
         elif "_fraction" not in frame.columns:
             # Some pieces may have fractions of seconds while others have none.
             frame = frame.with_columns(pl.lit(0, pl.Int64).alias("_fraction"))
-        if "_event" in frame.columns:
+        unused = {"_missing_time"}
+        if settings.event_weights:
             frame = frame.with_columns(pl.col("_event").cast(pl.String))
-        yield frame.select(sorted(set(frame.columns) - {"_missing_time"}))
+            kinds = pl.concat([kinds, frame.select("_event").unique()]).unique()
+        else:
+            unused.add("_event")
+        yield frame.select(sorted(set(frame.columns) - unused))
+    if settings.event_weights:
+        refuse_unknown_events(kinds, settings.event_weights)
 
 
 def _of_users(
@@ -112,19 +125,17 @@ def _num_rows(parts: Sequence[pl.DataFrame]) -> int:
 
 def _core(parts: list[pl.DataFrame], settings: DataSettings, disk: Disk) -> list[pl.DataFrame]:
     """The rows of the k-core; the list is emptied."""
-    items = pl.concat([part["item_id"].unique() for part in parts]).unique().to_frame()
+    items = pl.DataFrame()
+    for part in parts:
+        items = pl.concat([items, part.select("item_id").unique()], how="diagonal").unique()
     items = items.with_row_index("_number")
-    users = [_kept(part["user_id"].rank("dense").to_numpy(), disk) for part in parts]
-    numbers = [
-        _kept(part.join(items, on="item_id", maintain_order="left")["_number"].to_numpy(), disk)
-        for part in parts
-    ]
+    # One file for all parts: each that is mapped keeps a descriptor.
+    ends = np.cumsum([part.height for part in parts])
+    users, numbers = (np.split(disk.array(int(ends[-1]), np.uint32), ends[:-1]) for _ in range(2))
+    for part, of_users, of_items in zip(parts, users, numbers, strict=True):
+        of_users[:] = part["user_id"].rank("dense").to_numpy()
+        numbered = part.join(items, on="item_id", maintain_order="left")
+        of_items[:] = numbered["_number"].to_numpy()
     kept = core_rows(users, numbers, (settings.k_core_user, settings.k_core_item))
     masks = iter(kept)
     return _part_by_part(parts, disk, lambda part: part.filter(pl.Series(next(masks))))
-
-
-def _kept(numbers: NDArray[Any], disk: Disk) -> NDArray[Any]:
-    array = disk.array(len(numbers), np.uint32)
-    array[:] = numbers
-    return array

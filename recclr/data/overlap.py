@@ -52,7 +52,7 @@ class _Before:
     def of(cls, log: Log, held: pl.DataFrame) -> _Before:
         """One pass over the rows, which may be many, for all that is held out."""
         rows = log.events
-        ids = {key: rows[key].unique() for key in PAIR}
+        ids = {key: rows[key].unique(maintain_order=True) for key in PAIR}
         timed = "timestamp" in rows.columns and len(rows)
         return cls(ids, rows_near(held, rows, log.disk), rows["timestamp"][-1] if timed else None)
 

@@ -31,7 +31,7 @@ from recclr.data.log import (
 )
 from recclr.data.vocabulary import Vocabulary
 from recclr.errors import CheckpointError, ShapeError
-from recclr.files import new_place, sha256_of, write_json_atomic
+from recclr.files import new_place, sha256_of, with_errno, write_json_atomic
 
 FORMAT_VERSION = 1
 _TENSORS, _STATE = "prepared.safetensors", "prepared.json"
@@ -69,7 +69,7 @@ class PreparedLog:
             StoreError: no space or no permission.
         """
         root = Path(folder)
-        with new_place(root / _TENSORS) as place:
+        with new_place(root / _TENSORS) as place, with_errno(SafetensorError):
             # Straight from the tensors, which may lie on the disk themselves.
             save_file(_flatten(self.tensors), place)
         self.users.save(root / _USERS)

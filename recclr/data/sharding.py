@@ -84,7 +84,8 @@ def rows_for_training(
     """The log, or the same rows from memory-mapped files, which are removed when the block ends.
 
     Args:
-        log: in memory. folder: where a hidden folder for the files is made; shared by all ranks.
+        log: in memory, or on the disk since it was read, where it stays.
+        folder: where a hidden folder for the files is made; shared by all ranks.
         device, resident: see ``stays_resident``; the first rank decides for all.
         groups: of those files, see ``wanted_groups``.
         say: is told when there are files, and how large they are.

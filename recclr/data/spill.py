@@ -7,6 +7,7 @@ of a mapped frame are the system's to drop, so that whoever walks it in stretche
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from recclr.errors import DataError
-from recclr.files import clear_errors
+from recclr.files import clear_errors, with_errno
 
 _STRETCH = 1 << 22
 _ALIGNMENT = 64
@@ -68,6 +69,8 @@ class Disk:
         if not length:
             return np.zeros(0, dtype)
         with clear_errors(self.folder), tempfile.TemporaryFile(dir=self.folder) as file:
+            # Into a file with holes, a full disk would end the process at some write.
+            os.posix_fallocate(file.fileno(), 0, length * np.dtype(dtype).itemsize)
             return np.memmap(file, dtype, "w+", shape=(length,))
 
 
@@ -95,7 +98,7 @@ class Spill:
                 "'string', or data.resident = true"
             )
         if frame.height:
-            with clear_errors(self._folder):
+            with clear_errors(self._folder), with_errno(OSError):
                 # Values that are not aligned in the file are copied into memory.
                 self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
                 start = self._file.tell()

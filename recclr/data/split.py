@@ -249,7 +249,7 @@ def part_of_items(ids: pl.Series, *, valid: float, test: float, seed: int) -> pl
     Returns:
         ``item_id``, each once, and ``part`` (Int8): 0 for train, 1 for validation, 2 for test.
     """
-    items = ids.unique().sort().to_frame("item_id")
+    items = ids.unique(maintain_order=True).sort().to_frame("item_id")
     drawn = pl.struct(pl.Series("_hash", mix(hash_ids(items["item_id"], seed + 4))), "item_id")
     place = drawn.rank("ordinal").cast(pl.Int64) - 1
     num_test, num_valid = (math.ceil(round(items.height * share, 6)) for share in (test, valid))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import polars as pl
 
@@ -50,7 +51,7 @@ def read_times(
     unit: str,
     where: str,
     now: int | None = None,
-    seen: Counter[str] | None = None,
+    seen: TimesSeen | None = None,
 ) -> Times:
     """Convert a column.
 
@@ -59,7 +60,7 @@ def read_times(
         unit: ``s``, ``ms``, ``us``, ``ns``, or ``auto`` to detect it from the range.
         where: table and column, for messages.
         now: seconds since 1970; the clock where not given.
-        seen: of a column that comes in pieces, what ``detect_unit`` has seen of it.
+        seen: of a column that comes in pieces, what is known of it, and learned here.
 
     Raises:
         DataError: another type, values in two units, or no value between 1995 and tomorrow.
@@ -77,7 +78,8 @@ def read_times(
         return Times(seconds, fraction, f"{where}: date and time, {zone}")
     if isinstance(dtype, (pl.String, pl.Categorical, pl.Enum)):
         text = series.cast(pl.String).str.strip_chars()
-        if not text.drop_nulls().str.contains(_INTEGER_TEXT).all():
+        digits = bool(text.drop_nulls().str.contains(_INTEGER_TEXT).all())
+        if not (digits if seen is None else seen.only_digits(text, digits)):
             return _from_text(text, where)
         series = text.cast(pl.Int64)
     elif not dtype.is_numeric() or isinstance(dtype, pl.Decimal):
@@ -93,40 +95,87 @@ def latest(now: int | None = None) -> int:
     return int(time.time() if now is None else now) + TOLERANCE_S
 
 
+@dataclass
+class TimesSeen:
+    """What is known of a column of times that comes in pieces.
+
+    Attributes:
+        units: values in each unit so far. words: some value is no number, so that all are text.
+        numbers: some text was read as numbers. guessed: in some piece nothing told the unit.
+        reach: the least and the largest value of such pieces.
+    """
+
+    units: Counter[str] = field(default_factory=Counter)
+    words: bool = False
+    numbers: bool = False
+    guessed: bool = False
+    reach: list[Any] = field(default_factory=list)
+
+    @property
+    def misread(self) -> bool:
+        """Whether a piece was read otherwise than as all of the column asks for."""
+        return (self.words and self.numbers) or (
+            self.guessed and next(iter(self.units), "s") != "s"
+        )
+
+    def again(self) -> TimesSeen:
+        """What is known for a second reading."""
+        return TimesSeen(Counter(dict.fromkeys(self.units, 0)), words=self.words)
+
+    def only_digits(self, text: pl.Series, digits: bool) -> bool:
+        """Whether the column is one of numbers, as far as is known."""
+        self.words |= not digits
+        self.numbers |= not self.words and text.null_count() < len(text)
+        return not self.words
+
+    def refuse_undecided(self, where: str) -> None:
+        """Once all pieces were read: refuse a column without a time in any unit."""
+        if self.guessed and not self.units:
+            raise _no_times(where, min(self.reach), max(self.reach))
+
+
 def detect_unit(
-    series: pl.Series, *, where: str, now: int | None = None, seen: Counter[str] | None = None
+    series: pl.Series, *, where: str, now: int | None = None, seen: TimesSeen | None = None
 ) -> str:
     """``s``, ``ms``, ``us`` or ``ns``: the one unit in which values fall between 1995 and tomorrow.
 
     Args:
-        seen: values in each unit in the pieces before, to which those here are added.
+        seen: of the pieces before; nothing is then refused for having no time.
 
     Raises:
         DataError: no unit, or more than one, has such values. A column of nulls is "s".
     """
     values = series.drop_nulls()
-    seen = Counter() if seen is None else seen
+    units = Counter[str]() if seen is None else seen.units
     if not len(values):
-        return next(iter(seen), "s")
+        return next(iter(units), "s")
     if values.dtype.is_integer() and values.dtype != pl.UInt64:
         values = values.cast(pl.Int64)
     for unit, factor in PER_SECOND.items():
         if count := int(values.is_between(EARLIEST * factor, latest(now) * factor).sum()):
-            seen[unit] += count
-    present = [unit for unit in PER_SECOND if seen[unit]]
+            units[unit] += count
+    present = [unit for unit in PER_SECOND if unit in units]
     if len(present) > 1:
-        mixed = " and ".join(f"{seen[unit]:,} values in {unit}" for unit in present)
+        mixed = " and ".join(f"{units[unit]:,} values in {unit}" for unit in present)
         raise DataError(
             f"{where} mixes time units: {mixed}; convert them to one unit, or declare "
             "data.time_unit, after which the others count as impossible times"
         )
-    if not present:
-        raise DataError(
-            f"{where}: no value is a time between 1995 and now in s, ms, us or ns since 1970 "
-            f"(they run from {values.min()!r} to {values.max()!r}); set data.columns.timestamp to "
-            "the column of times, or to '' for a log without times"
-        )
-    return present[0]
+    if present:
+        return present[0]
+    if seen is None:
+        raise _no_times(where, values.min(), values.max())
+    seen.guessed = True
+    seen.reach += [values.min(), values.max()]
+    return "s"
+
+
+def _no_times(where: str, least: Any, most: Any) -> DataError:
+    return DataError(
+        f"{where}: no value is a time between 1995 and now in s, ms, us or ns since 1970 "
+        f"(they run from {least!r} to {most!r}); set data.columns.timestamp to "
+        "the column of times, or to '' for a log without times"
+    )
 
 
 def _cut(values: pl.Series, factor: int) -> tuple[pl.Series, pl.Series | None]:

@@ -121,7 +121,7 @@ def assert_same_split(disk, memory, settings):
 @given(
     rows=ROWS, ways=WAYS, time=st.booleans(), at_once=st.sampled_from([1, 5, 23]), data=st.data()
 )
-@limits(max_examples=150)
+@limits(max_examples=80)
 def test_reading_and_splitting_are_those_in_memory(
     tmp_path_factory, rows, ways, time, at_once, data
 ):
@@ -195,6 +195,63 @@ def test_pieces_without_times_take_the_unit_of_the_others(tmp_path, small_disk):
     assert any("numbers in ms, detected" in note for note in disk.notes)
 
 
+@pytest.mark.parametrize("policy", ["refuse", "drop"])
+@pytest.mark.parametrize("digits", [range(14), range(30, 36), [20], range(40)])
+def test_times_in_words_make_numbers_among_them_unreadable(tmp_path, small_disk, digits, policy):
+    """Wherever they stand; a piece of numbers alone does not know of the words."""
+    times = [
+        str(START + row) if row in digits else f"2017-07-14 03:00:{row:02}" for row in range(40)
+    ]
+    frame = pl.DataFrame({"user_id": range(40), "item_id": [1] * 40, "timestamp": times})
+    frame.write_parquet(tmp_path / "events.parquet")
+    memory, disk = both(tmp_path / "events.parquet", bad_rows=policy, max_bad_share=0.9)
+    if isinstance(memory, RecclrError):
+        assert type(disk) is type(memory)
+        assert "time is unreadable" in str(disk)
+    else:
+        assert_same_log(disk, memory)
+
+
+@pytest.mark.parametrize("first", [0, 5 * 10**10])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_first_piece_whose_numbers_are_no_times_waits_for_the_others(
+    tmp_path, small_disk, first, known
+):
+    times = [first] * 9 + [(START + row) * 1000 if known else first + 1 for row in range(30)]
+    frame = pl.DataFrame({"user_id": range(39), "item_id": [1] * 39, "timestamp": times})
+    frame.write_parquet(tmp_path / "events.parquet")
+    memory, disk = both(tmp_path / "events.parquet", bad_rows="drop", max_bad_share=0.9)
+    if known:
+        assert_same_log(disk, memory)
+    else:
+        assert str(disk) == str(memory)
+        assert "no value is a time between 1995 and now" in str(memory)
+
+
+def test_an_event_column_that_nothing_reads_may_hold_anything(tmp_path, small_disk):
+    frame = pl.DataFrame({"user_id": range(20), "item_id": [1] * 20, "event": [b"\xff"] * 20})
+    frame.write_parquet(tmp_path / "events.parquet")
+    memory, disk = both(tmp_path / "events.parquet", columns=ColumnSettings(event="event"))
+    assert_same_log(disk, memory)
+
+
+def test_many_parts_open_few_files(tmp_path, monkeypatch):
+    """As many parts as there may be, with the limit that processes have by default."""
+    resource = pytest.importorskip("resource")
+    with_rows(monkeypatch, 1)
+    rows = [(row, row % 3, row, 1.0, "buy") for row in range(700)] * 2
+    frame_of(rows, time=True).write_parquet(tmp_path / "events.parquet")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, limits[1]), limits[1]))
+    monkeypatch.setattr(Disk, "stretch", property(lambda disk: 500))
+    try:
+        memory, disk = both(tmp_path / "events.parquet", k_core_item=2, deduplicate="none")
+        assert_same_log(disk, memory)
+        assert_same_split(disk, memory, SplitSettings(by="random"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 @pytest.mark.parametrize(
     ("ways", "message"),
     [
@@ -202,7 +259,7 @@ def test_pieces_without_times_take_the_unit_of_the_others(tmp_path, small_disk):
         ({"k_core_item": 40}, "'k_core' left no rows of 15"),
         (
             {"event_weights": {"buyy": 1.0}, "columns": ColumnSettings(event="event")},
-            "'event_weights' left no rows of 60; loosen data.event_weights",
+            r"no row is of an event type in .*; the column holds \['buy'\]; did you mean 'buy'",
         ),
     ],
 )

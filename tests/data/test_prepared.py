@@ -5,11 +5,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from recclr.data.interactions import Log
 from recclr.data.prepare import PreparedLog, prepare
-from recclr.errors import CheckpointError
+from recclr.errors import CheckpointError, StoreError
 from recclr.files import sha256_of
 from recclr.settings import DataSettings, FeatureSettings, TowerSettings
 
@@ -180,3 +181,13 @@ def test_crafted_descriptions_are_refused(folder: Path, change) -> None:
 def test_a_folder_without_a_prepared_log_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no prepared log"):
         PreparedLog.load(tmp_path)
+
+
+def test_a_full_disk_is_said(prepared, tmp_path, monkeypatch):
+    def full(*args):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("recclr.data.prepared.save_file", full)
+    with pytest.raises(StoreError, match="no space left on the disk"):
+        prepared.save(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -72,14 +72,29 @@ def test_pieces_of_other_types_are_refused(tmp_path):
         spill.append(pl.DataFrame({"user_id": [2]}, schema={"user_id": pl.UInt64}))
 
 
-def test_a_full_disk_is_said(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "told", [(errno.ENOSPC, "No space"), ("No space left on device (os error 28)",)]
+)
+def test_a_full_disk_is_said(tmp_path, monkeypatch, told):
+    """Also by polars, whose errors have no number."""
+
     def full(*args, **named):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(*told)
 
     spill = Spill(Disk(tmp_path, 10))
     monkeypatch.setattr(pl.DataFrame, "write_ipc", full)
     with pytest.raises(StoreError, match="no space left"):
         spill.append(pl.DataFrame({"a": [1]}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_too_full_for_an_array_is_said_before_it_is_written(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(StoreError, match="no space left"):
+        Disk(tmp_path, 10).array(4, np.int32)
     assert not list(tmp_path.iterdir())
 
 
