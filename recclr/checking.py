@@ -188,7 +188,7 @@ def check_data(
     del found["inputs"]
     found["encoded"] = data.prepared.counts
     train = data.prepared.tensors.train
-    found["notes"] += _slow_kernels(place)
+    found["notes"] += [*data.log.whereabouts, *_slow_kernels(place)]
     advice = advise(data.log, train, data.examples, settings)
     found["amount"] = advice.to_json()
     if batch_sizes:

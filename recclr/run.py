@@ -154,7 +154,7 @@ def _begin(context: Context, data: Data) -> None:
         quarantine.write_parquet(buffer)
         write_bytes_atomic(context.out / "quarantine.parquet", buffer.getvalue())
     context.on_event({"kind": "data", "log": repr(data.log), "split": data.split.by})
-    notes = list(data.notes)
+    notes = [*data.log.whereabouts, *data.notes]
     if not restarts_are_safe():
         notes.append(
             "processes that torchrun restarts may not find each other again; set "

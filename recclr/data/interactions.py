@@ -82,6 +82,19 @@ class Log:
         return "timestamp" in self.events.columns
 
     @property
+    def whereabouts(self) -> list[str]:
+        """What people should know of where the rows lie: a sentence, or none of rows in memory.
+
+        No note, since it says nothing of the rows, and another machine may have the memory.
+        """
+        if self.disk is None:
+            return []
+        return [
+            f"the rows are read piece by piece and lie in files without a name in "
+            f"{self.disk.folder} (data.resident)"
+        ]
+
+    @property
     def bad_rows(self) -> dict[str, int]:
         """Dropped bad rows by reason; empty where there were none."""
         if not self.quarantine.height:

@@ -189,10 +189,6 @@ def _assemble(
             _FILE_BYTES + _num_texts(pieces, settings) * _FILE_TEXT_BYTES
         )
         require_space(disk.folder, num_bytes)
-        notes.append(
-            f"the {pieces.num_rows:,} rows of {pieces.label} are read piece by piece and lie in "
-            f"files without a name in {disk.folder} (up to {num_bytes / 1e6:,.0f} MB)"
-        )
         clean = clean_on_disk(pieces, settings, disk, users=users, items=items)
     else:
         clean = _clean_in_memory(settings, events, users, items)
@@ -231,7 +227,9 @@ def _clean_in_memory(
 
 
 def _num_texts(pieces: ParquetPieces, settings: DataSettings) -> int:
-    """How many of the two columns of ids are texts."""
+    """How many of the two columns of ids are texts, or made so."""
+    if settings.id_type == "string":
+        return 2
     columns = (settings.columns.user, settings.columns.item)
     return sum(not pieces.schema.get(name, pl.Int64()).is_integer() for name in columns)
 
