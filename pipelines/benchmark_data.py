@@ -117,7 +117,7 @@ def _measured(config: Config, rows: int, dim: int, folder: Path) -> list[dict[st
         PreparedLog.load(folder / "prepared")
     if on_disk:
         with watch.step("shards to train from"):
-            write_shards(folder / "shards", prepared.tensors.train.stretches(1 << 22))
+            write_shards(folder / "shards", prepared.tensors.train.stretches())
         return watch.steps
     with watch.step(f"spectral solution, {dim} dimensions"):
         spectral_factors(prepared.tensors.train, dim=dim)

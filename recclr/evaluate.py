@@ -155,7 +155,7 @@ class Evaluation:
     Attributes:
         metrics: {slice: {metric: mean}}. intervals: {slice: {metric: (low, high)}}.
         per_user: {slice: {metric: float64 [users of the slice]}}, in the order of ``user_idx``; of
-            ``evaluate`` a ``PerUser``, which reckons at each access.
+            ``evaluate`` a ``PerUser``, which reckons a slice when it is asked for.
         counts: {slice: {"users", "relevant", "candidates"}}; of all users also ``dropped_users``,
             who had all their held-out items before, and ``repeated_rows``; of cold items among
             cold also ``chance_recall@k``, the expected recall of a random order of the cold items

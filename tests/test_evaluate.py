@@ -327,7 +327,7 @@ def test_stretches_of_the_log_do_not_change_what_is_judged(length, also, monkeyp
     whole = EvaluationSet.from_prepared(prepared, also_seen=later)
     assert whole.num_repeats
     assert whole.num_dropped or len(whole.user_idx) > 5
-    monkeypatch.setattr("recclr.data.held_out._STRETCH", length)
+    monkeypatch.setattr("recclr.data.log._STRETCH", length)
     monkeypatch.setattr("recclr.data.grouping._ROWS", length)
     found = EvaluationSet.from_prepared(prepared, also_seen=later)
     for name in ("user_idx", "item_counts", "user_counts"):

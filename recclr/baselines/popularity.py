@@ -17,8 +17,6 @@ from recclr.topk import top_k_of_scores
 
 # Floats of one block of scores; two such blocks are alive at a time.
 _BLOCK = 1 << 25
-# Rows of a log that are looked at together.
-_STRETCH = 1 << 22
 
 
 def popularity(log: EncodedLog, cutoff: int | None, half_life_d: float | None) -> Tensor:
@@ -28,7 +26,7 @@ def popularity(log: EncodedLog, cutoff: int | None, half_life_d: float | None) -
         half_life_d: None counts all of train alike.
     """
     counts = torch.zeros(log.num_items, dtype=torch.float64)
-    for rows in log.stretches(_STRETCH):
+    for rows in log.stretches():
         weight = torch.ones(len(rows), dtype=torch.float64)
         if rows.weight is not None:
             weight = rows.weight.double()

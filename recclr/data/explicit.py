@@ -11,9 +11,6 @@ from recclr.data.interactions import Log
 from recclr.data.log import Csr, EncodedLog
 from recclr.data.vocabulary import Vocabulary
 
-# Rows of train that are compared at once.
-_STRETCH = 1 << 22
-
 
 def explicit_lists(
     train: Log, encoded: EncodedLog, users: Vocabulary, items: Vocabulary
@@ -39,7 +36,7 @@ def explicit_lists(
     item_idx = torch.from_numpy(_encoded(rows["item_id"], items)).long()
     inside = (user_idx >= 0) & (item_idx >= 0)
     pairs = torch.unique(user_idx[inside] * len(items) + item_idx[inside])
-    for taken in encoded.stretches(_STRETCH):
+    for taken in encoded.stretches():
         keys = taken.user_idx.long() * len(items) + taken.item_idx
         pairs = pairs[~torch.isin(pairs, keys)]
     lists = Csr.from_pairs(pairs // len(items), pairs % len(items), len(users))

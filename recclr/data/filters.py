@@ -172,8 +172,8 @@ def k_core(frame: pl.DataFrame, *, min_per_user: int, min_per_item: int) -> pl.D
     Rows of users and items below their bound go, again and again until none is left below. The
     result may be empty, and does not depend on the order of rows.
     """
-    codes = (frame[column].rank("dense").to_numpy() for column in PAIR)
-    (kept,) = core_rows([next(codes)], [next(codes)], (min_per_user, min_per_item))
+    users, items = (frame[column].rank("dense").to_numpy() for column in PAIR)
+    (kept,) = core_rows([users], [items], (min_per_user, min_per_item))
     return frame if kept.all() else frame.filter(pl.Series(kept))
 
 

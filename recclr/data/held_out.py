@@ -11,9 +11,6 @@ from torch import Tensor
 from recclr.data.grouping import user_items
 from recclr.data.log import Csr, EncodedLog
 
-# Rows of a log that are looked at together.
-_STRETCH = 1 << 22
-
 
 def distinct_pairs(log: EncodedLog) -> Tensor:
     """int64 [P, 2] distinct (user, item) pairs, rising; every item outside the corpus is its own.
@@ -38,7 +35,7 @@ def rows_of_users(log: EncodedLog, users: Tensor) -> EncodedLog:
     size = int(counts[users[users < len(counts)]].sum())
     # Filled, not put together from pieces: for a moment they would all be there twice.
     found, done = torch.empty((2, size), dtype=torch.int32), 0
-    for rows in log.stretches(_STRETCH):
+    for rows in log.stretches():
         own = wanted[rows.user_idx.long().clamp(max=most)]
         some = torch.stack([rows.user_idx[own], rows.item_idx[own]])
         found[:, done : done + some.shape[1]] = some
@@ -76,7 +73,7 @@ def pairs_in(pairs: Tensor, log: EncodedLog) -> Tensor:
     found = torch.zeros(len(pairs), dtype=torch.bool)
     if not len(pairs):
         return found
-    for rows in log.stretches(_STRETCH):
+    for rows in log.stretches():
         # In their order, neighbours are looked for near each other.
         keys = (rows.user_idx.long() * width + rows.item_idx.long() + 1).sort().values
         place = torch.searchsorted(wanted, keys).clamp(max=len(wanted) - 1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from recclr.errors import ShapeError
 
 COLUMNS = ("user_idx", "item_idx", "timestamp", "weight")
-# Rows that are counted at once: ``bincount`` makes int64 of what it is given.
+# Rows that are looked at together: what is made of them is many times as large.
 _STRETCH = 1 << 22
 
 
@@ -209,8 +209,13 @@ class EncodedLog:
         users = Csr.from_rising(of_item, turned % self.num_users, self.num_items)
         return items.to(self.device), users.to(self.device)
 
-    def stretches(self, length: int) -> Iterator[EncodedLog]:
-        """The log in pieces of at most ``length`` rows, in order; views, without groups."""
+    def stretches(self, length: int | None = None) -> Iterator[EncodedLog]:
+        """The log in pieces of at most ``length`` rows, in order; views, without groups.
+
+        Args:
+            length: 4 M rows if not given.
+        """
+        length = length or _STRETCH
         for start in range(0, len(self), length):
             yield self.rows(slice(start, start + length))
 

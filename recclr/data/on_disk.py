@@ -41,16 +41,17 @@ def clean_on_disk(
         ConfigError, DataError: as those two say. StoreError: no space.
     """
     seen = PiecesSeen(TimesSeen())
-    parts = dealt_by_user(
-        _checked(pieces, settings, disk, users, items, seen), pieces.num_rows, disk
-    )
+
+    def dealt() -> list[pl.DataFrame]:
+        checked = _checked(pieces, settings, disk, users, items, seen)
+        return dealt_by_user(checked, pieces.num_rows, disk)
+
+    parts = dealt()
     if seen.times.misread:
         # What a later piece holds says how an earlier one is to be read, which is rare.
         del parts
         seen = PiecesSeen(seen.times.again())
-        parts = dealt_by_user(
-            _checked(pieces, settings, disk, users, items, seen), pieces.num_rows, disk
-        )
+        parts = dealt()
     seen.refuse(settings)
     steps = Steps(seen.steps.counts, in_pieces=True)
     core = core_setting(settings)

@@ -82,17 +82,16 @@ class ParquetPieces:
 
     def tables(self, rows: int) -> Iterator[Table]:
         """All rows in order, at most so many at once; small files come together."""
-        taken: list[tuple[int, int, int]] = []
+        taken, room = list[tuple[int, int, int]](), rows
         for number, height in enumerate(self.heights):
             start = 0
             while start < height:
-                room = rows - sum(count for _, _, count in taken)
                 count = min(room, height - start)
                 taken.append((number, start, count))
-                start += count
-                if count == room:
+                start, room = start + count, room - count
+                if not room:
                     yield self._read(taken)
-                    taken = []
+                    taken, room = [], rows
         if taken:
             yield self._read(taken)
 

@@ -137,10 +137,10 @@ def _read(
     user_table = read_side_table(users, "user", settings, notes)
     item_table = read_side_table(items, "item", settings, notes)
     log = _assemble(settings, events, user_table, item_table, notes, workspace)
-    return _with_explicit(log, events, explicit) if explicit else log
+    return _with_explicit(log, events, explicit, workspace) if explicit else log
 
 
-def _with_explicit(log: Log, events: Any, kinds: Sequence[str]) -> Log:
+def _with_explicit(log: Log, events: Any, kinds: Sequence[str], workspace: Path | None) -> Log:
     """The log with the rows of event types that it leaves out, read as its own but for k-core and
     caps.
 
@@ -163,7 +163,6 @@ def _with_explicit(log: Log, events: Any, kinds: Sequence[str]) -> Log:
         max_per_user=None,
     )
     try:
-        workspace = None if log.disk is None else log.disk.folder
         found = _assemble(settings, events, log.users, log.items, [], workspace)
     except DataError as error:
         raise DataError(f"the rows of explicit = {list(kinds)!r}: {error}") from error
@@ -179,11 +178,10 @@ def _assemble(
     notes: list[str],
     workspace: Path | None,
 ) -> Log:
-    pieces = disk = None
+    pieces = None
     if settings.resident is not True:
         pieces = ParquetPieces.of(events, name="events", keep=event_columns(settings))
-    if pieces is not None:
-        disk = disk_for(pieces, settings, workspace)
+    disk = None if pieces is None else disk_for(pieces, settings, workspace)
     if pieces is not None and disk is not None:
         num_bytes = pieces.num_rows * (
             _FILE_BYTES + _num_texts(pieces, settings) * _FILE_TEXT_BYTES
@@ -240,12 +238,13 @@ def disk_for(
     """Where a log goes while it is read, as ``data.resident`` says; None: it stays in memory.
 
     Args:
+        settings: of a log that need not stay there.
         workspace: see ``read_log``.
     """
     free = available_bytes()
     row_bytes = _ROW_BYTES + _num_texts(pieces, settings) * _TEXT_BYTES
     fits = free is None or pieces.num_rows * row_bytes <= _MOST * free
-    if settings.resident is True or (settings.resident == "auto" and fits):
+    if settings.resident == "auto" and fits:
         return None
     at_once = _LEAST_ROWS if free is None else int(_AT_ONCE * free) // row_bytes
     folder = Path(tempfile.gettempdir()) if workspace is None else workspace

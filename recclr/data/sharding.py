@@ -22,8 +22,6 @@ from recclr.settings import LossSettings, NegativesSettings, TowerSettings
 _RESIDENT_BYTES = 70
 # Share of the free memory that it may take: tables, their moments and a step need some as well.
 _SHARE = 0.5
-# A stretch of the log that is written at once.
-_STRETCH = 1 << 22
 # ``files.is_leftover`` knows the name: what a killed run leaves is removed when it is resumed.
 _NAME = ".shards.tmp-"
 
@@ -105,7 +103,7 @@ def rows_for_training(
             # A run without a lock on its folder may have left them.
             shutil.rmtree(path, ignore_errors=True)
             require_space(folder, _file_bytes(log, groups))
-            write_shards(path, log.stretches(_STRETCH), groups=groups)
+            write_shards(path, log.stretches(), groups=groups)
         ranks.meet("writing the shards", LONG_S)
         # This run wrote them a moment ago.
         mapped = open_shards(path, verify=False)
