@@ -35,8 +35,13 @@ demo: $(VENV)/.core
 	rm -rf $(DEMO)
 	$(VENV)/bin/recclr demo --out $(DEMO)
 
+# Several processes share the tests (make test WORKERS=0: one). Threads that wait for work leave
+# their core to the others; by default OpenMP's spin, which doubles what tests take side by side.
+WORKERS ?= auto
+
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -m "not slow"
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -m "not slow" \
+		--numprocesses $(WORKERS) --dist worksteal
 
 # make slow   the tests that take longer than a few seconds
 slow: $(VENV)/.test

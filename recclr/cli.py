@@ -208,8 +208,7 @@ def evaluate(
     from recclr.run_folder import fingerprints, require_same_inputs
     from recclr.served import served_by
 
-    cutoffs = _ks(ks)
-    with served_by(run, "judging") as served:
+    with served_by(run, "judging", lambda: _ks(ks)) as served:
         ranks = served.ranks
         if events is None:
             # Other rows would be split elsewhere, and train rows judged as test.
@@ -220,7 +219,7 @@ def evaluate(
             served.ranker,
             split=split,
             events=events,
-            ks=cutoffs,
+            ks=_ks(ks),
             progress=served.progress,
             ranks=ranks,
         )

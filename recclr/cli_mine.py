@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,8 +53,8 @@ def mine(
     from recclr.joining import joined
     from recclr.triplets import mine_run
 
-    try:
-        settings = MiningSettings(
+    with joined() as ranks, working("mining", quiet=not ranks.first) as progress:
+        settings = _settings(
             count=count,
             depth=depth,
             skip=skip,
@@ -63,11 +63,8 @@ def mine(
             margin=margin,
             relative_margin=relative_margin,
             share=share,
-            choice=choice,  # type: ignore[arg-type]  # checked there
+            choice=choice,
         )
-    except ValueError as error:
-        raise ConfigError(f"recclr mine: {error}") from error
-    with joined() as ranks, working("mining", quiet=not ranks.first) as progress:
         report = mine_run(
             run, out, settings, seed=seed, device=device, progress=progress, ranks=ranks
         )
@@ -78,3 +75,10 @@ def mine(
         print_json(report.to_json())
     else:
         sys.stdout.write(f"{report}\n")
+
+
+def _settings(**options: Any) -> MiningSettings:
+    try:
+        return MiningSettings(**options)
+    except ValueError as error:
+        raise ConfigError(f"recclr mine: {error}") from error

@@ -17,6 +17,16 @@ from recclr.kernels import native
 settings.register_profile("recclr", deadline=None)
 settings.load_profile("recclr")
 
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, as tests of hangs and of killed processes mostly wait."""
+    cores = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
+    return min(len(cores) + 1, 8)
+
+
 if not torch.cuda.is_available():
     # Read when a kernel is defined, those of Triton's own library included, and TorchRec, which
     # some tests import first, imports Triton.

@@ -53,6 +53,7 @@ def hook(build, **told):
     return data, warnings
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")) or platform.machine() != "x86_64",
     reason="no compiler",

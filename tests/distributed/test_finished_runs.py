@@ -105,7 +105,17 @@ def test_parts_of_two_answers_are_refused(torchrun, small_run, tmp_path, command
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_once(torchrun, small_run, tmp_path):
-    done = torchrun("recommend", small_run, "--out", tmp_path / "found.txt")
-    assert done.stderr.count("error: ") == 1
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("recommend", "--out", "found.txt"), ".parquet, .csv"),
+        (("mine", "--out", "found.parquet", "--count", "0"), "recclr mine: count"),
+        (("evaluate", "--ks", "10,0"), "--ks '10,0': expected"),
+    ],
+    ids=["recommend", "mine", "evaluate"],
+)
+def test_a_mistake_is_told_once(torchrun, small_run, command, words):
+    name, *options = command
+    done = torchrun(name, small_run, *options)
+    assert done.stderr.count("error: ") == done.stderr.count(words) == 1, done.stderr
     assert "exitcode  : 2" in done.stderr
