@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ def _compile(compiler: list[str], folder: Path, name: str) -> Path:
     sources = sorted(str(path.resolve()) for path in folder.glob("*.cpp"))
     try:
         with tempfile.TemporaryDirectory() as objects:
-            _run([*compiler, *options, *sources], objects)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                # A list, so that what fails is raised.
+                list(pool.map(lambda one: _run([*compiler, *options, one], objects), sources))
             # Linked without OpenMP: the threads shall be PyTorch's own, of the library that it has
             # loaded by then. Two pools would wait for each other's cores.
             parts = sorted(str(path) for path in Path(objects).glob("*.o"))
