@@ -82,7 +82,8 @@ def open_run(out: Path, config: Config, *, resume: bool, last: str = METRICS) ->
     stored = out / CONFIG
     if stored.exists():
         if not resume:
-            raise ConfigError(f"{out} holds an unfinished run; add --resume to go on with it")
+            hint = f"{out} holds an unfinished run; add --resume to go on with it"
+            raise ConfigError(hint + _untrained(out))
         require_same_config(stored, config)
     elif out.exists() and not all(_passing(path.name) for path in out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no run; choose an empty or new folder")
@@ -388,8 +389,14 @@ def require_same_config(stored: Path, config: Config) -> None:
     if changed:
         raise ConfigError(
             f"the configuration differs from the one in {stored}; resume with that one, or start "
-            "in another folder:\n" + "\n".join(changed)
+            f"in another folder{_untrained(stored.parent)}:\n" + "\n".join(changed)
         )
+
+
+def _untrained(out: Path) -> str:
+    """For messages: that a folder holds no work, where a run ended before its first checkpoint."""
+    trained = any((folder / "checkpoints").exists() for folder in (out, out / SELECTION))
+    return "" if trained else " (nothing is trained there yet: it may as well be removed)"
 
 
 def _flat(toml: str) -> dict[str, str]:

@@ -65,10 +65,19 @@ def test_leftovers_below_the_folder_are_removed_and_nothing_else(tmp_path):
     assert left == {"store/x.tmp-77"}
 
 
-def test_a_begun_run_wants_resume(tmp_path):
+@pytest.mark.parametrize("folder", [".", "selection"])
+def test_a_begun_run_wants_resume_and_says_whether_it_holds_work(tmp_path, folder):
     begin(tmp_path)
-    with pytest.raises(ConfigError, match="unfinished run; add --resume"):
+    with pytest.raises(ConfigError, match=r"unfinished run; add --resume.*nothing is trained"):
         run_folder.open_run(tmp_path, CONFIG, resume=False)
+    other = CONFIG.model_copy(update={"seed": 9})
+    with pytest.raises(ConfigError, match=r"another folder \(nothing is trained there yet"):
+        run_folder.open_run(tmp_path, other, resume=True)
+    (tmp_path / folder / "checkpoints").mkdir(parents=True)
+    for config, resume in ((CONFIG, False), (other, True)):
+        with pytest.raises(ConfigError) as refused:
+            run_folder.open_run(tmp_path, config, resume=resume)
+        assert "nothing is trained" not in str(refused.value)
     assert run_folder.open_run(tmp_path, CONFIG, resume=True)
 
 
