@@ -82,8 +82,8 @@ def open_run(out: Path, config: Config, *, resume: bool, last: str = METRICS) ->
     stored = out / CONFIG
     if stored.exists():
         if not resume:
-            hint = f"{out} holds an unfinished run; add --resume to go on with it"
-            raise ConfigError(hint + _untrained(out))
+            hint = _untrained(out)
+            raise ConfigError(f"{out} holds an unfinished run; add --resume to go on with it{hint}")
         require_same_config(stored, config)
     elif out.exists() and not all(_passing(path.name) for path in out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no run; choose an empty or new folder")
@@ -395,7 +395,8 @@ def require_same_config(stored: Path, config: Config) -> None:
 
 def _untrained(out: Path) -> str:
     """For messages: that a folder holds no work, where a run ended before its first checkpoint."""
-    trained = any((folder / "checkpoints").exists() for folder in (out, out / SELECTION))
+    # Without data.json, config.toml may be what somebody wrote by hand.
+    trained = not (out / DATA).exists() or any(out.rglob("checkpoints"))
     return "" if trained else " (nothing is trained there yet: it may as well be removed)"
 
 

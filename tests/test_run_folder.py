@@ -65,7 +65,7 @@ def test_leftovers_below_the_folder_are_removed_and_nothing_else(tmp_path):
     assert left == {"store/x.tmp-77"}
 
 
-@pytest.mark.parametrize("folder", [".", "selection"])
+@pytest.mark.parametrize("folder", [".", "selection", None])
 def test_a_begun_run_wants_resume_and_says_whether_it_holds_work(tmp_path, folder):
     begin(tmp_path)
     with pytest.raises(ConfigError, match=r"unfinished run; add --resume.*nothing is trained"):
@@ -73,7 +73,10 @@ def test_a_begun_run_wants_resume_and_says_whether_it_holds_work(tmp_path, folde
     other = CONFIG.model_copy(update={"seed": 9})
     with pytest.raises(ConfigError, match=r"another folder \(nothing is trained there yet"):
         run_folder.open_run(tmp_path, other, resume=True)
-    (tmp_path / folder / "checkpoints").mkdir(parents=True)
+    if folder is None:
+        (tmp_path / "data.json").unlink()
+    else:
+        (tmp_path / folder / "checkpoints").mkdir(parents=True)
     for config, resume in ((CONFIG, False), (other, True)):
         with pytest.raises(ConfigError) as refused:
             run_folder.open_run(tmp_path, config, resume=resume)
