@@ -213,7 +213,7 @@ def _train_rows(frame: pl.DataFrame | None, side: str, train_ids: pl.Series) -> 
     if f"{side}_id" not in frame.columns:
         raise DataError(f"{side}s table: no column '{side}_id'; found {frame.columns}")
     # Distinct ones first: all rows of a log that lies on the disk do not fit.
-    known = Vocabulary(train_ids.unique(maintain_order=True).drop_nulls())
+    known = Vocabulary.of(train_ids.unique(maintain_order=True))
     return np.flatnonzero(known.encode(frame[f"{side}_id"]) >= 0)
 
 

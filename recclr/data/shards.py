@@ -109,7 +109,7 @@ def open_shards(folder: Path, *, verify: bool = True) -> EncodedLog:
     log = _opened(folder, arrays, sizes)
     _check_groups(folder, log)
     if verify:
-        for piece in log.stretches(_STRETCH):
+        for piece in log.stretches():
             _check_piece(piece, str(folder))
         for name, (_, of) in _CSRS.items():
             csr = getattr(log.groups, name)
